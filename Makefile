@@ -1,0 +1,52 @@
+# Needs python3 (3.11 or newer, with venv) and make; everything else goes into .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIP_INSTALL := $(PIP) install --quiet -c constraints.txt
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test check clean
+
+help:
+	@echo "make demo    rate the sample clips with the model that ships with the project; ratings go to demo/ratings.jsonl"
+	@echo "make test    run all tests"
+	@echo "make check   run ruff and mypy"
+	@echo "make clean   remove .venv, builds, caches and demo/"
+	@echo
+	@echo "The first one to run sets up .venv (a few minutes, about 6 GB, most of it torch)."
+
+demo: .venv/.installed
+	@echo "Rating lmm_qa/samples ..."
+	@mkdir -p demo
+	@$(BIN)/lmm-qa rate lmm_qa/samples -o demo/ratings.jsonl
+	@echo "Ratings: demo/ratings.jsonl"
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest
+
+check: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist demo *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "lmm_qa needs Python 3.11 or newer, found " + sys.version.split()[0] + ": set PYTHON=python3.x")'
+	@echo "Creating .venv ..."
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "python3 -m venv failed: install your system's venv package (Debian, Ubuntu: python3-venv)"; exit 1; }
+
+# The stamps: nothing is installed again while pyproject.toml and constraints.txt stay as they are.
+.venv/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing lmm_qa and what it needs into .venv (about 6 GB, a few minutes, once) ..."
+	@$(PIP_INSTALL) -e .
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	@echo "Installing the development tools into .venv ..."
+	@$(PIP_INSTALL) -e '.[dev]'
+	@touch $@

@@ -1,0 +1,1 @@
+"""The prompts, one YAML file each: inside an installed lmm_qa they are the package `lmm_qa.prompt_files`."""
