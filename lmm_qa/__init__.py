@@ -1,0 +1,1 @@
+"""A video large multimodal model as a quality rater for talking-head video."""

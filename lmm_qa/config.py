@@ -1,0 +1,97 @@
+"""What can be configured, as frozen objects read from YAML or JSON; unknown keys are refused.
+
+Knows nothing of pixels, models or files other than the one it is asked to read.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lmm_qa.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """A frozen set of options that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def parse(cls, values: object, where: str) -> Self:
+        """Validate plain data; every complaint names its key and the value received.
+
+        Raises:
+            ConfigError: with one line for each thing that is wrong.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            lines = [
+                f"  {'.'.join(str(part) for part in issue['loc']) or '(top level)'}: {issue['msg']}"
+                f" (received {issue['input']!r})"
+                for issue in error.errors(include_url=False)
+            ]
+            known = ", ".join(cls.model_fields)
+            raise ConfigError("\n".join([f"{where} cannot be used:", *lines, f"  known keys: {known}"])) from None
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read a YAML or JSON file.
+
+        Raises:
+            ConfigError: the file is missing, is no YAML/JSON, or holds something else than this.
+        """
+        try:
+            text = path.read_text(encoding="utf-8")
+            values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+        except (yaml.YAMLError, ValueError) as error:
+            raise ConfigError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from None
+        return cls.parse(values, str(path))
+
+
+class Sampling(Settings):
+    """Which frames of a clip are looked at."""
+
+    strategy: Literal["uniform", "fps", "pairs"] = "uniform"
+    """`uniform`: `frames` frames, each in the middle of its equal share of the clip. `fps`: `fps` frames a second,
+    at most `frames`. `pairs`: `frames // 2` moments spread uniformly, each as two frames `gap` seconds apart, so
+    that one temporal patch of a Qwen-style vision tower (two frames) sees motion, and its absence when a clip stalls."""
+    frames: int = Field(8, ge=1, le=768)
+    """Number of frames (the largest number for `fps`)."""
+    fps: float = Field(2.0, gt=0)
+    """Frames a second, for `fps` only."""
+    gap: float = Field(0.08, gt=0)
+    """Seconds between the two frames of a pair, for `pairs` only."""
+
+    @model_validator(mode="after")
+    def _even_pairs(self) -> Self:
+        if self.strategy == "pairs" and self.frames % 2:
+            raise ValueError(f"strategy 'pairs' takes an even number of frames, received {self.frames}")
+        return self
+
+
+class View(Settings):
+    """One video made from the sampled frames. A prompt can hold several views of the same frames."""
+
+    kind: Literal["whole", "crop"] = "whole"
+    """`whole`: the whole picture, resized into the pixel budget. `crop`: a window of the picture at native
+    resolution, never resized: what compression and blur did to the pixels stays visible."""
+    max_pixels: int = Field(448 * 448, ge=28 * 28)
+    """`whole`: the largest area of a frame in pixels; larger frames are shrunk, smaller ones keep their size
+    (rounded to the vision tower's patch grid)."""
+    size: int = Field(224, ge=28)
+    """`crop`: side of the square window in pixels; clipped to the picture where that is smaller."""
+    center: tuple[float, float] = (0.5, 0.42)
+    """`crop`: centre of the window as fractions of width and height. Heads sit a little above the middle."""
+
+    @model_validator(mode="after")
+    def _center_inside(self) -> Self:
+        if not all(0 <= part <= 1 for part in self.center):
+            raise ValueError(f"center is a pair of fractions between 0 and 1, received {self.center}")
+        return self
