@@ -116,7 +116,7 @@ def blinked(x: Grid, y: Grid, blink: float) -> Grid:
 
 
 def talked(x: Grid, y: Grid, jaw: float) -> tuple[Grid, Grid]:
-    """Where to read each pixel's y so that lip and chin move by `jaw`; and how much it is the mouth's inside (0 to 1)."""
+    """Where to read each pixel's y so that lip and chin move by `jaw`; and how much it shows of the mouth (0 to 1)."""
     bow = arch(x, MOUTH_X, MOUTH_HALF)
     lip = MOUTH_Y + MOUTH_SAG * bow
     depth = np.clip((y - lip) / (CHIN_Y - lip), 0, 1)

@@ -1,0 +1,290 @@
+"""Which clips to rate: files, folders, globs and lists in, an ordered list of distinct clips out.
+
+Knows where a clip is and what to call it. Knows nothing of what is inside one: only `content_id` opens a clip, and
+reads its bytes without understanding them.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import hashlib
+import json
+import os
+import re
+import stat
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from lmm_qa.errors import ClipNotFound, ClipUnreadable, ManifestError
+
+VIDEO_SUFFIXES = (
+    *(".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"),
+    *(".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv", ".y4m"),
+)
+"""What a folder is searched for. A file that is named outright may have any suffix."""
+
+MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
+"""Lists of clips; `.txt` holds one path a line, without a header."""
+
+CLIP_COLUMNS = ("clip", "video", "path", "file", "filename", "name")
+"""The column of a list that names the clip: the first of these that it has, in any case."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One clip to rate."""
+
+    path: Path
+    """Where it is (or should be: an entry of a list whose file is missing is a clip too)."""
+    name: str
+    """What rating rows call it: the path as given, or relative to the folder or list given; posix, unique in a run."""
+    origin: str
+    """Where it was asked for: `argument`, `folder clips`, `glob clips/*.mp4`, `list.csv:12`."""
+
+
+class _Found(NamedTuple):
+    """A clip that has no final name yet."""
+
+    path: Path
+    names: tuple[str, ...]
+    """What to call it, the shortest first; the longer ones are for when two clips would be called the same."""
+    origin: str
+
+
+def expand(inputs: Sequence[str | Path], root: Path | None = None) -> list[Clip]:
+    """All clips that `inputs` stand for, in order, each file once.
+
+    Args:
+        inputs: files, folders (searched through, in natural order, hidden files left out), globs (`**` works) and
+            lists of clips (.csv, .tsv, .jsonl, .parquet with one of `CLIP_COLUMNS`; .txt with a path a line).
+        root: the folder that paths in lists are relative to; by default the folder of the list.
+
+    Raises:
+        ManifestError: an input matches nothing, or a list cannot be understood.
+    """
+    if not inputs:
+        raise ManifestError("no clips were given: name files, folders, globs or lists of clips")
+    found = [one for given in inputs for one in _expand_input(os.fspath(given), root)]
+    return _named(_distinct(found))
+
+
+def content_id(path: Path) -> str:
+    """`sha256:` and the first 32 hex digits of the SHA-256 of the file's bytes. Never blocks on a pipe or device.
+
+    Raises:
+        ClipNotFound: nothing is there.
+        ClipUnreadable: it is not a regular file, or may not be read.
+    """
+    try:
+        with open(path, "rb", opener=_open_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ClipUnreadable(f"{path} is not a regular file")
+            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:32]}"
+    except (FileNotFoundError, NotADirectoryError):
+        raise ClipNotFound(f"{path} does not exist") from None
+    except OSError as error:
+        raise ClipUnreadable(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Opening a named pipe would otherwise wait for somebody to write into it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+# --- one input -------------------------------------------------------------------------------------------------------
+
+
+def _expand_input(given: str, root: Path | None) -> list[_Found]:
+    if os.path.lexists(given):
+        return _expand_path(given, root, "argument")
+    if glob.has_magic(given):
+        return _expand_glob(given, root)
+    raise ManifestError(f"{given!r} does not exist: give a file, a folder, a glob or a list of clips")
+
+
+def _expand_path(given: str, root: Path | None, origin: str) -> list[_Found]:
+    path = Path(given)
+    if path.is_dir():
+        found = _in_folder(path)
+        if not found:
+            raise ManifestError(f"folder {given!r} and the folders in it hold no video ({' '.join(VIDEO_SUFFIXES)})")
+        return found
+    if path.suffix.lower() in MANIFEST_SUFFIXES:
+        return _in_manifest(path, root)
+    return [_Found(path, _names(path), origin)]
+
+
+def _expand_glob(pattern: str, root: Path | None) -> list[_Found]:
+    """A pattern with a suffix (`*.bin`) says what it wants; `*` and `**` want what is a video by its name."""
+    wants_any = not glob.has_magic(Path(pattern).suffix) and Path(pattern).suffix != ""
+    found: list[_Found] = []
+    for match in sorted(glob.glob(pattern, recursive=True), key=_natural):
+        path = Path(match)
+        if path.is_dir():
+            found += _in_folder(path)
+        elif wants_any or path.suffix.lower() in VIDEO_SUFFIXES:
+            found += _expand_path(match, root, f"glob {pattern}")
+    if not found:
+        raise ManifestError(f"{pattern!r} does not exist, and as a glob it matches no clip: check the pattern")
+    return found
+
+
+def _in_folder(folder: Path) -> list[_Found]:
+    files = sorted(_videos(folder), key=lambda file: _natural(file.relative_to(folder).as_posix()))
+    return [_Found(file, _names(file.relative_to(folder), file), f"folder {folder.as_posix()}") for file in files]
+
+
+def _videos(folder: Path) -> Iterator[Path]:
+    """Videos in a folder and the folders in it. Links come last and no folder comes twice, so a loop of links ends."""
+    folders, links, seen = deque([folder]), deque[Path](), set[str]()
+    while folders or links:
+        current = folders.popleft() if folders else links.popleft()
+        if (real := os.path.realpath(current)) in seen:
+            continue
+        seen.add(real)
+        try:
+            entries = sorted(entry for entry in current.iterdir() if not entry.name.startswith("."))
+        except OSError as error:
+            raise ManifestError(f"folder {str(current)!r} cannot be searched: {error.strerror}") from None
+        for entry in entries:
+            if os.path.isdir(entry):
+                (links if entry.is_symlink() else folders).append(entry)
+            elif entry.suffix.lower() in VIDEO_SUFFIXES:
+                yield entry
+
+
+# --- lists of clips --------------------------------------------------------------------------------------------------
+
+Entries = Iterable[tuple[int, object]]
+"""Line (or row) number, and what stands there for a clip."""
+
+
+def _in_manifest(manifest: Path, root: Path | None) -> list[_Found]:
+    read = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".parquet": _parquet, ".txt": _txt}
+    base = manifest.parent if root is None else root
+    try:
+        entries = [(line, _entry(value, manifest, line)) for line, value in read[manifest.suffix.lower()](manifest)]
+    except OSError as error:
+        raise ManifestError(f"{manifest} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{manifest} is not UTF-8 text: {error}; save it as UTF-8") from None
+    if not entries:
+        raise ManifestError(f"{manifest} lists no clips")
+    return [_Found(base / entry, _names(Path(entry), base / entry), f"{manifest}:{line}") for line, entry in entries]
+
+
+def _entry(value: object, manifest: Path, line: int) -> str:
+    """The path that stands in a list, checked to be one."""
+    if not isinstance(value, str) or not value.strip():
+        raise ManifestError(f"{manifest}:{line}: a path of a clip was expected, received {value!r}")
+    try:
+        if b"\0" not in os.fsencode(value):
+            return value.strip()
+    except UnicodeEncodeError:
+        pass
+    raise ManifestError(f"{manifest}:{line}: {value!r} cannot be the name of a file")
+
+
+def _csv(manifest: Path) -> Entries:
+    with manifest.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file, delimiter="\t" if manifest.suffix.lower() == ".tsv" else ",")
+        try:
+            header = next(reader, [])
+            column = header.index(_clip_column(header, manifest))
+            for row in reader:
+                if any(cell.strip() for cell in row):
+                    yield reader.line_num, row[column] if column < len(row) else None
+        except csv.Error as error:
+            raise ManifestError(f"{manifest}:{reader.line_num}: this is no CSV: {error}") from None
+
+
+def _jsonl(manifest: Path) -> Entries:
+    with manifest.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ManifestError(f"{manifest}:{number}: this is no JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise ManifestError(f"{manifest}:{number}: an object was expected, received {line.strip()[:80]!r}")
+            yield number, row[_clip_column(list(row), manifest, number)]
+
+
+def _parquet(manifest: Path) -> Entries:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(manifest)
+        column = _clip_column(file.schema_arrow.names, manifest)
+        values = file.read(columns=[column]).column(column).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ManifestError(f"{manifest} is no Parquet file: {error}") from None
+    yield from enumerate(values, 1)
+
+
+def _txt(manifest: Path) -> Entries:
+    with manifest.open(encoding="utf-8-sig") as file:
+        yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
+
+
+def _clip_column(columns: Sequence[str], manifest: Path, line: int = 1) -> str:
+    known = {column.strip().casefold(): column for column in reversed(columns)}
+    for candidate in CLIP_COLUMNS:
+        if candidate in known:
+            return known[candidate]
+    if not columns:
+        raise ManifestError(f"{manifest} is empty: a header with a column named {_either(CLIP_COLUMNS)} was expected")
+    raise ManifestError(
+        f"{manifest}:{line}: no column is named {_either(CLIP_COLUMNS)}; the columns are: {', '.join(columns)}"
+    )
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def _names(*paths: Path) -> tuple[str, ...]:
+    """How a clip can be called, the shortest way first, by its absolute path last."""
+    return tuple(_printable(path) for path in (*paths, Path(os.path.abspath(paths[-1]))))
+
+
+def _printable(path: Path) -> str:
+    """Posix, and Unicode even where the name on disk is not: its stray bytes become `\\xff`."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
+
+
+def _distinct(found: Iterable[_Found]) -> list[_Found]:
+    """The first of those that are the same file, in order."""
+    first: dict[str, _Found] = {}
+    for one in found:
+        first.setdefault(os.path.realpath(one.path), one)
+    return list(first.values())
+
+
+def _named(found: Sequence[_Found]) -> list[Clip]:
+    """Give each clip its shortest name that no other clip has: all clips that share a name take a longer one."""
+    lengths = [0] * len(found)
+    while True:
+        names = [one.names[length] for one, length in zip(found, lengths, strict=True)]
+        uses = Counter(names)
+        clashing = [i for i, name in enumerate(names) if uses[name] > 1 and lengths[i] + 1 < len(found[i].names)]
+        if not clashing:
+            return [Clip(one.path, name, one.origin) for one, name in zip(found, names, strict=True)]
+        for i in clashing:
+            lengths[i] += 1
+
+
+def _natural(text: str) -> tuple[list[str | int], str]:
+    """A sort key by which clip2 comes before clip10."""
+    parts = re.split(r"(\d+)", text.casefold())
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], text
+
+
+def _either(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} or {words[-1]}"
