@@ -1,0 +1,29 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from clips import write_all
+from hypothesis import settings
+
+# How long one example takes says nothing on a machine that does other work as well.
+settings.register_profile("lmm_qa", deadline=None)
+settings.load_profile("lmm_qa")
+
+
+@pytest.fixture(scope="session")
+def clips_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one small clip of each kind (see clips.py), made once a test run."""
+    return write_all(tmp_path_factory.mktemp("clips"))
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of real clips, backbones and labels that is not part of the repository."""
+    folder = Path(os.environ.get("LMM_QA_SHARED") or Path(__file__).parents[2] / "shared")
+    if not folder.is_dir():
+        pytest.skip(f"no folder {folder}: set LMM_QA_SHARED to the folder of shared data")
+    return folder

@@ -1,0 +1,544 @@
+"""Frames are the right ones, upright and whole; damage is told, never hidden; a hanging decoder costs one clip.
+
+Run: python -m pytest tests/test_video.py
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from clips import UNEVEN, ffmpeg, ffmpeg_frames, read_number, read_or_die, read_or_hang
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmm_qa import video
+from lmm_qa.config import Sampling, View
+from lmm_qa.errors import (
+    ClipError,
+    ClipNotFound,
+    ClipTimeout,
+    ClipTruncated,
+    ClipUnreadable,
+    DecoderCrashed,
+    UsageError,
+)
+from lmm_qa.video import DecoderPool, Frames, probe, read_frames, sample_indices, view_size
+
+WHOLE = View()
+FACTOR = 2
+"""Small, so that the clips (192x128) keep their size."""
+
+
+def read(path: Path, sampling: Sampling | None = None, *views: View, factor: int = FACTOR) -> Frames:
+    return read_frames(path, sampling or Sampling(), views or (WHOLE,), factor)
+
+
+def numbers(frames: Frames) -> tuple[int, ...]:
+    """The numbers that the pictures of the first view carry."""
+    return tuple(read_number(picture) for picture in frames.views[0])
+
+
+# Which frames
+
+
+@st.composite
+def timelines(draw: st.DrawFn) -> list[float]:
+    gaps = draw(st.lists(st.floats(0.001, 2), max_size=60))
+    return [0.0, *np.cumsum(gaps)]
+
+
+samplings = st.builds(
+    Sampling,
+    strategy=st.sampled_from(["uniform", "fps", "pairs"]),
+    frames=st.integers(1, 20).map(lambda half: 2 * half),
+    fps=st.floats(0.1, 60),
+    gap=st.floats(0.01, 5),
+)
+
+
+@given(timelines(), samplings)
+def test_indices_lie_in_the_clip_and_are_as_many_as_asked(seconds: list[float], sampling: Sampling) -> None:
+    indices = sample_indices(seconds, sampling)
+    assert all(0 <= index < len(seconds) for index in indices)
+    assert 1 <= len(indices) <= sampling.frames
+    assert len(indices) == sampling.frames or sampling.strategy == "fps"
+    if sampling.strategy != "pairs":
+        assert indices == sorted(indices)
+
+
+@given(timelines(), samplings)
+def test_the_frames_of_a_pair_differ_and_are_the_gap_apart(seconds: list[float], sampling: Sampling) -> None:
+    indices = sample_indices(seconds, sampling.model_copy(update={"strategy": "pairs"}))
+    longest = max((after - before for before, after in pairwise(seconds)), default=0)
+    for first, second in zip(indices[::2], indices[1::2], strict=True):
+        assert second > first or len(seconds) == 1
+        if seconds[-1] >= sampling.gap:
+            assert abs(seconds[second] - seconds[first] - sampling.gap) <= longest + 1e-5
+
+
+def test_uniform_takes_the_middle_of_equal_shares() -> None:
+    assert sample_indices([index / 25 for index in range(250)], Sampling(frames=5)) == [25, 75, 125, 175, 225]
+
+
+def test_a_clip_with_too_few_frames_repeats_them() -> None:
+    assert sample_indices([0.0, 0.04], Sampling(frames=4)) == [0, 0, 1, 1]
+
+
+def test_fps_goes_by_time_and_falls_back_to_uniform() -> None:
+    steady = [index / 25 for index in range(250)]
+    assert sample_indices(steady, Sampling(strategy="fps", fps=1, frames=20)) == list(range(0, 250, 25))
+    assert sample_indices(steady, Sampling(strategy="fps", fps=5, frames=5)) == [25, 75, 125, 175, 225]
+    uneven = [0.0, 0.1, 0.2, 2.0, 3.0]
+    assert sample_indices(uneven, Sampling(strategy="fps", fps=1, frames=20)) == [0, 2, 3, 4]
+
+
+def test_pairs_are_moved_back_inside_at_the_end() -> None:
+    steady = [index / 25 for index in range(10)]
+    assert sample_indices(steady, Sampling(strategy="pairs", frames=4, gap=0.08)) == [2, 4, 7, 9]
+    assert sample_indices(steady, Sampling(strategy="pairs", frames=4, gap=0.2)) == [2, 7, 4, 9]
+
+
+# Which pixels
+
+
+sides = st.integers(1, 5000)
+factors = st.sampled_from([2, 14, 28, 32])
+
+
+@given(sides, sides, st.integers(28 * 28, 10**6), factors)
+def test_whole_views_fit_the_grid_and_the_budget(height: int, width: int, budget: int, factor: int) -> None:
+    rows, columns = view_size(height, width, View(max_pixels=budget), factor)
+    assert rows % factor == columns % factor == 0
+    assert rows >= factor <= columns
+    assert rows * columns <= max(budget, factor * factor)
+
+
+@given(st.integers(28, 3000), st.integers(28, 3000), st.integers(28 * 28, 10**6))
+def test_whole_views_are_rounded_as_qwen_does_it(height: int, width: int, budget: int) -> None:
+    smart_resize = pytest.importorskip("transformers.models.qwen2_vl.image_processing_qwen2_vl").smart_resize
+    rows, columns = smart_resize(height, width, factor=28, min_pixels=28 * 28, max_pixels=budget)
+    if rows * columns <= budget:  # Qwen's own can exceed the budget on very long pictures
+        assert view_size(height, width, View(max_pixels=budget), 28) == (rows, columns)
+
+
+@given(sides, sides, st.integers(28, 1000), factors)
+def test_crops_fit_the_grid_and_the_picture(height: int, width: int, size: int, factor: int) -> None:
+    view = View(kind="crop", size=size)
+    for side, cropped in zip((height, width), view_size(height, width, view, factor), strict=True):
+        assert cropped % factor == 0
+        assert factor <= cropped <= max(factor, min(size, side))
+        assert cropped > min(size, side) - factor
+
+
+@given(st.integers(1, 90), st.integers(1, 90), st.sampled_from(["whole", "crop"]), st.floats(0, 1), st.floats(0, 1))
+def test_rendered_pictures_have_the_foretold_size(height: int, width: int, kind: str, x: float, y: float) -> None:
+    view = View(kind=kind, size=56, max_pixels=56 * 56, center=(x, y))
+    picture = np.zeros((height, width, 3), np.uint8)
+    assert video._render(picture, view, 28).shape == (*view_size(height, width, view, 28), 3)
+
+
+def test_crop_takes_the_pixels_as_decoded(clips_dir: Path) -> None:
+    crop = View(kind="crop", size=64, center=(1.0, 0.5))
+    frames = read(clips_dir / "h264.mp4", Sampling(frames=3), WHOLE, crop)
+    assert frames.views[0].shape == (3, 128, 192, 3)
+    assert np.array_equal(frames.views[1], frames.views[0][:, 32:96, 128:192])
+
+
+def test_whole_view_is_resized_into_the_budget(clips_dir: Path) -> None:
+    frames = read(clips_dir / "h264.mp4", Sampling(frames=4), View(max_pixels=10_000), factor=28)
+    assert frames.views[0].shape == (4, 56, 112, 3)
+    assert numbers(frames) == frames.indices
+
+
+def test_a_tiny_clip_is_padded(clips_dir: Path) -> None:
+    frames = read(clips_dir / "tiny.mp4", Sampling(frames=2), WHOLE, View(kind="crop"), factor=28)
+    assert [view.shape for view in frames.views] == [(2, 28, 28, 3)] * 2
+    assert (frames.views[1][:, 9:] == frames.views[1][:, 9:10]).all()
+
+
+# Every kind of clip
+
+KINDS = {
+    "h264.mp4": ("h264", 60),
+    "faststart.mp4": ("h264", 60),
+    "h264.mkv": ("h264", 60),
+    "h264.ts": ("h264", 60),
+    "fragmented.mp4": ("h264", 60),
+    "bt709.mp4": ("h264", 60),
+    "full_range.mp4": ("h264", 60),
+    "one.mp4": ("h264", 1),
+    "odd.mp4": ("h264", 30),
+    "odd.webm": ("vp9", 30),
+    "h264_10bit.mp4": ("h264", 30),
+    "hevc_10bit.mp4": ("hevc", 30),
+    "hevc.mkv": ("hevc", 30),
+    "prores.mov": ("prores", 30),
+    "animation.gif": ("gif", 30),
+    "uneven.mp4": ("h264", 30),
+    "uneven.mkv": ("h264", 30),
+    "av1.mp4": ("av1", 8),
+    "vp8.webm": ("vp8", 60),
+    "mpeg4.avi": ("mpeg4", 60),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_right_frames_with_the_right_pixels(clips_dir: Path, name: str) -> None:
+    path = clips_dir / name
+    codec, count = KINDS[name]
+    frames = read(path, Sampling(frames=7))
+    info = frames.info
+    assert (info.codec, info.frames) == (codec, count)
+    assert info == probe(path)
+    assert frames.indices == numbers(frames)
+    assert frames.views[0].dtype == np.uint8 and frames.views[0].flags.c_contiguous
+    if info.width % 2 == info.height % 2 == 0:
+        expected = ffmpeg_frames(path, info.width, info.height)
+        assert len(expected) == count
+        # 10 bits are brought down to 8 with another rounding there.
+        assert np.abs(frames.views[0] - expected[list(frames.indices)].astype(float)).mean() < 0.6
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_rotation_metadata_is_applied(clips_dir: Path, degrees: int) -> None:
+    path = clips_dir / f"turned_{degrees}.mp4"
+    frames = read(path, Sampling(frames=5))
+    info = frames.info
+    assert info.rotation == 360 - degrees  # ffmpeg's option counts the other way round
+    assert (info.width, info.height) == ((192, 128) if degrees == 180 else (128, 192))
+    assert np.array_equal(frames.views[0], ffmpeg_frames(path, info.width, info.height)[list(frames.indices)])
+
+
+def test_an_edit_list_hides_frames(clips_dir: Path) -> None:
+    frames = read(clips_dir / "edit_list.mp4", Sampling(frames=4))
+    assert frames.info.frames < frames.info.declared_frames
+    hidden = 60 - frames.info.frames
+    assert numbers(frames) == tuple(index + hidden for index in frames.indices)
+
+
+def test_packets_that_show_nothing_are_no_frames(clips_dir: Path) -> None:
+    path = clips_dir / "hidden_packets.webm"
+    frames = read(path, Sampling(frames=60))
+    assert probe(path).frames > frames.info.frames == 60
+    assert frames.info.fps == pytest.approx(25)
+    assert frames.indices == numbers(frames) == tuple(range(60))
+
+
+def test_frames_left_out_of_an_avi_are_no_damage(clips_dir: Path) -> None:
+    info = read(clips_dir / "left_out.avi").info
+    assert info.frames < info.declared_frames == 25
+
+
+@pytest.mark.parametrize("name", ["uneven.mp4", "uneven.mkv"])
+def test_seconds_are_the_real_ones(clips_dir: Path, name: str) -> None:
+    frames = read(clips_dir / name, Sampling(frames=30))
+    assert frames.indices == tuple(range(30))
+    assert frames.seconds == pytest.approx([moment / 1000 for moment in UNEVEN], abs=1e-3)
+    assert frames.info.duration == pytest.approx(UNEVEN[-1] / 1000 + 0.04, abs=1e-3)
+
+
+def test_sound_is_noticed(clips_dir: Path) -> None:
+    assert probe(clips_dir / "faststart.mp4").has_audio
+    assert not probe(clips_dir / "h264.mp4").has_audio
+
+
+def test_transparent_pixels_lie_on_white(tmp_path: Path) -> None:
+    from PIL import Image
+
+    picture = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    picture.paste((255, 0, 0, 255), (0, 0, 32, 64))
+    picture.save(tmp_path / "half.gif", transparency=0, save_all=True)
+    view = read(tmp_path / "half.gif", Sampling(frames=1)).views[0][0]
+    assert (view[:, :32] == (255, 0, 0)).all()
+    assert (view[:, 32:] == 255).all()
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "bt709.mp4", "full_range.mp4", "mpeg4.avi", "uneven.mkv", "vp8.webm"])
+def test_decord_seeks_to_the_same_pictures(clips_dir: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("decord")
+    whole = read(clips_dir / name)
+    monkeypatch.setattr(video, "WHOLE_DECODE_PIXELS", 0)
+    sought = read(clips_dir / name)
+    assert (whole.decoder, sought.decoder) == ("pyav", "decord")
+    assert (whole.indices, whole.seconds, whole.info) == (sought.indices, sought.seconds, sought.info)
+    assert np.abs(whole.views[0].astype(int) - sought.views[0]).max() <= 3
+
+
+@pytest.mark.parametrize(
+    "name", ["animation.gif", "av1.mp4", "turned_90.mp4", "h264_10bit.mp4", "hevc.mkv", "edit_list.mp4"]
+)
+def test_what_decord_gets_wrong_is_not_left_to_it(clips_dir: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = read(clips_dir / name)
+    monkeypatch.setattr(video, "WHOLE_DECODE_PIXELS", 0)
+    again = read(clips_dir / name)
+    assert again.decoder == "pyav"
+    assert np.array_equal(whole.views[0], again.views[0])
+
+
+# Real clips
+
+
+def real_clips(shared_dir: Path) -> list[Path]:
+    return sorted(path for path in (shared_dir / "clips").iterdir() if path.suffix != ".csv")
+
+
+def test_no_real_clip_is_taken_for_broken(shared_dir: Path) -> None:
+    clips = real_clips(shared_dir)
+    for path in clips:
+        assert probe(path).frames > 1
+    smallest = sorted(clips, key=lambda path: path.stat().st_size)[:40]
+    for path in smallest:
+        frames = read(path, Sampling(frames=4), factor=28)
+        assert len(set(frames.indices)) == 4
+
+
+# Damage
+
+DAMAGED = [
+    "faststart.mp4",
+    "h264.mp4",
+    "h264.mkv",
+    "hevc.mkv",
+    "fragmented.mp4",
+    "mpeg4.avi",
+    "animation.gif",
+    "vp8.webm",
+]
+
+
+def damaged(path: Path, folder: Path, data: bytes) -> Path:
+    copy = folder / path.name
+    copy.write_bytes(data)
+    return copy
+
+
+@pytest.mark.parametrize("name", [*DAMAGED, "odd.webm", "h264.ts"])
+@pytest.mark.parametrize("part", [0.35, 0.6, 0.85, 0.97, 0.999])
+def test_a_clip_cut_short_is_told(clips_dir: Path, tmp_path: Path, name: str, part: float) -> None:
+    raw = (clips_dir / name).read_bytes()
+    copy = damaged(clips_dir / name, tmp_path, raw[: int(len(raw) * part)])
+    for look in (read, probe):
+        with pytest.raises(ClipTruncated, match=r"stream breaks: \d+( of (about )?\d+)? frames could be read"):
+            look(copy)
+
+
+def test_the_message_counts_the_frames(clips_dir: Path, tmp_path: Path) -> None:
+    raw = (clips_dir / "faststart.mp4").read_bytes()
+    copy = damaged(clips_dir / "faststart.mp4", tmp_path, raw[: len(raw) // 2])
+    with pytest.raises(ClipTruncated, match=r"stream breaks: [12]\d of 60 frames could be read") as caught:
+        read(copy)
+    assert str(copy) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+@pytest.mark.parametrize("place", [0.05, 0.5, 0.9])
+@pytest.mark.parametrize("filling", ["zeros", "noise"])
+def test_overwritten_bytes_are_told(clips_dir: Path, tmp_path: Path, name: str, place: float, filling: str) -> None:
+    raw = bytearray((clips_dir / name).read_bytes())
+    pictures = max(raw.find(b"mdat"), raw.find(b"movi"), 0)  # in AVI, much padding comes before them
+    length = (len(raw) - pictures) // 10
+    start = pictures + int((len(raw) - pictures) * place)
+    raw[start : start + length] = bytes(length) if filling == "zeros" else random.Random(0).randbytes(length)
+    with pytest.raises((ClipTruncated, ClipUnreadable)):
+        read(damaged(clips_dir / name, tmp_path, bytes(raw)))
+
+
+def test_a_damaged_real_clip_is_told(shared_dir: Path, tmp_path: Path) -> None:
+    path = shared_dir / "clips" / "SadTalker__camera_qRrq9DqY_0000-RD_Radio31_000.mp4"
+    raw = bytearray(path.read_bytes())
+    middle = len(raw) // 2
+    raw[middle : middle + 4096] = bytes(4096)
+    with pytest.raises(ClipTruncated, match=r"stream breaks: \d+ of 200 frames could be read"):
+        read(damaged(path, tmp_path, bytes(raw)))
+
+
+# What is no clip
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(ClipNotFound, match=r"no clip at .*missing\.mp4"):
+        probe(tmp_path / "missing.mp4")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not a video\n" * 50, b"#EXTM3U\n#EXTINF:1,\nh264.mp4\n#EXT-X-ENDLIST\n", bytes(5000)]
+)
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.txt"])
+def test_what_is_no_video(clips_dir: Path, tmp_path: Path, content: bytes, name: str) -> None:
+    (tmp_path / "h264.mp4").write_bytes((clips_dir / "h264.mp4").read_bytes())
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ClipUnreadable, match=name):
+        read(tmp_path / name)
+
+
+def test_sound_alone_a_folder_and_a_pipe(clips_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ClipUnreadable, match="no video stream, only: audio"):
+        read(clips_dir / "sound.m4a")
+    with pytest.raises(ClipUnreadable, match="a folder"):
+        read(tmp_path)
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(ClipUnreadable, match="a pipe"):
+        read(tmp_path / "pipe.mp4")
+
+
+def test_huge_pictures_are_refused(tmp_path: Path) -> None:
+    ffmpeg("-f", "lavfi", "-i", "color=s=16400x32", "-frames:v", "2", "-c:v", "mjpeg", tmp_path / "wide.avi")
+    with pytest.raises(ClipUnreadable, match=r"wide\.avi is 16400x32; at most 16384 pixels a side"):
+        read(tmp_path / "wide.avi")
+
+
+# Processes that can be killed
+
+
+def pool_request() -> tuple[Sampling, tuple[View, ...], int]:
+    return Sampling(frames=2), (WHOLE,), FACTOR
+
+
+def named_copies(clips_dir: Path, folder: Path, *names: str) -> list[Path]:
+    raw = (clips_dir / "h264.mp4").read_bytes()
+    for name in names:
+        (folder / name).write_bytes(raw)
+    return [folder / name for name in names]
+
+
+def gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def pids(pool: DecoderPool) -> list[int]:
+    return [worker._process.pid for worker in pool._workers if worker._process]
+
+
+def test_results_come_in_order_with_errors_in_their_places(clips_dir: Path) -> None:
+    names = ["one.mp4", "missing.mp4", "h264.mp4", "sound.m4a", "odd.webm", "animation.gif", "uneven.mkv"]
+    with DecoderPool(2) as pool:
+        results = list(pool.imap([clips_dir / name for name in names], *pool_request()))
+        running = pids(pool)
+    assert [type(result) for result in results] == [
+        Frames,
+        ClipNotFound,
+        Frames,
+        ClipUnreadable,
+        Frames,
+        Frames,
+        Frames,
+    ]
+    for name, result in zip(names, results, strict=True):
+        if isinstance(result, Frames):
+            alone = read_frames(clips_dir / name, *pool_request())
+            assert result.info == alone.info and np.array_equal(result.views[0], alone.views[0])
+        else:
+            assert name in str(result)
+    assert len(running) == 2 and all(map(gone, running))
+
+
+def test_look_ahead_is_bounded(clips_dir: Path) -> None:
+    taken = 0
+
+    def paths() -> Iterator[Path]:
+        nonlocal taken
+        for _ in range(20):
+            taken += 1
+            yield clips_dir / "one.mp4"
+
+    with DecoderPool(1) as pool:
+        for given_out, _ in enumerate(pool.imap(paths(), *pool_request()), start=1):
+            assert taken <= given_out + 1
+    assert taken == 20
+
+
+def test_a_hanging_clip_costs_its_time_limit_and_nothing_else(clips_dir: Path, tmp_path: Path) -> None:
+    paths = named_copies(clips_dir, tmp_path, "a.mp4", "hang.mp4", "b.mp4", "c.mp4")
+    with DecoderPool(1, timeout=2, _reader=read_or_hang) as pool:
+        results = list(pool.imap(paths, *pool_request()))
+        running = pids(pool)
+    assert [type(result) for result in results] == [Frames, ClipTimeout, Frames, Frames]
+    assert "hang.mp4 took longer than 2 s" in str(results[1])
+    assert all(map(gone, running))
+
+
+def test_a_dying_decoder_costs_one_clip(clips_dir: Path, tmp_path: Path) -> None:
+    paths = named_copies(clips_dir, tmp_path, "a.mp4", "abort.mp4", "b.mp4", "killed.mp4", "bug.mp4", "c.mp4")
+    with DecoderPool(2, _reader=read_or_die) as pool:
+        results = list(pool.imap(paths, *pool_request()))
+    expected = [Frames, DecoderCrashed, Frames, DecoderCrashed, ClipUnreadable, Frames]
+    assert [type(result) for result in results] == expected
+    assert [str(results[index]).rpartition(": ")[2] for index in (1, 3)] == ["signal SIGABRT", "signal SIGKILL"]
+    assert "ZeroDivisionError: division by zero" in str(results[4])
+
+
+def test_leaving_early_leaves_nothing_behind(clips_dir: Path, tmp_path: Path) -> None:
+    paths = named_copies(clips_dir, tmp_path, "a.mp4", "hang.mp4")
+    start = time.monotonic()
+    with DecoderPool(2, _reader=read_or_hang) as pool:
+        results = pool.imap(paths, *pool_request())
+        assert isinstance(next(results), Frames)
+        running = pids(pool)
+    assert time.monotonic() - start < 20
+    assert running and all(map(gone, running))
+
+
+def test_an_idle_worker_that_dies_is_no_clips_fault(clips_dir: Path) -> None:
+    with DecoderPool(1) as pool:
+        assert isinstance(next(pool.imap([clips_dir / "one.mp4"], *pool_request())), Frames)
+        worker = pool._workers[0]
+        assert worker._process is not None
+        worker._process.kill()
+        worker._process.wait()
+        assert isinstance(next(pool.imap([clips_dir / "one.mp4"], *pool_request())), Frames)
+
+
+def test_a_plain_script_can_be_interrupted(clips_dir: Path, tmp_path: Path) -> None:
+    """The script has no main guard; Ctrl-C reaches it and its workers, as from a terminal."""
+    paths = [str(path) for path in named_copies(clips_dir, tmp_path, "a.mp4", "hang.mp4")]
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path[:] = {sys.path!r}\n"
+        "from clips import read_or_hang\n"
+        "from lmm_qa.config import Sampling, View\n"
+        "from lmm_qa.video import DecoderPool\n"
+        "with DecoderPool(1, _reader=read_or_hang) as pool:\n"
+        f"    for result in pool.imap({paths!r}, Sampling(frames=2), [View()], 28):\n"
+        "        print(pool._workers[0]._process.pid, type(result).__name__, flush=True)\n"
+    )
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
+        assert process.stdout and process.stderr
+        worker, kind = process.stdout.readline().decode().split()
+        time.sleep(0.5)
+        os.killpg(process.pid, signal.SIGINT)
+        complaints = process.communicate(timeout=20)[1].decode()
+    assert kind == "Frames"
+    assert complaints.rstrip().endswith("KeyboardInterrupt")
+    assert gone(int(worker))
+
+
+def test_a_pool_needs_workers_and_time() -> None:
+    with pytest.raises(UsageError, match="received 0 and 60"):
+        DecoderPool(0)
+    with pytest.raises(UsageError, match="received 2 and -1"):
+        DecoderPool(2, timeout=-1)
+
+
+def test_importing_is_cheap() -> None:
+    heavy = "import sys, lmm_qa.video; print({'torch', 'transformers', 'av', 'decord'} & set(sys.modules))"
+    command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {heavy}"]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == "set()"
+
+
+def test_errors_of_clips_are_clip_errors() -> None:
+    assert all(issubclass(kind, ClipError) for kind in (ClipNotFound, ClipTimeout, ClipTruncated, DecoderCrashed))
