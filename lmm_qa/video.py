@@ -17,8 +17,8 @@ What is seen of damage: a file shorter than its own structure says (MP4, MOV, Ma
 structure inside it, fewer packets than declared, packets marked corrupt, holes of zeros in H.264 and HEVC, whatever
 makes a decoder complain or conceal, frames that never come out, wrong checksums in Matroska. What is not seen: bytes
 inside one picture changed so that they still decode, wrongly. That is rare in H.264, less so in HEVC, and usual in VP8,
-VP9 and GIF, which carry no redundancy. Nor a MPEG-TS or fragmented MP4 cut exactly between two units: no length is
-declared.
+VP9 and GIF, which carry no redundancy. Nor whole units missing from a MPEG-TS, or from the end of a fragmented MP4:
+they declare no length.
 
 Colours follow the stream's tags; an untagged stream is taken as BT.601, as ffmpeg and decord do. Rotation metadata is
 applied, edit lists are kept, transparent pixels lie on white. Pixels that are not square stay as stored; HDR is not
