@@ -1,1 +1,52 @@
-"""A video large multimodal model as a quality rater for talking-head video."""
+"""A video large multimodal model as a quality rater for talking-head video.
+
+    from lmm_qa import Rater
+    Rater.from_pretrained().rate("clip.mp4").score
+
+What is public here is imported when it is first used, so that `import lmm_qa` loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lmm_qa.config import Sampling, View
+    from lmm_qa.errors import ClipError, LmmQaError
+    from lmm_qa.prompting import Prompt, load_prompt
+    from lmm_qa.rater import Failure, Rater, Rating
+
+_HOMES = {
+    "ClipError": "errors",
+    "Failure": "rater",
+    "LmmQaError": "errors",
+    "Prompt": "prompting",
+    "Rater": "rater",
+    "Rating": "rater",
+    "Sampling": "config",
+    "View": "config",
+    "load_prompt": "prompting",
+}
+
+__all__ = [
+    "ClipError",
+    "Failure",
+    "LmmQaError",
+    "Prompt",
+    "Rater",
+    "Rating",
+    "Sampling",
+    "View",
+    "load_prompt",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lmm_qa' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"lmm_qa.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -69,6 +69,22 @@ class Sampling(Settings):
     gap: float = Field(0.08, gt=0)
     """Seconds between the two frames of a pair, for `pairs` only."""
 
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """Read `uniform:8`, `pairs:12`, or `fps:2` (at most 32 frames; `fps:2:64` for another limit).
+
+        Raises:
+            ConfigError: it is none of these.
+        """
+        match text.split(":"):
+            case ["fps", fps]:
+                return cls.parse({"strategy": "fps", "fps": fps, "frames": 32}, f"sampling {text!r}")
+            case ["fps", fps, frames]:
+                return cls.parse({"strategy": "fps", "fps": fps, "frames": frames}, f"sampling {text!r}")
+            case [strategy, frames]:
+                return cls.parse({"strategy": strategy, "frames": frames}, f"sampling {text!r}")
+        raise ConfigError(f"sampling {text!r} is not of the form uniform:8, pairs:12 or fps:2")
+
     @model_validator(mode="after")
     def _even_pairs(self) -> Self:
         if self.strategy == "pairs" and self.frames % 2:
@@ -89,6 +105,19 @@ class View(Settings):
     """`crop`: side of the square window in pixels; clipped to the picture where that is smaller."""
     center: tuple[float, float] = (0.5, 0.42)
     """`crop`: centre of the window as fractions of width and height. Heads sit a little above the middle."""
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """Read `whole:448` (the area of a square of that side) or `crop:336` (the side of the window).
+
+        Raises:
+            ConfigError: it is neither.
+        """
+        kind, _, side = text.partition(":")
+        if not side.isdecimal() or kind not in {"whole", "crop"}:
+            raise ConfigError(f"view {text!r} is not of the form whole:448 or crop:336 (sides in pixels)")
+        size = {"max_pixels": int(side) ** 2} if kind == "whole" else {"size": int(side)}
+        return cls.parse({"kind": kind, **size}, f"view {text!r}")
 
     @model_validator(mode="after")
     def _center_inside(self) -> Self:

@@ -12,10 +12,14 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from fractions import Fraction
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
+
+if TYPE_CHECKING:
+    from av.video.stream import VideoStream
 
 Pixels = NDArray[np.uint8]
 
@@ -131,8 +135,8 @@ def encode(frames: Pixels, codec: str, options: dict[str, str], fps: Fraction, f
 
     height, width = frames.shape[1:3]
     padded = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    with av.open(file, "w", format="matroska" if isinstance(file, io.BytesIO) else None) as container:
-        stream = container.add_stream(codec, rate=fps, options=options)
+    with av.open(file, mode="w", format="matroska" if isinstance(file, io.BytesIO) else None) as container:
+        stream = cast("VideoStream", container.add_stream(codec, rate=fps, options=options))
         stream.height, stream.width, stream.pix_fmt = padded.shape[1], padded.shape[2], "yuv420p"
         for frame in padded:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
@@ -146,7 +150,7 @@ def _transcode(frames: Pixels, codec: str, options: dict[str, str]) -> Pixels:
     encode(frames, codec, options, Fraction(25), buffer)
     buffer.seek(0)
     height, width = frames.shape[1:3]
-    with av.open(buffer) as container:
+    with av.open(buffer, mode="r") as container:
         decoded = [frame.to_ndarray(format="rgb24")[:height, :width] for frame in container.decode(video=0)]
     if len(decoded) != len(frames):
         raise RuntimeError(f"{codec} gave {len(decoded)} frames back for {len(frames)}")
@@ -158,4 +162,4 @@ def _each(frames: Pixels, change: Callable[[Image.Image], Image.Image]) -> Pixel
 
 
 def _relative_size(frames: Pixels) -> float:
-    return min(frames.shape[1:3]) / 512
+    return float(min(frames.shape[1:3]) / 512)

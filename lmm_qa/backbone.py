@@ -1,0 +1,378 @@
+"""The LMM with its processor and adapter: views of clips in, level logits out, in one prefill.
+
+Works with every image-text-to-text model of transformers whose processor takes videos. What the Qwen-VL family has in
+common is used where it is there (a patch grid, so that views keep their own sizes); other families resize as their own
+processor says. Knows nothing of clips on disk, of scores or scales.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig
+from transformers.video_utils import VideoMetadata
+
+from lmm_qa.errors import LevelTokenError, ModelError
+from lmm_qa.prompting import Prompt
+
+Quantization = Literal["4bit", "8bit"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+Pixels = NDArray[np.uint8]
+
+UNQUANTIZED = ["visual", "vision_tower", "multi_modal_projector", "lm_head"]
+"""Modules that stay in full precision: small beside the language model, and the pixels go through them."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Something chosen at run time, and why; printed once."""
+
+    value: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.value} ({self.reason})"
+
+
+@dataclass(frozen=True)
+class ClipInput:
+    """What the model gets to see of one clip."""
+
+    views: tuple[Pixels, ...]
+    """Each (T, H, W, 3) uint8 RGB."""
+    seconds: tuple[float, ...]
+    """When the T frames are shown."""
+    duration: float
+    """Seconds."""
+    slots: dict[str, float]
+    """Values for the prompt's slots."""
+
+
+@dataclass(frozen=True)
+class LevelLogits:
+    """What one prefill says at the end of the stem."""
+
+    logits: NDArray[np.float32]
+    """(K,) logits of the level words, worst first."""
+    log_normalizer: float
+    """logsumexp over the whole vocabulary."""
+
+
+def choose_device(device: str | None = None) -> Choice:
+    """The asked device, or the best one that is here.
+
+    Raises:
+        ModelError: the device that was asked for is not here.
+    """
+    if device is not None:
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ModelError(f"device {device!r} cannot be used here: {reason}. Try --device cpu") from None
+        return Choice(device, "as asked")
+    if torch.cuda.is_available():
+        return Choice("cuda", torch.cuda.get_device_name())
+    if torch.backends.mps.is_available():
+        return Choice("mps", "Apple GPU")
+    return Choice("cpu", "no GPU found")
+
+
+def choose_dtype(device: str, dtype: Dtype | None = None) -> Choice:
+    """The asked number format, or the one that suits the device."""
+    if dtype is not None:
+        return Choice(dtype, "as asked")
+    if device.startswith("cuda"):
+        if torch.cuda.get_device_capability(device)[0] >= 8:
+            return Choice("bfloat16", "GPU of the Ampere generation or newer")
+        return Choice("float16", "GPU older than Ampere: no bfloat16")
+    return Choice("float32", f"exact, and what {device} does reliably")
+
+
+def choose_attention(device: str) -> Choice:
+    """flash-attn where it can run, else PyTorch's scaled dot product attention; never `eager`."""
+    from transformers.utils.import_utils import is_flash_attn_2_available
+
+    if device.startswith("cuda") and is_flash_attn_2_available():
+        return Choice("flash_attention_2", "flash-attn is installed")
+    return Choice("sdpa", "flash-attn is not installed" if device.startswith("cuda") else f"on {device}")
+
+
+class Backbone:
+    """A loaded model with its processor. Make one with `Backbone.load`."""
+
+    def __init__(self, model: Any, processor: Any, choices: dict[str, Choice]) -> None:
+        self.model = model.eval()
+        self.processor = processor
+        self.choices = choices
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        *,
+        revision: str | None = None,
+        adapter: Path | None = None,
+        quantization: Quantization | None = None,
+        device: str | None = None,
+        dtype: Dtype | None = None,
+        trust_remote_code: bool = False,
+    ) -> Backbone:
+        """Load weights (safetensors only) and processor from a directory or the hub.
+
+        Args:
+            model: directory or hub id of a transformers image-text-to-text model.
+            revision: branch, tag or commit on the hub.
+            adapter: PEFT adapter directory to put on top.
+            quantization: `4bit` (NF4) or `8bit` weights of the language model, by bitsandbytes. Saves memory, not time.
+            device, dtype: chosen with `choose_device`, `choose_dtype` where not given.
+            trust_remote_code: run Python that comes with the model. Only for authors whom you trust.
+
+        Raises:
+            ModelError: anything of it cannot be loaded.
+        """
+        where = choose_device(device)
+        precision = choose_dtype(where.value, dtype)
+        attention = choose_attention(where.value)
+        numbers = getattr(torch, precision.value)
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        if quantization:
+            options["quantization_config"] = _bitsandbytes(quantization, numbers)
+        try:
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                model,
+                dtype=numbers,
+                attn_implementation=attention.value,
+                device_map={"": where.value},
+                use_safetensors=True,
+                **options,
+            )
+        except Exception as error:  # transformers, safetensors and the hub raise a dozen kinds
+            raise ModelError(f"cannot load the model {model!r}: {_first_line(error)}") from error
+        if adapter is not None:
+            from peft import PeftModel
+
+            try:
+                loaded = PeftModel.from_pretrained(loaded, str(adapter))
+            except Exception as error:
+                raise ModelError(f"cannot put the adapter {adapter} onto {model!r}: {_first_line(error)}") from error
+        choices = {"device": where, "dtype": precision, "attention": attention}
+        if quantization:
+            choices["quantization"] = Choice(quantization, "as asked")
+        processor = load_processor(model, revision=revision, trust_remote_code=trust_remote_code)
+        return cls(loaded, processor, choices)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the inputs go."""
+        return torch.device(self.model.device)
+
+    def level_tokens(self, prompt: Prompt, videos: int) -> tuple[int, ...]:
+        """Token ids of the prompt's level words, worst first; see `level_tokens`."""
+        return level_tokens(self.processor, prompt, videos)
+
+    @torch.inference_mode()
+    def read(self, clips: Sequence[ClipInput], prompt: Prompt) -> list[LevelLogits]:
+        """One prefill for a batch of clips.
+
+        Returns:
+            One `LevelLogits` a clip, in order. They do not depend on what else is in the batch.
+        """
+        tokens = torch.tensor(self.level_tokens(prompt, len(clips[0].views)), device=self.device)
+        last: list[torch.Tensor] = []
+        for batch in self._batches(clips):
+            inputs = prepare_inputs(self.processor, batch, prompt).to(self.device)
+            logits = self.model(**inputs, logits_to_keep=1, use_cache=False).logits
+            last.extend(logits[:, -1].float())
+        logits = torch.stack(last)
+        normalizers = torch.logsumexp(logits, dim=-1)
+        return [
+            LevelLogits(row, normalizer)
+            for row, normalizer in zip(logits[:, tokens].cpu().numpy(), normalizers.tolist(), strict=True)
+        ]
+
+    def _batches(self, clips: Sequence[ClipInput]) -> list[Sequence[ClipInput]]:
+        """Families without a patch grid stack their videos: there, one batch holds one number of frames."""
+        if patch_factor(self.processor) is not None or len({len(clip.seconds) for clip in clips}) == 1:
+            return [clips]
+        return [[clip] for clip in clips]
+
+
+def load_processor(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The processor of a model, from a directory or the hub, set to pad on the left.
+
+    Raises:
+        ModelError: there is none, or it takes no videos.
+    """
+    try:
+        load: Any = AutoProcessor.from_pretrained
+        processor = load(model, revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ModelError(f"cannot load the processor of {model!r}: {_first_line(error)}") from error
+    if getattr(processor, "video_processor", None) is None:
+        raise ModelError(f"{model!r} takes no videos: its processor {type(processor).__name__} has no video processor")
+    processor.tokenizer.padding_side = "left"  # so that the last position is the stem's end in every row
+    return processor
+
+
+def patch_factor(processor: Any) -> int | None:
+    """Pixels a side that one token of the language model covers, where a view may have any size on such a grid.
+
+    None where the family resizes every frame to one fixed size.
+    """
+    video = processor.video_processor
+    if getattr(video, "patch_size", None) and getattr(video, "merge_size", None):
+        return int(video.patch_size * video.merge_size)
+    return None
+
+
+def prompt_text(processor: Any, prompt: Prompt, videos: int, slots: dict[str, float]) -> str:
+    """The chat up to the end of the stem, with one placeholder a video."""
+    messages = prompt.messages(videos, **slots)
+    return str(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)) + prompt.stem
+
+
+def level_tokens(processor: Any, prompt: Prompt, videos: int) -> tuple[int, ...]:
+    """Token ids of the level words as they come after the stem, worst first.
+
+    Raises:
+        LevelTokenError: a word is not exactly one token there, or two words share one. Shows the pieces.
+    """
+    before = prompt_text(processor, prompt, videos, dict.fromkeys(prompt.slots, 0.0))
+    return _level_tokens(processor.tokenizer, before, prompt.stem, prompt.levels)
+
+
+@functools.lru_cache(maxsize=64)
+def _level_tokens(tokenizer: Any, before: str, stem: str, words: tuple[str, ...]) -> tuple[int, ...]:
+    context = tokenizer(before, add_special_tokens=False)["input_ids"]
+    found: dict[str, int] = {}
+    for word in words:
+        whole = tokenizer(f"{before} {word}", add_special_tokens=False)["input_ids"]
+        if whole[: len(context)] != context:
+            pieces = tokenizer.convert_ids_to_tokens(whole[-8:])
+            raise LevelTokenError(
+                f"the level {word!r} changes how the stem {stem!r} is split into tokens: it ends in {pieces}. "
+                "End the stem with a whole word, without punctuation that the tokenizer joins to the next word"
+            )
+        added = whole[len(context) :]
+        if len(added) != 1:
+            raise LevelTokenError(
+                f"the level {word!r} is {len(added)} tokens after the stem {stem!r}: "
+                f"{tokenizer.convert_ids_to_tokens(added)}. A level must be one token: choose another word, or a stem "
+                "that ends in a word rather than in an opening quote or bracket"
+            )
+        found[word] = added[0]
+    if len(set(found.values())) != len(found):
+        raise LevelTokenError(f"two levels are the same token after the stem {stem!r}: {found}")
+    return tuple(found.values())
+
+
+def prepare_inputs(processor: Any, clips: Sequence[ClipInput], prompt: Prompt) -> Any:
+    """The model's inputs for a batch, padded on the left; made by the model's own processor.
+
+    Frames are neither sampled nor, on a patch grid, resized again: the views are what the model sees.
+    """
+    texts = [prompt_text(processor, prompt, len(clip.views), clip.slots) for clip in clips]
+    videos = [torch.from_numpy(view).permute(0, 3, 1, 2) for clip in clips for view in clip.views]
+    metadata = [_metadata(clip, view) for clip in clips for view in clip.views]
+    options: dict[str, Any] = {"do_sample_frames": False}
+    if patch_factor(processor) is not None:
+        options["do_resize"] = False
+        # Qwen2-VL's processor warns unless this is set; it concerns resizing, which is done already.
+        if hasattr(processor.video_processor, "cap_pixels_per_frame"):
+            options["cap_pixels_per_frame"] = False
+    return processor(
+        text=texts, videos=videos, video_metadata=metadata, padding=True, return_tensors="pt", **options
+    )
+
+
+def count_tokens(processor: Any, frames: int, sizes: Sequence[tuple[int, int]], prompt: Prompt) -> int:
+    """Tokens of one clip's prefill: `frames` frames in views of these (height, width), and the prompt.
+
+    Counted by the processor itself on black frames.
+    """
+    views = tuple(np.zeros((frames, height, width, 3), np.uint8) for height, width in sizes)
+    slots = dict.fromkeys(prompt.slots, 0.0)
+    clip = ClipInput(views, tuple(float(number) for number in range(frames)), float(frames), slots)
+    return int(prepare_inputs(processor, [clip], prompt)["input_ids"].shape[1])
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a model takes, in bytes; an estimate from its configuration."""
+
+    parameters: int
+    """Their number."""
+    weights: int
+    """Bytes of the weights."""
+    clip: int
+    """Bytes that one more clip in a batch takes during the prefill."""
+
+
+def estimate_memory(
+    model: str, tokens: int, dtype: str, quantization: Quantization | None, revision: str | None = None
+) -> Memory:
+    """Estimate memory from the configuration alone: no weights are read.
+
+    A clip takes what one layer of the language model holds at once (hidden states in and out, queries, keys, values,
+    and the three products of the gated MLP) and its pixels; nothing is kept for a backward pass.
+
+    Args:
+        tokens: of one clip's prefill.
+
+    Raises:
+        ModelError: the configuration cannot be loaded.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model, revision=revision)
+        with torch.device("meta"):
+            build: Any = AutoModelForImageTextToText.from_config
+            empty = build(config)
+    except Exception as error:
+        raise ModelError(f"cannot read the configuration of {model!r}: {_first_line(error)}") from error
+    number = getattr(torch, dtype).itemsize
+    small = {"4bit": 0.56, "8bit": 1.0, None: number}[quantization]  # NF4 in blocks of 64 with float32 scales
+    linear = sum(part.weight.numel() for name, part in empty.named_modules()
+                 if isinstance(part, torch.nn.Linear) and not any(word in name for word in UNQUANTIZED))  # fmt: skip
+    parameters = sum(parameter.numel() for parameter in empty.parameters())
+    text = config.get_text_config()
+    layer = (6 * text.hidden_size + 3 * text.intermediate_size) * number
+    pixels = 28 * 28 * 2 * 3 * 4 * 2  # float32 patches of a token, once as made and once as moved
+    return Memory(parameters, int(linear * small + (parameters - linear) * number), tokens * (layer + pixels))
+
+
+def _metadata(clip: ClipInput, view: Pixels) -> VideoMetadata:
+    """When the frames are shown, in the form that processors with time stamps (Qwen2.5-VL, Qwen3-VL) read it."""
+    ticks = 1000  # frame numbers at a thousand a second: exact times also where the frame rate varies
+    return VideoMetadata(
+        total_num_frames=max(round(clip.duration * ticks), 1),
+        fps=float(ticks),
+        width=view.shape[2],
+        height=view.shape[1],
+        duration=clip.duration,
+        frames_indices=[round(second * ticks) for second in clip.seconds],
+    )
+
+
+def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> Any:
+    config: Any = BitsAndBytesConfig
+    if quantization == "8bit":
+        return config(load_in_8bit=True, llm_int8_skip_modules=UNQUANTIZED)
+    return config(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=UNQUANTIZED,
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

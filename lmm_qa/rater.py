@@ -1,0 +1,334 @@
+"""The path of a clip: sampled frames -> prompt -> one prefill -> level probabilities -> score.
+
+    rater = Rater.from_pretrained()          # the model that ships with the package
+    rater.rate("clip.mp4").score             # a float on rater.settings.scale
+
+`Rater.rate_all` is the same for many clips: decoding in worker processes, batches through the model, one result a
+clip, in order, an error where a clip cannot be rated.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import tee
+from pathlib import Path
+from typing import Any
+
+from lmm_qa.backbone import Backbone, ClipInput, Dtype, Quantization, choose_device, choose_dtype, patch_factor
+from lmm_qa.config import Sampling, View
+from lmm_qa.errors import ClipError
+from lmm_qa.levels import LevelReading, read_levels
+from lmm_qa.manifest import Clip, content_id
+from lmm_qa.prompting import Prompt, load_prompt
+from lmm_qa.rater_file import ModelSource, RaterFile, identity, resolve_model
+from lmm_qa.video import DecoderPool, Frames, read_frames
+
+
+@dataclass(frozen=True)
+class Rating:
+    """What the rater says of one clip."""
+
+    clip: str
+    content_id: str
+    score: float
+    """Expected MOS, on `scale`."""
+    scale: tuple[float, float]
+    level: str
+    """The likeliest level word."""
+    probabilities: dict[str, float]
+    """P(level word), worst first; sums to 1."""
+    std: float
+    """Standard deviation of the level distribution, in MOS units."""
+    level_mass: float
+    """Share of the vocabulary's probability on the level words; near 0, the prompt was not understood."""
+    frames: Frames
+    model: str
+    adapter: str | None
+    prompt: str
+    rater_id: str
+    seconds: float
+    """Seconds that the model spent on this clip (its share of the batch)."""
+
+    def to_row(self) -> dict[str, Any]:
+        """The rating as plain data, one column a key."""
+        info = self.frames.info
+        return {
+            "clip": self.clip,
+            "content_id": self.content_id,
+            "score": self.score,
+            "scale": list(self.scale),
+            "level": self.level,
+            "probabilities": self.probabilities,
+            "std": self.std,
+            "level_mass": self.level_mass,
+            "frames": {"indices": list(self.frames.indices), "seconds": [round(s, 4) for s in self.frames.seconds]},
+            "video": {
+                "width": info.width,
+                "height": info.height,
+                "fps": round(info.fps, 4),
+                "frames": info.frames,
+                "duration": round(info.duration, 4),
+                "decoder": self.frames.decoder,
+            },
+            "model": self.model,
+            "adapter": self.adapter,
+            "prompt": self.prompt,
+            "rater_id": self.rater_id,
+            "seconds": round(self.seconds, 4),
+            "error": None,
+        }
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A clip that could not be rated, and why."""
+
+    clip: str
+    content_id: str | None
+    error: ClipError
+    model: str
+    rater_id: str
+
+    def to_row(self) -> dict[str, Any]:
+        """The failure as plain data: the columns of a rating are there, without values."""
+        empty = dict.fromkeys(
+            ("score", "scale", "level", "probabilities", "std", "level_mass", "frames", "video", "adapter", "prompt")
+        )
+        return {
+            "clip": self.clip,
+            "content_id": self.content_id,
+            **empty,
+            "model": self.model,
+            "rater_id": self.rater_id,
+            "seconds": None,
+            "error": {"class": type(self.error).__name__, "message": str(self.error)},
+        }
+
+
+@dataclass(frozen=True)
+class RaterPlan:
+    """A rater that is decided on and not loaded yet: enough to know what it would do, and whether it has done it."""
+
+    source: ModelSource
+    settings: RaterFile
+    quantization: Quantization | None
+    device: str | None
+    dtype: Dtype | None
+    trust_remote_code: bool
+
+    @property
+    def rater_id(self) -> str:
+        """Short hash of all that determines a score: weights, prompt, scale, sampling, views, number format."""
+        return identity(self.source, self.settings, self.dtype_chosen, self.quantization)
+
+    @property
+    def dtype_chosen(self) -> str:
+        """Number format that the weights will be loaded in."""
+        return choose_dtype(choose_device(self.device).value, self.dtype).value
+
+    def load(self) -> Rater:
+        """Load the weights. Raises as `Rater.from_pretrained` does."""
+        backbone = Backbone.load(
+            self.source.backbone,
+            revision=self.source.revision,
+            adapter=self.source.adapter,
+            quantization=self.quantization,
+            device=self.device,
+            dtype=self.dtype,
+            trust_remote_code=self.trust_remote_code,
+        )
+        return Rater(backbone, self.source, self.settings, self.rater_id)
+
+
+def plan_rater(
+    model: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    prompt: Prompt | str | Path | None = None,
+    scale: tuple[float, float] | None = None,
+    sampling: Sampling | None = None,
+    views: Sequence[View] | None = None,
+    quantization: Quantization | None = None,
+    device: str | None = None,
+    dtype: Dtype | None = None,
+    trust_remote_code: bool = False,
+) -> RaterPlan:
+    """Decide on a rater without loading it. Arguments and errors are those of `Rater.from_pretrained`."""
+    source = resolve_model(model, revision)
+    settings = source.settings.override(
+        prompt=load_prompt(prompt) if isinstance(prompt, str | Path) else prompt,
+        scale=scale,
+        sampling=sampling,
+        views=tuple(views) if views else None,
+    )
+    return RaterPlan(source, settings, quantization, device, dtype, trust_remote_code)
+
+
+class Rater:
+    """A backbone, a prompt, a scale, and which frames to look at. Make one with `Rater.from_pretrained`."""
+
+    def __init__(self, backbone: Backbone, source: ModelSource, settings: RaterFile, rater_id: str) -> None:
+        """Checks that the level words are single tokens for this backbone.
+
+        Raises:
+            LevelTokenError: they are not.
+        """
+        self.backbone = backbone
+        self.source = source
+        self.settings = settings
+        self.rater_id = rater_id
+        self.factor = patch_factor(backbone.processor) or 1
+        backbone.level_tokens(settings.prompt, len(settings.views))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | None = None,
+        *,
+        revision: str | None = None,
+        prompt: Prompt | str | Path | None = None,
+        scale: tuple[float, float] | None = None,
+        sampling: Sampling | None = None,
+        views: Sequence[View] | None = None,
+        quantization: Quantization | None = None,
+        device: str | None = None,
+        dtype: Dtype | None = None,
+        trust_remote_code: bool = False,
+    ) -> Rater:
+        """Load a rater.
+
+        Args:
+            model: None for the embedded one; else a rater directory, a PEFT adapter directory, a transformers model
+                directory, or an id on the hub.
+            revision: branch, tag or commit of an id on the hub.
+            prompt: name of a prompt in `prompts/`, path of a YAML file, or a `Prompt`.
+            scale: MOS of the worst and of the best level.
+            sampling: which frames are looked at.
+            views: what is made of them.
+            quantization, device, dtype, trust_remote_code: see `lmm_qa.backbone.Backbone.load`.
+
+        What is not given is as the model's rater.json says; without one: prompt `talking_head`, scale [1, 5],
+        8 uniform frames, the whole picture in at most 448 x 448 pixels.
+
+        Raises:
+            ModelError, LevelTokenError: the model cannot be loaded or does not fit the prompt.
+            ConfigError: prompt, scale or rater.json say something they may not say.
+        """
+        return plan_rater(
+            model,
+            revision=revision,
+            prompt=prompt,
+            scale=scale,
+            sampling=sampling,
+            views=views,
+            quantization=quantization,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        ).load()
+
+    def rate(self, path: str | Path) -> Rating:
+        """Rate one clip, in this process.
+
+        Raises:
+            ClipError: it cannot be rated; the class says why.
+        """
+        clip = Clip(Path(path), str(path), "argument")
+        content = content_id(clip.path)
+        frames = read_frames(path, self.settings.sampling, self.settings.views, self.factor)
+        return self._rate_batch([(clip, content, frames)])[0]
+
+    def rate_all(
+        self,
+        clips: Iterable[str | Path | Clip],
+        *,
+        batch_size: int = 4,
+        workers: int = 2,
+        timeout: float = 60.0,
+    ) -> Iterator[Rating | Failure]:
+        """Rate many clips; one result for each, in order. A clip's score does not depend on the others.
+
+        Args:
+            clips: paths, or entries of a manifest.
+            batch_size: clips that go through the model together.
+            workers: decoding processes.
+            timeout: seconds that decoding one clip may take.
+        """
+        named = (clip if isinstance(clip, Clip) else Clip(Path(clip), str(clip), "argument") for clip in clips)
+        ours, theirs = tee(named)
+        settings = self.settings
+        with DecoderPool(workers, timeout) as pool:
+            decoded = pool.imap((clip.path for clip in theirs), settings.sampling, settings.views, self.factor)
+            waiting: list[tuple[Clip, str | None, Frames | ClipError]] = []
+            for clip, frames in zip(ours, decoded, strict=True):
+                waiting.append((clip, *_with_content(clip, frames)))
+                if sum(isinstance(entry[2], Frames) for entry in waiting) == batch_size:
+                    yield from self._settle(waiting)
+                    waiting = []
+            yield from self._settle(waiting)
+
+    def _settle(self, waiting: Sequence[tuple[Clip, str | None, Frames | ClipError]]) -> Iterator[Rating | Failure]:
+        """Results for clips that are read or failed, in order."""
+        good = [(clip, content, frames) for clip, content, frames in waiting if content and isinstance(frames, Frames)]
+        ratings = iter(self._rate_batch(good))
+        for clip, content, frames in waiting:
+            if isinstance(frames, Frames):
+                yield next(ratings)
+            else:
+                yield Failure(clip.name, content, frames, self.source.name, self.rater_id)
+
+    def _rate_batch(self, clips: Sequence[tuple[Clip, str, Frames]]) -> list[Rating]:
+        """One prefill for all; then each clip's level logits become its score."""
+        if not clips:
+            return []
+        began = time.perf_counter()
+        logits = self.backbone.read([clip_input(frames) for _, _, frames in clips], self.settings.prompt)
+        scale = self.settings.declared_scale()
+        readings = [read_levels(each.logits, each.log_normalizer, scale) for each in logits]
+        seconds = (time.perf_counter() - began) / len(clips)
+        return [
+            self._rating(clip, content, frames, reading, seconds)
+            for (clip, content, frames), reading in zip(clips, readings, strict=True)
+        ]
+
+    def _rating(self, clip: Clip, content: str, frames: Frames, reading: LevelReading, seconds: float) -> Rating:
+        prompt = self.settings.prompt
+        return Rating(
+            clip=clip.name,
+            content_id=content,
+            score=reading.score,
+            scale=self.settings.scale,
+            level=prompt.levels[reading.level],
+            probabilities=dict(zip(prompt.levels, reading.probabilities, strict=True)),
+            std=reading.std,
+            level_mass=reading.mass,
+            frames=frames,
+            model=self.source.name,
+            adapter=str(self.source.adapter) if self.source.adapter else None,
+            prompt=f"{prompt.question} {prompt.stem}",
+            rater_id=self.rater_id,
+            seconds=seconds,
+        )
+
+
+def clip_input(frames: Frames) -> ClipInput:
+    """What the model gets to see of a clip that has been read."""
+    info = frames.info
+    slots = {
+        "seconds": info.duration,
+        "fps": info.fps,
+        "frames": float(len(frames.indices)),
+        "width": float(info.width),
+        "height": float(info.height),
+    }
+    return ClipInput(frames.views, frames.seconds, info.duration, slots)
+
+
+def _with_content(clip: Clip, frames: Frames | ClipError) -> tuple[str | None, Frames | ClipError]:
+    """The clip's content id; a file that can no longer be read is an error, decoded or not."""
+    try:
+        return content_id(clip.path), frames
+    except ClipError as error:
+        return None, frames if isinstance(frames, ClipError) else error

@@ -1,0 +1,194 @@
+"""rater.json: what, together with weights, determines a score. It makes an adapter directory a complete rater.
+
+A rater directory is a PEFT adapter directory plus this file. Knows nothing of how models are loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, field_validator
+
+from lmm_qa.config import Sampling, Settings, View
+from lmm_qa.errors import ModelError
+from lmm_qa.levels import Scale
+from lmm_qa.prompting import DEFAULT_PROMPT, Prompt, load_prompt
+
+FILE_NAME = "rater.json"
+EMBEDDED = Path(__file__).parent / "embedded" / "adapter"
+"""The rater that ships with the package."""
+
+
+class RaterFile(Settings):
+    """How a rater asks and what it looks at."""
+
+    backbone: str | None = None
+    """Directory or hub id of the base model; a relative path that exists is relative to this file. Without one, the
+    model that the file lies with."""
+    revision: str | None = None
+    """Branch, tag or commit of the backbone on the hub."""
+    prompt: Prompt = Field(default_factory=lambda: load_prompt(DEFAULT_PROMPT))
+    scale: tuple[float, float] = (1.0, 5.0)
+    """MOS of the worst and of the best level: declared, never inferred."""
+    sampling: Sampling = Sampling()
+    views: tuple[View, ...] = Field((View(),), min_length=1)
+    training: dict[str, Any] | None = None
+    """For people: data and its fingerprint, figures, versions. Does not change a score."""
+
+    @field_validator("scale")
+    @classmethod
+    def _valid_scale(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not value[0] < value[1]:
+            raise ValueError(f"low must be below high, received {list(value)}")
+        return value
+
+    def declared_scale(self) -> Scale:
+        """The scale as an object with anchors."""
+        return Scale(*self.scale)
+
+    def override(self, **changes: Any) -> Self:
+        """A copy with the changes that are not None.
+
+        Raises:
+            ConfigError: one of them may not be so.
+        """
+        kept = {key: getattr(self, key) for key in type(self).model_fields}
+        changed = {key: value for key, value in changes.items() if value is not None}
+        return type(self).parse({**kept, **changed}, "what was asked for")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where the weights of a rater come from, and how it asks."""
+
+    name: str
+    """What the user called it; `embedded` for the one that ships with the package."""
+    backbone: str
+    """Directory or hub id."""
+    revision: str | None
+    adapter: Path | None
+    settings: RaterFile
+    note: str | None
+    """What was assumed because nothing said so; to be told to the user."""
+
+    def fingerprint(self) -> dict[str, str]:
+        """Identity of the weights: of local ones by content, of those on the hub by id and revision."""
+        local = Path(self.backbone)
+        base = weights_fingerprint(local) if local.is_dir() else f"{self.backbone}@{self.revision or 'main'}"
+        return {"backbone": base, "adapter": weights_fingerprint(self.adapter) if self.adapter else ""}
+
+
+def resolve_model(model: str | Path | None = None, revision: str | None = None) -> ModelSource:
+    """Find out what `--model` stands for.
+
+    Args:
+        model: None for the embedded rater; a rater directory (rater.json, with or without an adapter); a PEFT adapter
+            directory; a transformers model directory; or an id on the hub of a model or of an adapter.
+        revision: of an id on the hub.
+
+    Raises:
+        ModelError: it is a path and nothing usable lies there.
+        ConfigError: its rater.json cannot be used.
+    """
+    if model is None:
+        return _from_directory(EMBEDDED, "embedded")
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _from_directory(path, str(model))
+    if path.exists() or _looks_like_a_path(str(model)):
+        raise ModelError(
+            f"there is no model directory at {str(model)!r}: give a directory that holds rater.json, "
+            "adapter_config.json or config.json, or an id on the hub such as Qwen/Qwen2-VL-7B-Instruct"
+        )
+    if (adapter := _adapter_on_hub(str(model), revision)) is not None:
+        return _from_directory(adapter, str(model))
+    note = "no rater.json: default prompt, scale [1, 5], 8 uniform frames, whole view of at most 448 x 448 pixels"
+    return ModelSource(str(model), str(model), revision, None, RaterFile(), note)
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Hash of a directory's weight files: names, sizes, first and last MiB of each. Fast on 15 GB, and any training
+    changes the last MiB.
+
+    Raises:
+        ModelError: it holds no safetensors file.
+    """
+    digest = hashlib.sha256()
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder} holds no weights (*.safetensors)")
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(1 << 20))
+            stream.seek(max(0, size - (1 << 20)))
+            digest.update(stream.read())
+    return digest.hexdigest()[:16]
+
+
+def identity(source: ModelSource, settings: RaterFile, dtype: str, quantization: str | None) -> str:
+    """Short hash of all that determines a score; part of the key by which finished ratings are recognised."""
+    asked = settings.model_dump(mode="json", exclude={"training", "backbone", "revision"})
+    asked["prompt"].pop("description")
+    parts = {**source.fingerprint(), **asked, "dtype": dtype, "quantization": quantization}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _from_directory(folder: Path, name: str) -> ModelSource:
+    adapter = folder if (folder / "adapter_config.json").is_file() else None
+    if (folder / FILE_NAME).is_file():
+        settings = RaterFile.read(folder / FILE_NAME)
+        note = None
+    elif adapter or (folder / "config.json").is_file():
+        settings = RaterFile()
+        note = f"{folder} has no {FILE_NAME}: default prompt, scale [1, 5], 8 uniform frames, whole view up to 448 x 448"
+    else:
+        found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
+        raise ModelError(
+            f"{folder} is no model: it holds neither {FILE_NAME} nor adapter_config.json nor config.json (found: {found})"
+        )
+    backbone, revision = settings.backbone, settings.revision
+    if backbone is None and adapter:
+        backbone, revision = read_adapter_base(adapter)
+    if backbone is not None and (folder / backbone).is_dir():
+        backbone = str((folder / backbone).resolve())
+    elif backbone is not None and _looks_like_a_path(backbone) and not Path(backbone).is_dir():
+        raise ModelError(f"the backbone of {folder}, {backbone!r}, is not there: correct it in {FILE_NAME}")
+    return ModelSource(name, backbone or str(folder), revision, adapter, settings, note)
+
+
+def read_adapter_base(adapter: Path) -> tuple[str, str | None]:
+    """Base model and revision that a PEFT adapter directory names.
+
+    Raises:
+        ModelError: its adapter_config.json cannot be used.
+    """
+    file = adapter / "adapter_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config["base_model_name_or_path"], str):
+            raise TypeError("base_model_name_or_path is not a string")
+        return config["base_model_name_or_path"], config.get("revision")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file} names no base model ({type(error).__name__}: {error})") from None
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _adapter_on_hub(model: str, revision: str | None) -> Path | None:
+    """Download an adapter repository; None where the id is not one, or the hub cannot be asked."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(model, "adapter_config.json", revision=revision)
+    except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+        return None  # not an adapter; a wrong id or a missing network shows when the model is loaded
+    return Path(snapshot_download(model, revision=revision))
