@@ -288,9 +288,7 @@ def prepare_inputs(processor: Any, clips: Sequence[ClipInput], prompt: Prompt) -
         # Qwen2-VL's processor warns unless this is set; it concerns resizing, which is done already.
         if hasattr(processor.video_processor, "cap_pixels_per_frame"):
             options["cap_pixels_per_frame"] = False
-    return processor(
-        text=texts, videos=videos, video_metadata=metadata, padding=True, return_tensors="pt", **options
-    )
+    return processor(text=texts, videos=videos, video_metadata=metadata, padding=True, return_tensors="pt", **options)
 
 
 def count_tokens(processor: Any, frames: int, sizes: Sequence[tuple[int, int]], prompt: Prompt) -> int:

@@ -73,14 +73,19 @@ def rate(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", help="Where the ratings go: .jsonl, .csv or .parquet. Run again, and only what is "
-            "missing is rated. Without it: a table on a terminal, JSON lines into a pipe.", show_default=False,
+            "-o",
+            "--output",
+            help="Where the ratings go: .jsonl, .csv or .parquet. Run again, and only what is "
+            "missing is rated. Without it: a table on a terminal, JSON lines into a pipe.",
+            show_default=False,
         ),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(
-            "-m", "--model", help="Rater directory, PEFT adapter, model directory, or an id on the Hugging Face hub.",
+            "-m",
+            "--model",
+            help="Rater directory, PEFT adapter, model directory, or an id on the Hugging Face hub.",
             show_default="the embedded model",
         ),
     ] = None,
@@ -345,11 +350,15 @@ def _print_plan(plan: RaterPlan, clips: Sequence[Clip], workers: int) -> None:
             tokens = counted[frames, sizes]
             most = max(most, tokens)
             views = " ".join(f"{width}x{height}" for height, width in sizes)
-            table.add_row(clip.name, f"{info.width}x{info.height}", f"{info.duration:.1f}", f"{frames}", views, f"{tokens}")
+            table.add_row(
+                clip.name, f"{info.width}x{info.height}", f"{info.duration:.1f}", f"{frames}", views, f"{tokens}"
+            )
     _console(stderr=False).print(table)
     memory = estimate_memory(plan.source.backbone, most, plan.dtype_chosen, plan.quantization, plan.source.revision)
     _say(
-        f"{len(clips) - failed} clips would be rated" + (f", {failed} could not" if failed else "") + f"; at most {most} "
+        f"{len(clips) - failed} clips would be rated"
+        + (f", {failed} could not" if failed else "")
+        + f"; at most {most} "
         f"tokens a clip; {memory.parameters / 1e6:,.0f} M parameters; memory: about {memory.weights / 2**30:.2f} GiB of "
         f"weights and {memory.clip / 2**30:.3f} GiB for each clip of a batch"
     )

@@ -146,7 +146,9 @@ def _from_directory(folder: Path, name: str) -> ModelSource:
         note = None
     elif adapter or (folder / "config.json").is_file():
         settings = RaterFile()
-        note = f"{folder} has no {FILE_NAME}: default prompt, scale [1, 5], 8 uniform frames, whole view up to 448 x 448"
+        note = (
+            f"{folder} has no {FILE_NAME}: default prompt, scale [1, 5], 8 uniform frames, whole view up to 448 x 448"
+        )
     else:
         found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
         raise ModelError(

@@ -318,7 +318,9 @@ class Clock:
         self.optimizer.zero_grad()
 
     def log(self, **values: Any) -> None:
-        line = json.dumps({"phase": self.name, "step": self.step, "of": self.steps, "time": round(time.time()), **values})
+        line = json.dumps(
+            {"phase": self.name, "step": self.step, "of": self.steps, "time": round(time.time()), **values}
+        )
         print(line, flush=True)
         with (self.out / "log.jsonl").open("a") as file:
             file.write(line + "\n")
@@ -364,7 +366,9 @@ def train_heads_and_model(name: str, phase: dict[str, Any], out: Path, data: Pat
                     tokens = vision_tokens(model, held.views)
                     guess = head_loss(heads, tokens, held, targets)[1]
                     if spoken:
-                        guess = level_loss(level_logits(model, model.model, prefill, held.views, tokens), held.quality)[1]
+                        guess = level_loss(level_logits(model, model.model, prefill, held.views, tokens), held.quality)[
+                            1
+                        ]
                     guesses += guess.tolist()
                     truth += held.quality.tolist()
             rate = (step + 1 - first) * phase["batch"] / (time.monotonic() - began)
@@ -385,7 +389,9 @@ def train_adapter(phase: dict[str, Any], lora: dict[str, Any], out: Path, data: 
         """Views' shapes and tokens of one copy as it is rated: whole view, crop in the middle, all pairs."""
         file = cache / f"{row['name']}.pt"
         if not file.exists():
-            views = [torch.from_numpy(np.load(copies.folder / f"{row['name']}.{kind}.npy")) for kind in ("whole", "crop")]
+            views = [
+                torch.from_numpy(np.load(copies.folder / f"{row['name']}.{kind}.npy")) for kind in ("whole", "crop")
+            ]
             with torch.no_grad(), AUTOCAST:
                 tokens = vision_tokens(model, [view[None].to(DEVICE) for view in views])
             torch.save({"shapes": [list(view.shape) for view in views], "tokens": [t[0].bfloat16().cpu() for t in tokens]},

@@ -1,0 +1,82 @@
+"""Put a trained model into the package: base in bfloat16, adapter, rater.json and model card.
+
+    python scripts/embedded_pack.py --run runs/embedded --data data/embedded
+
+Writes lmm_qa/embedded/base (a plain transformers model directory) and lmm_qa/embedded/adapter (a rater directory).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText
+
+from lmm_qa.config import Sampling, View
+from lmm_qa.rater_file import EMBEDDED, FILE_NAME, RaterFile
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def training_record(run: Path, data: Path) -> dict[str, Any]:
+    """What the weights were made from: data and its fingerprint, phases with their last figures, versions."""
+    rows = [row for file in sorted(data.glob("*.json")) for row in json.loads(file.read_text())]
+    train = [row for row in rows if row["split"] == "train"]
+    text = json.dumps([[row["name"], row["causes"], row["strengths"], row["quality"]] for row in train])
+    phases: dict[str, Any] = {}
+    for line in (run / "log.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        phases[entry["phase"]] = {"steps": entry["of"], "val_srcc": entry["val_srcc"]}
+    return {
+        "recipe": "scripts/embedded_data.py, embedded_build.py, embedded_train.py with configs/embedded.yaml",
+        "sources": len({row["source"] for row in train}),
+        "copies": len(train),
+        "data_sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "labels": "VMAF against the source; stated curves for noise and timing; ceilings for the sources",
+        "phases": phases,
+        "versions": {package: version(package) for package in ("torch", "transformers", "peft")},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--base", default="full", help="phase whose weights become the base")
+    args = parser.parse_args()
+    base = EMBEDDED.parent / "base"
+    for folder in (base, EMBEDDED):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    source = args.run / args.base
+    AutoModelForImageTextToText.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(base)
+    for name in ("chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(source / name, base / name)
+    (base / "model.safetensors").chmod(0o644)
+
+    weights = load_file(args.run / "adapter" / "adapter_model.safetensors")
+    save_file({key: value.bfloat16() for key, value in weights.items()}, EMBEDDED / "adapter_model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    config = json.loads((args.run / "adapter" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "lmm_qa/embedded/base"
+    (EMBEDDED / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    rater = RaterFile(
+        backbone="../base",
+        sampling=Sampling(strategy="pairs", frames=12),
+        views=(View(kind="whole", max_pixels=168 * 168), View(kind="crop", size=224)),
+        training=training_record(args.run, args.data),
+    )
+    (EMBEDDED / FILE_NAME).write_text(rater.model_dump_json(indent=2) + "\n")
+    size = sum(file.stat().st_size for file in EMBEDDED.parent.rglob("*") if file.is_file())
+    print(f"{EMBEDDED.parent}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
