@@ -3,8 +3,8 @@
     python scripts/embedded_data.py --clips CLIPS --out data/embedded
 
 CLIPS holds video files and an `index.csv` with columns `clip` and `split` (train / val / test). From each clip a few
-segments are cut (random window, random size). Each segment is damaged in known ways; what is stored of a damaged copy is
-what the rater will look at, its views, so that training reads pixels and decodes nothing.
+segments are cut (random window, random size). Each segment is damaged in known ways; what is stored of a damaged copy
+is what the rater will look at, its views, so that training reads pixels and decodes nothing.
 
 Labels run from 0 to 1 (mapped to the declared scale in training):
   - pictures: VMAF of the damaged copy against its source on the sampled frames (libvmaf inside imageio-ffmpeg);

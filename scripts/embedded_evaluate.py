@@ -45,7 +45,7 @@ def first_seconds(clip: Path, seconds: float) -> tuple[Pixels, Fraction]:
 
 def make_copies(clip: Path, seconds: float, out: Path) -> list[dict[str, Any]]:
     """Write all copies of one clip; those that are there are left alone."""
-    rows = [{"cause": "clean", "strength": 0.0, "name": f"{clip.stem}--clean.mp4"}]
+    rows: list[dict[str, Any]] = [{"cause": "clean", "strength": 0.0, "name": f"{clip.stem}--clean.mp4"}]
     rows += [{"cause": cause, "strength": strength, "name": f"{clip.stem}--{cause}-{strength:g}.mp4"}
              for cause in CAUSES for strength in (MILD, STRONG)]  # fmt: skip
     rows += [{"cause": harmless, "strength": 0.0, "name": f"{clip.stem}--{harmless}.{suffix}"}
@@ -57,7 +57,7 @@ def make_copies(clip: Path, seconds: float, out: Path) -> list[dict[str, Any]]:
             copy = frames
             if row["cause"] in CAUSES:
                 seed = zlib.crc32(str(row["name"]).encode())
-                copy = damage(frames, CAUSES[str(row["cause"])], float(row["strength"]), seed)  # type: ignore[arg-type]
+                copy = damage(frames, CAUSES[row["cause"]], row["strength"], seed)
             elif row["cause"] == "flip":
                 copy = np.ascontiguousarray(frames[:, :, ::-1])
             elif row["cause"] == "trim":

@@ -13,6 +13,7 @@ written every few minutes and a killed run goes on from it. Every 300 steps a li
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -134,7 +135,7 @@ class DenseTargets:
         self.cosine = torch.from_numpy(dct(np.eye(MERGED), axis=0, norm="ortho").astype(np.float32)).to(DEVICE)
         radius = np.hypot(*np.divmod(np.arange(MERGED * MERGED), MERGED))
         edges = [0.5, 2.5, 5, 8, 12, 17, 40]
-        bands = [(radius >= low) & (radius < high) for low, high in zip(edges, edges[1:], strict=False)]
+        bands = [(radius >= low) & (radius < high) for low, high in itertools.pairwise(edges)]
         self.bands = torch.tensor(np.array([band / band.sum() for band in bands]), dtype=torch.float32).T.to(DEVICE)
 
     def energies(self, pixels: Tensor) -> Tensor:
@@ -394,8 +395,8 @@ def train_adapter(phase: dict[str, Any], lora: dict[str, Any], out: Path, data: 
             ]
             with torch.no_grad(), AUTOCAST:
                 tokens = vision_tokens(model, [view[None].to(DEVICE) for view in views])
-            torch.save({"shapes": [list(view.shape) for view in views], "tokens": [t[0].bfloat16().cpu() for t in tokens]},
-                       file)  # fmt: skip
+            kept = [token[0].bfloat16().cpu() for token in tokens]
+            torch.save({"shapes": [list(view.shape) for view in views], "tokens": kept}, file)
         return dict(torch.load(file, weights_only=True))
 
     splits = {split: Copies(data, split) for split in ("train", "val")}

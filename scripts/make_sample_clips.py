@@ -3,7 +3,7 @@
     python scripts/make_sample_clips.py [--out lmm_qa/samples] [--sheet sheet.png]
 
 Needs the extra `degrade` (scikit-image carries the portrait). The same seed gives the same frames; the same versions of
-PyAV and x264 give the same files. Knows nothing of the package that the clips are for.
+PyAV and x264 give the same files.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter, gaussian_filter1d, map_coordinates
+
+from lmm_qa.degrade import MILD, STRONG, damage, encode
 
 Frames = NDArray[np.uint8]
 """(frames, height, width, 3), RGB."""
@@ -219,39 +220,6 @@ def draw_avatar(pose: Pose) -> NDArray[np.uint8]:
 # --- damage and files ------------------------------------------------------------------------------------------------
 
 
-def damage(frames: Frames, cause: str, strength: str) -> Frames:
-    """The frames after `cause` of `strength` (mild, strong); `compression` and `clean` are the encoder's business."""
-    strong = strength == "strong"
-    if cause == "blur":
-        sigma = 3.2 if strong else 1.3
-        return gaussian_filter(frames, (0, sigma, sigma, 0))
-    if cause == "noise":
-        grain = np.random.default_rng(SEED).normal(0, 28 if strong else 10, frames.shape)
-        return np.clip(frames + grain, 0, 255).astype(np.uint8)
-    if cause == "downscale":
-        small = SIDE // (5 if strong else 2)
-        shrunk = [Image.fromarray(frame).resize((small, small), Image.Resampling.BOX) for frame in frames]
-        return np.stack([np.asarray(frame.resize((SIDE, SIDE), Image.Resampling.BILINEAR)) for frame in shrunk])
-    if cause == "freeze":
-        start, length = len(frames) // 4, len(frames) * (6 if strong else 2) // 10
-        shown = np.arange(len(frames))
-        shown[start : start + length] = start
-        return frames[shown]
-    return frames
-
-
-def encode(frames: Frames, path: Path, crf: int) -> None:
-    """H.264 in MP4; one thread, so that the same frames give the same bytes on any machine."""
-    with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(FPS))
-        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
-        stream.thread_count = 1
-        stream.options = {"crf": str(crf), "preset": "slow"}
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-
-
 @dataclass(frozen=True)
 class Sample:
     source: str
@@ -263,6 +231,10 @@ class Sample:
     def clip(self) -> str:
         return "_".join(part for part in (self.source, self.damage, self.strength) if part) + ".mp4"
 
+
+DAMAGE = {"blur": "blur", "noise": "noise", "downscale": "rescale", "freeze": "stall"}
+"""Name in the samples: name in lmm_qa.degrade. Compression is the encoder's business, by its rate factor."""
+STRENGTH = {"mild": MILD, "strong": STRONG}
 
 SAMPLES = (
     Sample("astronaut", "clean", ""),
@@ -306,8 +278,12 @@ def main() -> None:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["clip", "source", "damage", "strength"])
         for sample in SAMPLES:
-            shown[sample.clip] = damage(originals[sample.source], sample.damage, sample.strength)
-            encode(shown[sample.clip], options.out / sample.clip, sample.crf)
+            frames = originals[sample.source]
+            if sample.damage in DAMAGE:
+                frames = damage(frames, DAMAGE[sample.damage], STRENGTH[sample.strength], SEED)
+            shown[sample.clip] = frames
+            h264 = {"crf": str(sample.crf), "preset": "slow", "threads": "1"}  # one thread: the same bytes everywhere
+            encode(frames, "libx264", h264, Fraction(FPS), str(options.out / sample.clip))
             table.writerow([sample.clip, sample.source, sample.damage, sample.strength])
             print(f"{sample.clip}: {(options.out / sample.clip).stat().st_size / 1000:.0f} kB")
     if options.sheet:
