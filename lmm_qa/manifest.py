@@ -39,7 +39,7 @@ class Clip:
     """One clip to rate."""
 
     path: Path
-    """Where it is (or should be: an entry of a list whose file is missing is a clip too)."""
+    """Where it is (or should be: a video that is missing, named outright or in a list, is a clip too)."""
     name: str
     """What rating rows call it: the path as given, or relative to the folder or list given; posix, unique in a run."""
     origin: str
@@ -60,7 +60,8 @@ def expand(inputs: Sequence[str | Path], root: Path | None = None) -> list[Clip]
 
     Args:
         inputs: files, folders (searched through, in natural order, hidden files left out), globs (`**` works) and
-            lists of clips (.csv, .tsv, .jsonl, .parquet with one of `CLIP_COLUMNS`; .txt with a path a line).
+            lists of clips (.csv, .tsv, .jsonl, .parquet with one of `CLIP_COLUMNS`; .txt with a path a line). A file
+            that is missing and has the suffix of a video is a clip, so that the run goes on and has a row for it.
         root: the folder that paths in lists are relative to; by default the folder of the list.
 
     Raises:
@@ -103,6 +104,8 @@ def _expand_input(given: str, root: Path | None) -> list[_Found]:
         return _expand_path(given, root, "argument")
     if glob.has_magic(given):
         return _expand_glob(given, root)
+    if Path(given).suffix.lower() in VIDEO_SUFFIXES:
+        return [_Found(Path(given), _names(Path(given)), "argument")]  # gets its error row; the others are rated
     raise ManifestError(f"{given!r} does not exist: give a file, a folder, a glob or a list of clips")
 
 

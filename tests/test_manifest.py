@@ -204,13 +204,21 @@ def test_the_lists_of_thqa_as_they_are(file: str, count: int, first: str) -> Non
     assert all(clip.name.endswith(".mp4") for clip in clips)
 
 
+def test_a_missing_video_that_is_named_outright_is_a_clip(here: Path) -> None:
+    touch("there.mp4")
+    assert expand(["gone.MP4", "there.mp4"]) == [
+        Clip(Path("gone.MP4"), "gone.MP4", "argument"),
+        Clip(Path("there.mp4"), "there.mp4", "argument"),
+    ]
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
 def test_inputs_that_stand_for_nothing(here: Path) -> None:
     touch("notes/readme.md")
     assert "no clips were given" in refusal()
-    assert "'gone.mp4' does not exist" in refusal("gone.mp4")
+    assert "'gone' does not exist" in refusal("gone")
     assert "'gone.csv' does not exist" in refusal("gone.csv")
     assert "'*.mp4' does not exist, and as a glob it matches no clip" in refusal("*.mp4")
     assert "folder 'notes' and the folders in it hold no video (.3gp " in refusal("notes")
