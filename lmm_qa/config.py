@@ -16,9 +16,9 @@ from lmm_qa.errors import ConfigError
 
 
 class Settings(BaseModel):
-    """A frozen set of options that refuses keys it does not know."""
+    """A frozen set of options that refuses keys it does not know, and numbers that are not finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
     def parse(cls, values: object, where: str) -> Self:
@@ -61,7 +61,7 @@ class Sampling(Settings):
     strategy: Literal["uniform", "fps", "pairs"] = "uniform"
     """`uniform`: `frames` frames, each in the middle of its equal share of the clip. `fps`: `fps` frames a second,
     at most `frames`. `pairs`: `frames // 2` moments spread uniformly, each as two frames `gap` seconds apart, so
-    that one temporal patch of a Qwen-style vision tower (two frames) sees motion, and its absence when a clip stalls."""
+    that one temporal patch of a Qwen-style vision tower (two frames) sees motion, and that there is none in a stall."""
     frames: int = Field(8, ge=1, le=768)
     """Number of frames (the largest number for `fps`)."""
     fps: float = Field(2.0, gt=0)

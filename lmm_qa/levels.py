@@ -53,7 +53,7 @@ class LevelReading:
     level: int
     """Index of the likeliest level."""
     mass: float
-    """Share of the whole vocabulary's probability that the level words hold, 0 to 1. Low: the prompt is not understood."""
+    """Share of the whole vocabulary's probability that the level words hold. Low: the prompt is not understood."""
 
 
 def read_levels(logits: Floats, log_normalizer: float, scale: Scale) -> LevelReading:
@@ -70,7 +70,7 @@ def read_levels(logits: Floats, log_normalizer: float, scale: Scale) -> LevelRea
     total = weights.sum()
     probabilities = weights / total
     anchors = scale.anchors(len(logits))
-    score = float(probabilities @ anchors)
+    score = min(max(float(probabilities @ anchors), scale.low), scale.high)  # float32 rounding reaches beyond the ends
     return LevelReading(
         probabilities=tuple(float(p) for p in probabilities),
         score=score,

@@ -18,7 +18,7 @@ from lmm_qa.errors import ConfigError
 from lmm_qa.levels import LEVELS
 
 SLOTS = ("seconds", "fps", "frames", "width", "height")
-"""What a question may mention of the clip: duration in seconds, frame rate, frames looked at, picture size in pixels."""
+"""What a question may mention of the clip: seconds it lasts, frame rate, frames looked at, picture size in pixels."""
 
 DEFAULT_PROMPT = "talking_head"
 
@@ -43,15 +43,21 @@ class Prompt(Settings):
             if not getattr(self, name).strip():
                 raise ValueError(f"{name} is empty")
         if self.stem != self.stem.strip():
-            raise ValueError(f"stem begins or ends with white space: {self.stem!r}; the level word brings its own space")
+            raise ValueError(f"stem has white space around it: {self.stem!r}; the level word brings its own")
         if len(self.levels) < 2 or len(set(self.levels)) != len(self.levels):
             raise ValueError(f"levels are at least two different words, worst first; received {list(self.levels)}")
+        if not all(level and level == level.strip() for level in self.levels):
+            raise ValueError(f"a level is a word without white space around it; received {list(self.levels)}")
         try:
             names = [name for _, name, _, _ in string.Formatter().parse(self.question) if name is not None]
         except ValueError as error:
             raise ValueError(f"question is not a valid template: {error}; write {{{{ and }}}} for braces") from None
         if unknown := sorted(set(names) - set(SLOTS)):
             raise ValueError(f"question has unknown slots {unknown}; known: {', '.join(SLOTS)}")
+        try:
+            self.question.format(**dict.fromkeys(SLOTS, 1.0))
+        except (LookupError, ValueError) as error:
+            raise ValueError(f"question cannot be filled in: {error}; slots are numbers: {{seconds:.1f}}") from None
         return self
 
     @property

@@ -1,0 +1,117 @@
+"""python -m pytest tests/test_config.py"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from lmm_qa.config import Sampling, View
+from lmm_qa.errors import ConfigError
+
+
+def test_sampling_from_text() -> None:
+    assert Sampling.from_text("uniform:8") == Sampling()
+    assert Sampling.from_text("pairs:12") == Sampling(strategy="pairs", frames=12)
+    assert Sampling.from_text("fps:2") == Sampling(strategy="fps", fps=2, frames=32)
+    assert Sampling.from_text("fps:0.5:64") == Sampling(strategy="fps", fps=0.5, frames=64)
+
+
+def test_view_from_text() -> None:
+    assert View.from_text("whole:448") == View()
+    assert View.from_text("crop:336") == View(kind="crop", size=336)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("uniform", "'uniform' is not of the form uniform:8, pairs:12 or fps:2"),
+        ("uniform:8:9", "'uniform:8:9' is not of the form"),
+        ("", "'' is not of the form"),
+        ("random:8", "strategy: Input should be 'uniform', 'fps' or 'pairs' (received 'random')"),
+        ("uniform:0", "frames: Input should be greater than or equal to 1 (received '0')"),
+        ("uniform:many", "(received 'many')"),
+        ("uniform:769", "frames: Input should be less than or equal to 768 (received '769')"),
+        ("fps:0", "fps: Input should be greater than 0 (received '0')"),
+        ("fps:inf", "fps: Input should be a finite number (received 'inf')"),
+        ("fps:nan", "fps: Input should be a finite number (received 'nan')"),
+        ("pairs:7", "strategy 'pairs' takes an even number of frames, received 7"),
+    ],
+)
+def test_bad_sampling_is_refused_with_what_was_received(text: str, complaint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Sampling.from_text(text)
+    assert complaint in str(caught.value)
+    assert f"sampling {text!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("whole", "is not of the form whole:448 or crop:336"),
+        ("part:448", "is not of the form"),
+        ("whole:-448", "is not of the form"),
+        ("whole:10", "max_pixels: Input should be greater than or equal to 784 (received 100)"),
+        ("crop:10", "size: Input should be greater than or equal to 28 (received 10)"),
+    ],
+)
+def test_bad_views_are_refused_with_what_was_received(text: str, complaint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        View.from_text(text)
+    assert complaint in str(caught.value)
+    assert f"view {text!r}" in str(caught.value)
+
+
+def test_a_window_is_centred_inside_the_picture() -> None:
+    with pytest.raises(ConfigError, match=r"center is a pair of fractions between 0 and 1, received \(0\.5, 1\.5\)"):
+        View.parse({"kind": "crop", "center": [0.5, 1.5]}, "here")
+
+
+def test_every_unknown_key_is_named_with_those_that_are_known() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Sampling.parse({"frame": 8, "strategi": "fps"}, "run.yaml")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "run.yaml cannot be used:"
+    assert "  frame: Extra inputs are not permitted (received 8)" in lines
+    assert "  strategi: Extra inputs are not permitted (received 'fps')" in lines
+    assert lines[-1] == "  known keys: strategy, frames, fps, gap"
+
+
+def test_something_else_than_keys_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"\(top level\): .* \(received 'uniform:8'\)"):
+        Sampling.parse("uniform:8", "here")
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Sampling().frames = 9  # type: ignore[misc]
+
+
+def test_files_are_yaml_or_json(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("strategy: pairs\nframes: 4\n")
+    (tmp_path / "a.json").write_text('{"strategy": "pairs", "frames": 4}')
+    assert Sampling.read(tmp_path / "a.yaml") == Sampling.read(tmp_path / "a.json")
+    assert Sampling.read(tmp_path / "a.json") == Sampling(strategy="pairs", frames=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("a.yaml", b"frames: [8", "is not valid YAML"),
+        ("a.json", b"{", "is not valid JSON"),
+        ("a.yaml", b"\xff\xfe\x00", "is not valid YAML"),
+        ("a.yaml", b"frames: eight", "frames: Input should be a valid integer"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, content: bytes, complaint: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        Sampling.read(tmp_path / name)
+    assert complaint in str(caught.value)
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read .*gone\.yaml: No such file"):
+        Sampling.read(tmp_path / "gone.yaml")
