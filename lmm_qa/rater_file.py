@@ -14,13 +14,21 @@ from typing import Any, Self
 from pydantic import Field, field_validator
 
 from lmm_qa.config import Sampling, Settings, View
-from lmm_qa.errors import ModelError
+from lmm_qa.errors import ModelError, UsageError
 from lmm_qa.levels import Scale
 from lmm_qa.prompting import DEFAULT_PROMPT, Prompt, load_prompt
 
 FILE_NAME = "rater.json"
 EMBEDDED = Path(__file__).parent / "embedded" / "adapter"
 """The rater that ships with the package."""
+
+PIECE = 1 << 16
+READING_FILES = (
+    *("config.json", "adapter_config.json", "chat_template.jinja", "chat_template.json"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
+)
+"""Files beside the weights that change what a model says of the same clip."""
 
 
 class RaterFile(Settings):
@@ -91,7 +99,8 @@ def resolve_model(model: str | Path | None = None, revision: str | None = None) 
         revision: of an id on the hub.
 
     Raises:
-        ModelError: it is a path and nothing usable lies there.
+        UsageError: it is a path and no directory lies there.
+        ModelError: the directory holds no model.
         ConfigError: its rater.json cannot be used.
     """
     if model is None:
@@ -100,7 +109,7 @@ def resolve_model(model: str | Path | None = None, revision: str | None = None) 
     if path.is_dir():
         return _from_directory(path, str(model))
     if path.exists() or _looks_like_a_path(str(model)):
-        raise ModelError(
+        raise UsageError(
             f"there is no model directory at {str(model)!r}: give a directory that holds rater.json, "
             "adapter_config.json or config.json, or an id on the hub such as Qwen/Qwen2-VL-7B-Instruct"
         )
@@ -111,8 +120,10 @@ def resolve_model(model: str | Path | None = None, revision: str | None = None) 
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """Hash of a directory's weight files: names, sizes, first and last MiB of each. Fast on 15 GB, and any training
-    changes the last MiB.
+    """Hash of a directory's weight files, and of the small files by which a model reads text and pixels.
+
+    Of a weight file larger than 16 MiB, 256 pieces spread evenly over it: fast on 15 GB, and training changes most
+    tensors, but neither the first (embeddings) nor the last ones (a frozen vision tower), which lie at the ends.
 
     Raises:
         ModelError: it holds no safetensors file.
@@ -125,9 +136,12 @@ def weights_fingerprint(folder: Path) -> str:
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
         with file.open("rb") as stream:
-            digest.update(stream.read(1 << 20))
-            stream.seek(max(0, size - (1 << 20)))
-            digest.update(stream.read())
+            for start in range(0, size, max(PIECE, size // 256)):
+                stream.seek(start)
+                digest.update(stream.read(PIECE))
+    for file in sorted(folder / name for name in READING_FILES):
+        if file.is_file():
+            digest.update(f"{file.name} ".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -150,9 +164,9 @@ def _from_directory(folder: Path, name: str) -> ModelSource:
             f"{folder} has no {FILE_NAME}: default prompt, scale [1, 5], 8 uniform frames, whole view up to 448 x 448"
         )
     else:
-        found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
+        found = ", ".join(sorted(file.name for file in folder.glob("*"))[:8]) or "nothing"
         raise ModelError(
-            f"{folder} is no model: it holds neither {FILE_NAME} nor adapter_config.json nor config.json (found: {found})"
+            f"{folder} is no model: it holds no {FILE_NAME}, adapter_config.json or config.json (found: {found})"
         )
     backbone, revision = settings.backbone, settings.revision
     if backbone is None and adapter:
