@@ -29,6 +29,9 @@ Pixels = NDArray[np.uint8]
 UNQUANTIZED = ["visual", "vision_tower", "multi_modal_projector", "lm_head"]
 """Modules that stay in full precision: small beside the language model, and the pixels go through them."""
 
+NO_SPACE_AFTER = frozenset("\"'`\u2018“„«([{<-\u2013\u2014/_*#")
+"""Characters that are written without a space before the next word."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -96,13 +99,17 @@ def choose_dtype(device: str, dtype: Dtype | None = None) -> Choice:
     return Choice("float32", f"exact, and what {device} does reliably")
 
 
-def choose_attention(device: str) -> Choice:
+def choose_attention(device: str, dtype: str) -> Choice:
     """flash-attn where it can run, else PyTorch's scaled dot product attention; never `eager`."""
     from transformers.utils.import_utils import is_flash_attn_2_available
 
-    if device.startswith("cuda") and is_flash_attn_2_available():
-        return Choice("flash_attention_2", "flash-attn is installed")
-    return Choice("sdpa", "flash-attn is not installed" if device.startswith("cuda") else f"on {device}")
+    if not device.startswith("cuda"):
+        return Choice("sdpa", f"on {device}")
+    if not is_flash_attn_2_available():
+        return Choice("sdpa", "flash-attn is not installed")
+    if dtype == "float32":
+        return Choice("sdpa", "flash-attn does not calculate in float32")
+    return Choice("flash_attention_2", "flash-attn is installed")
 
 
 class Backbone:
@@ -140,9 +147,10 @@ class Backbone:
         """
         where = choose_device(device)
         precision = choose_dtype(where.value, dtype)
-        attention = choose_attention(where.value)
+        attention = choose_attention(where.value, precision.value)
         numbers = getattr(torch, precision.value)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        processor = load_processor(model, **options)  # before the weights, which take their time
         if quantization:
             options["quantization_config"] = _bitsandbytes(quantization, numbers)
         try:
@@ -166,7 +174,6 @@ class Backbone:
         choices = {"device": where, "dtype": precision, "attention": attention}
         if quantization:
             choices["quantization"] = Choice(quantization, "as asked")
-        processor = load_processor(model, revision=revision, trust_remote_code=trust_remote_code)
         return cls(loaded, processor, choices)
 
     @property
@@ -184,6 +191,9 @@ class Backbone:
 
         Returns:
             One `LevelLogits` a clip, in order. They do not depend on what else is in the batch.
+
+        Raises:
+            ModelError: they are not finite, as happens in float16 with models that were not made for it.
         """
         tokens = torch.tensor(self.level_tokens(prompt, len(clips[0].views)), device=self.device)
         last: list[torch.Tensor] = []
@@ -193,6 +203,11 @@ class Backbone:
             last.extend(logits[:, -1].float())
         logits = torch.stack(last)
         normalizers = torch.logsumexp(logits, dim=-1)
+        if not (torch.isfinite(normalizers).all() and torch.isfinite(logits[:, tokens]).all()):
+            raise ModelError(
+                f"in {self.choices['dtype'].value}, the model gives numbers that are not finite: try --dtype float32, "
+                "or look at its weights"
+            )
         return [
             LevelLogits(row, normalizer)
             for row, normalizer in zip(logits[:, tokens].cpu().numpy(), normalizers.tolist(), strict=True)
@@ -242,6 +257,8 @@ def prompt_text(processor: Any, prompt: Prompt, videos: int, slots: dict[str, fl
 def level_tokens(processor: Any, prompt: Prompt, videos: int) -> tuple[int, ...]:
     """Token ids of the level words as they come after the stem, worst first.
 
+    A space comes between, save after an opening quote, a hyphen and their like: a model goes on there without one.
+
     Raises:
         LevelTokenError: a word is not exactly one token there, or two words share one. Shows the pieces.
     """
@@ -252,9 +269,10 @@ def level_tokens(processor: Any, prompt: Prompt, videos: int) -> tuple[int, ...]
 @functools.lru_cache(maxsize=64)
 def _level_tokens(tokenizer: Any, before: str, stem: str, words: tuple[str, ...]) -> tuple[int, ...]:
     context = tokenizer(before, add_special_tokens=False)["input_ids"]
+    space = "" if stem[-1] in NO_SPACE_AFTER else " "
     found: dict[str, int] = {}
     for word in words:
-        whole = tokenizer(f"{before} {word}", add_special_tokens=False)["input_ids"]
+        whole = tokenizer(f"{before}{space}{word}", add_special_tokens=False)["input_ids"]
         if whole[: len(context)] != context:
             pieces = tokenizer.convert_ids_to_tokens(whole[-8:])
             raise LevelTokenError(
@@ -315,7 +333,13 @@ class Memory:
 
 
 def estimate_memory(
-    model: str, tokens: int, dtype: str, quantization: Quantization | None, revision: str | None = None
+    model: str,
+    tokens: int,
+    dtype: str,
+    quantization: Quantization | None,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Memory:
     """Estimate memory from the configuration alone: no weights are read.
 
@@ -329,10 +353,10 @@ def estimate_memory(
         ModelError: the configuration cannot be loaded.
     """
     try:
-        config = AutoConfig.from_pretrained(model, revision=revision)
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             build: Any = AutoModelForImageTextToText.from_config
-            empty = build(config)
+            empty = build(config, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ModelError(f"cannot read the configuration of {model!r}: {_first_line(error)}") from error
     number = getattr(torch, dtype).itemsize
@@ -361,13 +385,14 @@ def _metadata(clip: ClipInput, view: Pixels) -> VideoMetadata:
 
 def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> Any:
     config: Any = BitsAndBytesConfig
+    kept = [rf"(?:.*\.)?{name}" for name in UNQUANTIZED]  # transformers matches from the start of a module's full name
     if quantization == "8bit":
-        return config(load_in_8bit=True, llm_int8_skip_modules=UNQUANTIZED)
+        return config(load_in_8bit=True, llm_int8_skip_modules=kept)
     return config(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=UNQUANTIZED,
+        llm_int8_skip_modules=kept,
     )
 
 

@@ -191,6 +191,7 @@ def env() -> None:
     from lmm_qa.backbone import choose_attention, choose_device, choose_dtype
 
     device = choose_device()
+    dtype = choose_dtype(device.value)
     print(f"lmm-qa        {version('lmm-qa')}")
     print(f"python        {platform.python_version()} on {platform.platform()}")
     for package in ("torch", "torchvision", "transformers", "peft", "accelerate", "bitsandbytes", "av", "decord"):
@@ -199,8 +200,8 @@ def env() -> None:
         except PackageNotFoundError:
             print(f"{package:<13} not installed")
     print(f"device        {device}")
-    print(f"dtype         {choose_dtype(device.value)}")
-    print(f"attention     {choose_attention(device.value)}")
+    print(f"dtype         {dtype}")
+    print(f"attention     {choose_attention(device.value, dtype.value)}")
     print(f"cores         {os.cpu_count()}")
 
 
@@ -214,9 +215,10 @@ def main() -> None:
     except LmmQaError as error:
         _say(f"error: {error}")
         sys.exit(FAILED)
-    except KeyboardInterrupt:
-        _say("interrupted; with -o, the same command goes on from here")
-        sys.exit(INTERRUPTED)
+    except SystemExit as done:
+        if done.code == INTERRUPTED:  # what typer makes of Ctrl-C
+            _say("interrupted; with -o, the same command goes on from here")
+        raise
     except BrokenPipeError:
         # The reader of our output has gone: nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -286,7 +288,7 @@ def _describe(rater: Rater) -> None:
 
 
 def _progress(results: Iterable[Rating | Failure], total: int) -> Iterator[Rating | Failure]:
-    """Pass results on; show how many, how fast and how long still: a bar on a terminal, a line now and then elsewhere."""
+    """Pass results on; show how many, how fast, how long still: a bar on a terminal, a line now and then elsewhere."""
     console = _console()
     began = last = time.monotonic()
     if console.is_terminal:
@@ -324,7 +326,8 @@ def _print_plan(plan: RaterPlan, clips: Sequence[Clip], workers: int) -> None:
     from lmm_qa.backbone import count_tokens, estimate_memory, load_processor, patch_factor
     from lmm_qa.video import ClipInfo, probe, sample_indices, view_size
 
-    processor = load_processor(plan.source.backbone, revision=plan.source.revision)
+    remote: dict[str, Any] = {"revision": plan.source.revision, "trust_remote_code": plan.trust_remote_code}
+    processor = load_processor(plan.source.backbone, **remote)
     factor = patch_factor(processor) or 1
     settings = plan.settings
 
@@ -354,13 +357,12 @@ def _print_plan(plan: RaterPlan, clips: Sequence[Clip], workers: int) -> None:
                 clip.name, f"{info.width}x{info.height}", f"{info.duration:.1f}", f"{frames}", views, f"{tokens}"
             )
     _console(stderr=False).print(table)
-    memory = estimate_memory(plan.source.backbone, most, plan.dtype_chosen, plan.quantization, plan.source.revision)
+    memory = estimate_memory(plan.source.backbone, most, plan.dtype_chosen, plan.quantization, **remote)
     _say(
         f"{len(clips) - failed} clips would be rated"
         + (f", {failed} could not" if failed else "")
-        + f"; at most {most} "
-        f"tokens a clip; {memory.parameters / 1e6:,.0f} M parameters; memory: about {memory.weights / 2**30:.2f} GiB of "
-        f"weights and {memory.clip / 2**30:.3f} GiB for each clip of a batch"
+        + f"; at most {most} tokens a clip; {memory.parameters / 1e6:,.0f} M parameters; memory: about "
+        f"{memory.weights / 2**30:.2f} GiB of weights and {memory.clip / 2**30:.3f} GiB for each clip of a batch"
     )
 
 

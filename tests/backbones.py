@@ -17,7 +17,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 SHARED = Path(os.environ.get("LMM_QA_SHARED", Path(__file__).parents[2] / "shared"))
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision")
 
-TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+LOUDER = 4
+"""Weights as they are first drawn hardly react to what they see; these do, so that a test notices a wrong input."""
+
+TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2}  # fmt: skip
 
 
@@ -38,7 +41,24 @@ def build(family: str, out: Path) -> Path:
     }
     config = builders[family](out)
     torch.manual_seed(0)
-    AutoModelForImageTextToText.from_config(config).save_pretrained(out)
+    model = AutoModelForImageTextToText.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter *= LOUDER
+    model.save_pretrained(out)
+    return out
+
+
+def add_adapter(model: Path, out: Path, **options: Any) -> Path:
+    """A LoRA adapter directory with random weights for a model directory, as PEFT writes it."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    base = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
+    targets = r".*language_model.*\.(q_proj|v_proj|up_proj)"
+    config = LoraConfig(**{"r": 4, "lora_alpha": 64, "target_modules": targets, "init_lora_weights": False} | options)
+    get_peft_model(base, config).save_pretrained(out)
     return out
 
 
@@ -60,7 +80,7 @@ def _qwen2_5_vl(out: Path) -> Any:
 
 
 def _qwen2_vl(out: Path) -> Any:
-    """Qwen2-VL has the tokenizer, template and image sizes of Qwen2.5-VL; its own configuration differs in the tower."""
+    """Qwen2-VL has the tokenizer, template and picture sizes of Qwen2.5-VL; its configuration differs in the tower."""
     source = _qwen2_5_files(out)
     processor = json.loads((out / "preprocessor_config.json").read_text())
     (out / "preprocessor_config.json").write_text(json.dumps(processor | {"processor_class": "Qwen2VLProcessor"}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,18 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no folder {folder}: set LMM_QA_SHARED to the folder of shared data")
     return folder
+
+
+@pytest.fixture(scope="session")
+def family_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a small model of a family (see backbones.py), made once a test run."""
+    made: dict[str, Path] = {}
+
+    def directory(family: str) -> Path:
+        from backbones import build
+
+        if family not in made:
+            made[family] = build(family, tmp_path_factory.mktemp("backbones") / family)
+        return made[family]
+
+    return directory

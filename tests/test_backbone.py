@@ -1,0 +1,346 @@
+"""python -m pytest tests/test_backbone.py
+
+Small models with random weights behind the published tokenizers and processors: see backbones.py.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import numpy as np
+import pytest
+import scipy.special
+import torch
+from backbones import FAMILIES, published
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers.video_utils import VideoMetadata
+
+from lmm_qa.backbone import (
+    Backbone,
+    ClipInput,
+    choose_attention,
+    choose_device,
+    choose_dtype,
+    count_tokens,
+    estimate_memory,
+    level_tokens,
+    load_processor,
+    patch_factor,
+    prepare_inputs,
+)
+from lmm_qa.errors import LevelTokenError, ModelError
+from lmm_qa.prompting import Prompt, load_prompt
+
+QWEN = tuple(family for family in FAMILIES if family.startswith("qwen"))
+PROMPT = load_prompt("talking_head")
+SLOTS = Prompt(question="{frames:.0f} frames of {seconds:.2f} s:", stem="The quality is", system="You are strict.")
+FPS = 25
+"""Frame rate of the clips here."""
+
+
+@pytest.fixture(scope="session")
+def load(family_dir: Callable[[str], Path]) -> Callable[[str], Backbone]:
+    loaded: dict[str, Backbone] = {}
+
+    def get(family: str) -> Backbone:
+        if family not in loaded:
+            loaded[family] = Backbone.load(str(family_dir(family)), device="cpu", dtype="float32")
+        return loaded[family]
+
+    return get
+
+
+@pytest.fixture(params=FAMILIES)
+def backbone(request: pytest.FixtureRequest, load: Callable[[str], Backbone]) -> Backbone:
+    return load(request.param)
+
+
+def clip(backbone: Backbone, *sizes: tuple[int, int], frames: int = 4, step: int = 7, seed: int = 0) -> ClipInput:
+    """Coloured noise; `sizes` are height and width of each view in tokens; every `step`-th frame is looked at."""
+    factor = patch_factor(backbone.processor) or 28
+    rng = np.random.default_rng(seed)
+    views = tuple(
+        rng.integers(0, 256, (frames, height * factor, width * factor, 3), dtype=np.uint8) // (1 + seed)
+        for height, width in sizes
+    )
+    seconds = tuple(step * number / FPS for number in range(frames))
+    duration = step * frames / FPS
+    return ClipInput(views, seconds, duration, {"seconds": duration, "frames": float(frames)})
+
+
+def through_the_chat_template(processor: Any, clip: ClipInput, prompt: Prompt) -> Any:
+    """The model's inputs as transformers makes them from one conversation that has the frames in it."""
+    messages = prompt.messages(len(clip.views), **clip.slots)
+    parts = (part for part in messages[-1]["content"] if part["type"] == "video")
+    for part, view in zip(parts, clip.views, strict=True):
+        part["video"] = view
+    messages.append({"role": "assistant", "content": [{"type": "text", "text": prompt.stem}]})
+    metadata = VideoMetadata(
+        total_num_frames=round(clip.duration * FPS),
+        fps=FPS,
+        duration=clip.duration,
+        frames_indices=[round(second * FPS) for second in clip.seconds],
+    )
+    options: dict[str, Any] = {"do_sample_frames": False, "video_metadata": [metadata] * len(clip.views)}
+    if patch_factor(processor):
+        options |= {"do_resize": False, "cap_pixels_per_frame": False} if has_cap(processor) else {"do_resize": False}
+    return processor.apply_chat_template(
+        messages,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        continue_final_message=True,
+        processor_kwargs=options,
+    )
+
+
+def has_cap(processor: Any) -> bool:
+    return hasattr(processor.video_processor, "cap_pixels_per_frame")
+
+
+def assert_same_reading(one: Any, other: Any, tolerance: float = 1e-4) -> None:
+    assert one.logits == pytest.approx(other.logits, abs=tolerance)
+    assert one.log_normalizer == pytest.approx(other.log_normalizer, abs=tolerance)
+
+
+# --- inputs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, SLOTS], ids=["talking_head", "with slots and system"])
+@pytest.mark.parametrize("frames", [1, 4, 5])
+def test_inputs_are_those_of_the_chat_template(backbone: Backbone, frames: int, prompt: Prompt) -> None:
+    for one in (clip(backbone, (2, 3), frames=frames), clip(backbone, (2, 3), (4, 2), frames=frames)):
+        ours = prepare_inputs(backbone.processor, [one], prompt)
+        theirs = through_the_chat_template(backbone.processor, one, prompt)
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert torch.as_tensor(ours[key]).shape == torch.as_tensor(value).shape, key
+            assert torch.allclose(torch.as_tensor(ours[key]), torch.as_tensor(value), rtol=1e-6, atol=0), key
+        text = backbone.processor.tokenizer.decode(ours["input_ids"][0])
+        assert text.endswith(f"assistant\n{prompt.stem}")
+
+
+def test_the_patches_are_the_pixels(load: Callable[[str], Backbone]) -> None:
+    """Neither resized nor sampled: what was put in can be taken out again."""
+    backbone = load("qwen2_vl")
+    one = clip(backbone, (2, 3))
+    inputs = prepare_inputs(backbone.processor, [one], PROMPT)
+    video = backbone.processor.video_processor
+    assert inputs["video_grid_thw"].tolist() == [[2, 4, 6]]
+    patches = inputs["pixel_values_videos"].reshape(2, 2, 3, 2, 2, 3, 2, 14, 14)  # T, y, x, y, x in a token, C, t, H, W
+    pixels = patches.permute(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(4, 56, 84, 3).numpy()
+    restored = (pixels * np.array(video.image_std) + np.array(video.image_mean)) * 255
+    assert np.rint(restored).astype(int).tolist() == one.views[0].tolist()
+
+
+def test_time_reaches_the_families_that_know_it(load: Callable[[str], Backbone]) -> None:
+    processor = load("qwen2_5_vl").processor
+    one = clip(load("qwen2_5_vl"), (2, 2), frames=4, step=10)
+    inputs = prepare_inputs(processor, [one], PROMPT)
+    assert [float(seconds) for seconds in inputs["second_per_grid_ts"]] == pytest.approx([2 * 10 / FPS])
+    processor = load("qwen3_vl").processor
+    inputs = prepare_inputs(processor, [clip(load("qwen3_vl"), (2, 2), frames=5, step=25)], PROMPT)
+    text = processor.tokenizer.decode(inputs["input_ids"][0])
+    assert [text.count(f"<{time} seconds>") for time in ("0.5", "2.5", "4.0")] == [1, 1, 1]
+
+
+def test_tokens_are_counted_without_a_clip(backbone: Backbone) -> None:
+    one = clip(backbone, (2, 3), (4, 2))
+    sizes = [view.shape[1:3] for view in one.views]
+    counted = count_tokens(backbone.processor, 4, sizes, PROMPT)
+    assert counted == prepare_inputs(backbone.processor, [one], PROMPT)["input_ids"].shape[1]
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_reading_is_the_last_position_of_a_plain_forward_pass(
+    backbone: Backbone, family_dir: Callable[[str], Path], request: pytest.FixtureRequest
+) -> None:
+    family = request.node.callspec.params["backbone"]
+    one = clip(backbone, (2, 3), (4, 2), frames=5)
+    (reading,) = backbone.read([one], PROMPT)
+    plain = AutoModelForImageTextToText.from_pretrained(family_dir(family), dtype=torch.float32).eval()
+    with torch.no_grad():
+        logits = plain(**through_the_chat_template(backbone.processor, one, PROMPT)).logits[0, -1].double().numpy()
+    words = [backbone.processor.tokenizer.encode(f" {word}", add_special_tokens=False) for word in PROMPT.levels]
+    assert reading.logits == pytest.approx(logits[[word for (word,) in words]], abs=1e-4)
+    assert reading.log_normalizer == pytest.approx(scipy.special.logsumexp(logits), abs=1e-4)
+
+
+def test_a_reading_does_not_depend_on_the_batch(backbone: Backbone) -> None:
+    """Views of different sizes, so of different lengths: all but the longest are padded."""
+    sizes = [((2, 2), (2, 2)), ((3, 4), (2, 3)), ((6, 5), (4, 4))]
+    clips = [clip(backbone, *views, seed=seed) for seed, views in enumerate(sizes)]
+    lengths = prepare_inputs(backbone.processor, clips, PROMPT)["attention_mask"].sum(dim=1).tolist()
+    assert patch_factor(backbone.processor) is None or len(set(lengths)) == 3
+    alone = [backbone.read([one], PROMPT)[0] for one in clips]
+    assert np.ptp([reading.logits for reading in alone], axis=0).max() > 0.05, "the clips look alike to the model"
+    for order in ([0, 1, 2], [2, 0, 1], [1, 1]):
+        together = backbone.read([clips[i] for i in order], PROMPT)
+        for i, reading in zip(order, together, strict=True):
+            assert_same_reading(reading, alone[i])
+
+
+def test_clips_of_different_lengths_go_together(backbone: Backbone) -> None:
+    clips = [clip(backbone, (2, 3), frames=frames, seed=frames) for frames in (4, 1, 7)]
+    for one, reading in zip(clips, backbone.read(clips, PROMPT), strict=True):
+        assert_same_reading(reading, backbone.read([one], PROMPT)[0])
+
+
+def test_every_view_counts(backbone: Backbone) -> None:
+    both = clip(backbone, (2, 3), (4, 2))
+    other = ClipInput((both.views[0], both.views[1][:, ::-1].copy()), both.seconds, both.duration, both.slots)
+    first = ClipInput(both.views[:1], both.seconds, both.duration, both.slots)
+    readings = [backbone.read([one], PROMPT)[0].logits for one in (both, other, first)]
+    assert np.abs(readings[0] - readings[1]).max() > 1e-3
+    assert np.abs(readings[0] - readings[2]).max() > 1e-3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_reads_much_the_same(family: str, load: Callable[[str], Backbone], family_dir: Any) -> None:
+    exact = load(family)
+    half = Backbone.load(str(family_dir(family)), device="cpu", dtype="bfloat16")
+    assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
+    one = clip(exact, (2, 3))
+    (expected,), (reading,) = exact.read([one], PROMPT), half.read([one], PROMPT)
+    assert reading.logits.dtype == np.float32
+    assert reading.logits == pytest.approx(expected.logits, abs=0.1 * float(np.abs(expected.logits).max()))
+
+
+def test_attention_is_never_the_slow_one(backbone: Backbone) -> None:
+    used = {
+        part.config._attn_implementation
+        for part in backbone.model.modules()
+        if getattr(part, "config", None) is not None
+    }
+    assert used == {"sdpa"}
+    assert backbone.choices["attention"].value == "sdpa"
+
+
+def test_numbers_that_are_not_finite_are_an_error(family_dir: Callable[[str], Path]) -> None:
+    backbone = Backbone.load(str(family_dir("qwen2_vl")), device="cpu", dtype="float32")
+    with torch.no_grad():
+        backbone.model.lm_head.weight[0] = torch.nan
+    with pytest.raises(ModelError, match="in float32, the model gives numbers that are not finite"):
+        backbone.read([clip(backbone, (2, 2))], PROMPT)
+
+
+# --- level tokens ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["talking_head", "qalign"])
+@pytest.mark.parametrize("family", QWEN)
+def test_the_levels_are_single_tokens_in_context(family: str, name: str, load: Callable[[str], Backbone]) -> None:
+    processor = load(family).processor
+    for videos in (1, 2):
+        tokens = level_tokens(processor, load_prompt(name), videos)
+        assert [processor.tokenizer.decode([token]) for token in tokens] == [" bad", " poor", " fair", " good",
+                                                                             " excellent"]  # fmt: skip
+        assert len(set(tokens)) == 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaints"),
+    [
+        ({"stem": 'The quality is "'}, ("'poor' is 2 tokens after the stem 'The quality is \"'", "['po', 'or']")),
+        ({"stem": "The quality is (("}, ("after the stem 'The quality is (('", "'poor'")),
+        ({"stem": "This is video-"}, ("the stem 'This is video-'",)),
+        ({"levels": ("bad", "mediocre-ish")}, ("'mediocre-ish' is 2 tokens", "['Ġmediocre', '-ish']")),
+        ({"levels": ("bad", "splendiferous")}, ("'splendiferous' is 4 tokens", "['Ġspl', 'endif', 'er', 'ous']")),
+        ({"levels": ("caf\u00e9", "cafe\u0301")}, ("two levels are the same token",)),
+    ],
+)
+@pytest.mark.parametrize("family", QWEN)
+def test_levels_that_are_not_single_tokens_are_refused(
+    family: str, changes: dict[str, Any], complaints: tuple[str, ...], load: Callable[[str], Backbone]
+) -> None:
+    with pytest.raises(LevelTokenError) as caught:
+        level_tokens(load(family).processor, Prompt(**PROMPT.model_dump() | changes), 1)
+    for complaint in complaints:
+        assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize("stem", ["The quality is:", "Quality (of 5), all in all,", "质量"])
+def test_a_stem_may_end_in_punctuation_that_a_space_follows(stem: str, load: Callable[[str], Backbone]) -> None:
+    backbone = load("qwen2_vl")
+    prompt = Prompt(question="?", stem=stem)
+    assert level_tokens(backbone.processor, prompt, 1) == level_tokens(backbone.processor, PROMPT, 1)
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantized_models_read_much_the_same(
+    family: str, quantization: Any, load: Callable[[str], Backbone], family_dir: Callable[[str], Path]
+) -> None:
+    exact = load(family)
+    small = Backbone.load(str(family_dir(family)), device="cpu", dtype="float32", quantization=quantization)
+    kind = {"4bit": bitsandbytes.nn.Linear4bit, "8bit": bitsandbytes.nn.Linear8bitLt}[quantization]
+    linear = {name: type(part) for name, part in small.model.named_modules() if isinstance(part, torch.nn.Linear)}
+    quantized = {name for name, part in linear.items() if issubclass(part, kind)}
+    assert quantized == {name for name in linear if "language_model" in name}
+    assert {linear[name] for name in linear.keys() - quantized} == {torch.nn.Linear}
+    assert any("vis" in name for name in linear.keys() - quantized)
+    one = clip(exact, (2, 3))
+    (expected,), (reading,) = exact.read([one], PROMPT), small.read([one], PROMPT)
+    spread = float(np.abs(expected.logits).max())
+    assert np.isfinite(reading.logits).all()
+    assert reading.logits == pytest.approx(expected.logits, abs=spread * {"4bit": 0.5, "8bit": 0.15}[quantization])
+    assert small.choices["quantization"].value == quantization
+
+
+def test_a_model_that_takes_no_videos_is_refused(tmp_path: Path) -> None:
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    tokenizer = AutoTokenizer.from_pretrained(published("qwen2.5-vl-7b-instruct"))
+    LlavaProcessor(CLIPImageProcessor(), tokenizer, patch_size=14).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="takes no videos: its processor LlavaProcessor has no video processor"):
+        load_processor(str(tmp_path))
+
+
+def test_what_cannot_be_loaded_is_named(family_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(family_dir("qwen2_vl"), tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"cannot load the model '.*model': OSError: "):
+        Backbone.load(str(tmp_path / "model"), device="cpu")
+    torch.save({}, tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"cannot load the model '.*model'"):  # a pickle can run code
+        Backbone.load(str(tmp_path / "model"), device="cpu")
+    with pytest.raises(ModelError, match=r"cannot load the processor of '.*empty'"):
+        (tmp_path / "empty").mkdir()
+        Backbone.load(str(tmp_path / "empty"), device="cpu")
+    with pytest.raises(ModelError, match=r"cannot put the adapter .*empty onto '.*qwen2_vl'"):
+        Backbone.load(str(family_dir("qwen2_vl")), adapter=tmp_path / "empty", device="cpu")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_memory_is_estimated_without_weights(family: str, load: Any, family_dir: Any, tmp_path: Path) -> None:
+    shutil.copy(family_dir(family) / "config.json", tmp_path)
+    model = load(family).model
+    memory = estimate_memory(str(tmp_path), 1000, "float32", None)
+    assert memory.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert memory.weights == 4 * memory.parameters
+    in_layers = sum(part.weight.numel() for name, part in model.named_modules()
+                    if isinstance(part, torch.nn.Linear) and "language_model" in name)  # fmt: skip
+    assert estimate_memory(str(tmp_path), 1000, "float32", "8bit").weights == memory.weights - 3 * in_layers
+    assert estimate_memory(str(tmp_path), 2000, "float32", None).clip == 2 * memory.clip
+    with pytest.raises(ModelError, match="cannot read the configuration"):
+        estimate_memory(str(tmp_path / "gone"), 1000, "float32", None)
+
+
+def test_choices_say_why() -> None:
+    assert str(choose_device("cpu")) == "cpu (as asked)"
+    with pytest.raises(ModelError, match=r"device 'cuda:99' cannot be used here: .*Try --device cpu"):
+        choose_device("cuda:99")
+    assert choose_device().value in {"cpu", "cuda", "mps"}
+    assert str(choose_dtype("cpu")) == "float32 (exact, and what cpu does reliably)"
+    assert str(choose_dtype("cpu", "bfloat16")) == "bfloat16 (as asked)"
+    assert str(choose_attention("cpu", "float32")) == "sdpa (on cpu)"
+    assert choose_attention("cuda", "float32").value == "sdpa"  # flash-attn or not
