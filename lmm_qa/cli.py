@@ -43,6 +43,21 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
+class Mapping(StrEnum):
+    LINEAR = "linear"
+    LOGISTIC4 = "logistic4"
+    ISOTONIC = "isotonic"
+
+
+ClipColumn = Annotated[
+    str | None,
+    typer.Option(help="Column of the labels that names the clip.", show_default="clip, video, path, file or name"),
+]
+ScoreColumn = Annotated[
+    str | None, typer.Option(help="Column of the labels that holds the MOS.", show_default="mos or score")
+]
+
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -179,6 +194,155 @@ def rate(
     failed = run.to_file(clips, output, overwrite) if output else run.to_stdout(clips)
     if failed:
         raise typer.Exit(SOME_CLIPS_FAILED)
+
+
+@app.command()
+def evaluate(
+    ratings: Annotated[
+        Path,
+        typer.Argument(
+            help="Ratings: .jsonl, .csv or .parquet as `lmm-qa rate` writes them, or .txt with a line name,score a "
+            "clip.",
+            show_default=False,
+        ),
+    ],
+    labels: Annotated[
+        Path,
+        typer.Argument(
+            help="What people said: .csv, .tsv, .jsonl or .parquet with a clip column and a column mos or score.",
+            show_default=False,
+        ),
+    ],
+    prior: Annotated[
+        Path | None,
+        typer.Option(
+            help="Labels of the training set of THQA-NTIRE: also say how far file names alone get, and the margin "
+            "over that.",
+            show_default=False,
+        ),
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(help="Ratings of the same clips by another rater, to compare with.", show_default=False),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw scores against MOS, with the fitted curve: .svg.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="All figures, as JSON.", show_default=False)
+    ] = None,
+    clip_column: ClipColumn = None,
+    score_column: ScoreColumn = None,
+) -> None:
+    """Compare ratings with what people said: SRCC, KRCC, PLCC, RMSE and the main score, with 95% intervals.
+
+    Clips are matched by name, or by file name where that is unambiguous. Exit code 3: done, but some labelled clips
+    have no score; the figures are about the others.
+
+    **Examples**
+
+    `lmm-qa evaluate ratings.jsonl labels.csv`
+
+    `lmm-qa evaluate ratings.jsonl thqa_ntire_val.csv --prior thqa_ntire_train.csv --plot scatter.svg -o metrics.json`
+
+    `lmm-qa evaluate tuned.jsonl labels.csv --against untuned.jsonl`
+    """
+    from lmm_qa import evaluate as job
+    from lmm_qa.scores import read_labels, read_scores
+
+    columns = (clip_column, score_column)
+    scores, opinions = read_scores(ratings), read_labels(labels, *columns)
+    found = job.evaluate(
+        scores,
+        opinions,
+        prior=read_labels(prior, *columns) if prior else (),
+        against=read_scores(against) if against else (),
+        against_name=str(against),
+    )
+    job.render(found, _console(stderr=False))
+    if output is not None:
+        job.write(found, output)
+        _say(f"figures -> {output}")
+    if plot is not None:
+        job.plot(scores, opinions, found, plot)
+        _say(f"plot -> {plot}")
+    if not found.complete:
+        raise typer.Exit(SOME_CLIPS_FAILED)
+
+
+@app.command()
+def calibrate(
+    ratings: Annotated[
+        Path,
+        typer.Argument(help="Ratings by the rater that is to be calibrated, as for evaluate.", show_default=False),
+    ],
+    labels: Annotated[
+        Path, typer.Argument(help="What people said of these clips, as for evaluate.", show_default=False)
+    ],
+    into: Annotated[Path, typer.Option(help="The rater directory: calibration.json goes there.", show_default=False)],
+    kind: Annotated[Mapping, typer.Option(help="How raw scores become MOS.")] = Mapping.LOGISTIC4,
+    coverage: Annotated[
+        float, typer.Option(help="Share of the MOS that the prediction intervals are made to hold.")
+    ] = 0.9,
+    scale: Annotated[
+        tuple[float, float] | None,
+        typer.Option(help="Lowest and highest MOS, e.g. --scale 0 5.", show_default="the ratings'"),
+    ] = None,
+    clip_column: ClipColumn = None,
+    score_column: ScoreColumn = None,
+) -> None:
+    """Map a rater's scores to MOS, with prediction intervals.
+
+    Half of the clips fit the mapping, the other half the intervals; persons (THQA-NTIRE), or what a column `group`
+    says, stay on one side. What the intervals hold on groups that were left out of the fit is measured and shown.
+    These clips can no longer test the rater.
+
+    **Examples**
+
+    `lmm-qa calibrate ratings.jsonl labels.csv --into runs/thqa`
+
+    `lmm-qa calibrate ratings.jsonl labels.csv --into runs/thqa --kind isotonic --coverage 0.8 --scale 0 5`
+    """
+    from lmm_qa import calibrate as job
+    from lmm_qa.scores import join, read_labels, read_scores
+
+    joined = join(read_labels(labels, clip_column, score_column), read_scores(ratings))
+    calibration = job.calibrate(joined.pairs, kind.value, coverage=coverage, scale=scale)
+    path = calibration.write(into)
+    print(calibration.summary())
+    _say(f"{calibration.n} clips of {calibration.groups} groups -> {path}")
+    if unused := len(joined.failed) + len(joined.missing):
+        _say(f"{unused} labelled clips have no score and had no part in it")
+        raise typer.Exit(SOME_CLIPS_FAILED)
+
+
+@app.command()
+def submit(
+    ratings: Annotated[Path, typer.Argument(help="Ratings, as for evaluate.", show_default=False)],
+    listed: Annotated[
+        Path,
+        typer.Option(
+            "--list",
+            help="The organisers' list: .csv with a column Video, or .txt with a name a line.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The submission: .zip.", show_default=False)],
+) -> None:
+    """Make a challenge submission: a zip with output.txt, a line name,score for each listed clip, in that order.
+
+    A listed clip without a score, and a rated clip that is not listed, are refused by name.
+
+    **Example**
+
+    `lmm-qa submit ratings.jsonl --list thqa_ntire_testlist.csv -o submission.zip`
+    """
+    from lmm_qa.scores import read_names, read_scores
+    from lmm_qa.submission import submission_text, write_submission
+
+    names = read_names(listed)
+    write_submission(output, submission_text(read_scores(ratings), names))
+    _say(f"{len(names)} clips -> {output}")
 
 
 @app.command()

@@ -8,6 +8,7 @@
     |-- ModelError            a model, processor or adapter cannot be loaded or does not fit
     |   `-- LevelTokenError   a level word is not exactly one token after the prompt's stem
     |-- ResultsError          ratings cannot be written or read back
+    |-- ScoresError           scores cannot be evaluated, calibrated or submitted: too few, constant, missing, ...
     `-- ClipError             one clip cannot be rated; becomes that clip's error row, never ends a run
         |-- ClipNotFound      nothing is there
         |-- ClipUnreadable    no decoder finds a video in it
@@ -54,6 +55,10 @@ class LevelTokenError(ModelError):
 
 class ResultsError(LmmQaError):
     """Ratings cannot be written or read back."""
+
+
+class ScoresError(LmmQaError):
+    """Scores cannot be evaluated, calibrated or submitted."""
 
 
 class ClipError(LmmQaError):
