@@ -8,6 +8,7 @@ processor says. Knows nothing of clips on disk, of scores or scales.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +169,10 @@ class Backbone:
             from peft import PeftModel
 
             try:
-                loaded = PeftModel.from_pretrained(loaded, str(adapter))
+                with warnings.catch_warnings():
+                    # PEFT 0.21 asks by a name that transformers 5.23 has given up: nothing for our users.
+                    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+                    loaded = PeftModel.from_pretrained(loaded, str(adapter))
             except Exception as error:
                 raise ModelError(f"cannot put the adapter {adapter} onto {model!r}: {_first_line(error)}") from error
         choices = {"device": where, "dtype": precision, "attention": attention}

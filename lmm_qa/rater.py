@@ -18,7 +18,7 @@ from typing import Any
 
 from lmm_qa.backbone import Backbone, ClipInput, Dtype, Quantization, choose_device, choose_dtype, patch_factor
 from lmm_qa.config import Sampling, View
-from lmm_qa.errors import ClipError
+from lmm_qa.errors import ClipError, UsageError
 from lmm_qa.levels import LevelReading, read_levels
 from lmm_qa.manifest import Clip, content_id
 from lmm_qa.prompting import Prompt, load_prompt
@@ -214,6 +214,7 @@ class Rater:
 
         Raises:
             ModelError, LevelTokenError: the model cannot be loaded or does not fit the prompt.
+            UsageError: `model` is a path and no directory lies there.
             ConfigError: prompt, scale or rater.json say something they may not say.
         """
         return plan_rater(
@@ -234,6 +235,7 @@ class Rater:
 
         Raises:
             ClipError: it cannot be rated; the class says why.
+            ModelError: the model gives numbers that are not finite.
         """
         clip = Clip(Path(path), str(path), "argument")
         content = content_id(clip.path)
@@ -255,7 +257,13 @@ class Rater:
             batch_size: clips that go through the model together.
             workers: decoding processes.
             timeout: seconds that decoding one clip may take.
+
+        Raises:
+            UsageError: one of these numbers is not positive.
+            ModelError: the model gives numbers that are not finite.
         """
+        if batch_size < 1:
+            raise UsageError(f"batch_size must be positive, received {batch_size}")
         named = (clip if isinstance(clip, Clip) else Clip(Path(clip), str(clip), "argument") for clip in clips)
         ours, theirs = tee(named)
         settings = self.settings
@@ -264,7 +272,8 @@ class Rater:
             waiting: list[tuple[Clip, str | None, Frames | ClipError]] = []
             for clip, frames in zip(ours, decoded, strict=True):
                 waiting.append((clip, *_with_content(clip, frames)))
-                if sum(isinstance(entry[2], Frames) for entry in waiting) == batch_size:
+                # Failures wait only for the clips before them.
+                if sum(isinstance(entry[2], Frames) for entry in waiting) in (0, batch_size):
                     yield from self._settle(waiting)
                     waiting = []
             yield from self._settle(waiting)

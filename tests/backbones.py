@@ -6,13 +6,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from transformers.video_utils import VideoMetadata
+
+from lmm_qa.prompting import Prompt
 
 SHARED = Path(os.environ.get("LMM_QA_SHARED", Path(__file__).parents[2] / "shared"))
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision")
@@ -60,6 +63,31 @@ def add_adapter(model: Path, out: Path, **options: Any) -> Path:
     config = LoraConfig(**{"r": 4, "lora_alpha": 64, "target_modules": targets, "init_lora_weights": False} | options)
     get_peft_model(base, config).save_pretrained(out)
     return out
+
+
+def conversation_inputs(
+    processor: Any, prompt: Prompt, slots: dict[str, float], views: Sequence[Any], metadata: VideoMetadata
+) -> Any:
+    """A model's inputs as transformers makes them from one conversation that has the frames in it: no code of ours
+    but the prompt's words."""
+    messages = prompt.messages(len(views), **slots)
+    places = (part for part in messages[-1]["content"] if part["type"] == "video")
+    for part, view in zip(places, views, strict=True):
+        part["video"] = view
+    messages.append({"role": "assistant", "content": [{"type": "text", "text": prompt.stem}]})
+    options: dict[str, Any] = {"do_sample_frames": False, "video_metadata": [metadata] * len(views)}
+    if hasattr(processor.video_processor, "merge_size"):
+        options["do_resize"] = False
+    if hasattr(processor.video_processor, "cap_pixels_per_frame"):
+        options["cap_pixels_per_frame"] = False
+    return processor.apply_chat_template(
+        messages,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        continue_final_message=True,
+        processor_kwargs=options,
+    )
 
 
 def _qwen2_5_files(out: Path) -> Path:

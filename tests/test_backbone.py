@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import scipy.special
 import torch
-from backbones import FAMILIES, published
+from backbones import FAMILIES, conversation_inputs, published
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.video_utils import VideoMetadata
 
@@ -73,33 +73,14 @@ def clip(backbone: Backbone, *sizes: tuple[int, int], frames: int = 4, step: int
 
 
 def through_the_chat_template(processor: Any, clip: ClipInput, prompt: Prompt) -> Any:
-    """The model's inputs as transformers makes them from one conversation that has the frames in it."""
-    messages = prompt.messages(len(clip.views), **clip.slots)
-    parts = (part for part in messages[-1]["content"] if part["type"] == "video")
-    for part, view in zip(parts, clip.views, strict=True):
-        part["video"] = view
-    messages.append({"role": "assistant", "content": [{"type": "text", "text": prompt.stem}]})
+    """The model's inputs as transformers makes them; the frames' times as the clip's own frame numbers."""
     metadata = VideoMetadata(
         total_num_frames=round(clip.duration * FPS),
         fps=FPS,
         duration=clip.duration,
         frames_indices=[round(second * FPS) for second in clip.seconds],
     )
-    options: dict[str, Any] = {"do_sample_frames": False, "video_metadata": [metadata] * len(clip.views)}
-    if patch_factor(processor):
-        options |= {"do_resize": False, "cap_pixels_per_frame": False} if has_cap(processor) else {"do_resize": False}
-    return processor.apply_chat_template(
-        messages,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        continue_final_message=True,
-        processor_kwargs=options,
-    )
-
-
-def has_cap(processor: Any) -> bool:
-    return hasattr(processor.video_processor, "cap_pixels_per_frame")
+    return conversation_inputs(processor, prompt, clip.slots, clip.views, metadata)
 
 
 def assert_same_reading(one: Any, other: Any, tolerance: float = 1e-4) -> None:
