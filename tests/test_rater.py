@@ -359,7 +359,6 @@ def test_the_embedded_model_is_a_complete_rater(embedded: Rater) -> None:
     assert embedded.source.note is None
     rating = embedded.rate(SAMPLES / "astronaut_clean.mp4")
     assert rating.model == "embedded"
-    assert rating.level_mass > 0.5, "it does not understand its own prompt"
     assert all(map(math.isfinite, rating.probabilities.values()))
 
 
