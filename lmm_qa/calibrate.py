@@ -21,6 +21,7 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, NamedTuple, Self
 
@@ -148,9 +149,10 @@ class Spread(Settings):
         Raises:
             ScoresError: n is too small for this coverage.
         """
-        rank = math.ceil((len(errors) + 1) * coverage)
+        exact = Fraction(str(coverage))  # 0.9 / (1 - 0.9) is more than 9 in floating point
+        rank = math.ceil((len(errors) + 1) * exact)
         if rank > len(errors):
-            needed = math.ceil(coverage / (1 - coverage))
+            needed = math.ceil(exact / (1 - exact))
             raise ScoresError(
                 f"an interval of coverage {coverage:g} needs {needed} clips besides those of the mapping, received "
                 f"{len(errors)}: label more clips or ask for less coverage"

@@ -247,12 +247,17 @@ def _compare_ratings(scores: Sequence[Score], name: str, x: Floats, sample: _Sam
     joined = join(labels, scores)
     place = {clip: number for number, clip in enumerate(sample.clips)}
     both = np.array([place[pair.label.clip] for pair in joined.pairs], dtype=np.intp)
+    if len(both) < metrics.MIN_CLIPS:
+        raise ScoresError(f"{name} scores {len(both)} of these clips: at least {metrics.MIN_CLIPS} are needed")
     common = sample.part(both)
     return _compare(name, common.bootstrap(x[both]), common, joined.scores)
 
 
 def _compare(name: str, ratings: Bootstrap, sample: _Sample, other: Floats) -> Comparison:
-    theirs = sample.bootstrap(other)
+    try:
+        theirs = sample.bootstrap(other)
+    except ScoresError as error:
+        raise ScoresError(f"the comparison with {name} cannot be made: {error}") from None
     return Comparison(name, len(other), theirs.intervals(CONFIDENCE), (ratings - theirs).intervals(CONFIDENCE))
 
 
@@ -429,7 +434,8 @@ def plot(scores: Sequence[Score], labels: Sequence[Label], evaluation: Evaluatio
         for name in sorted(parts, key=lambda name: -len(parts[name])):
             part = parts[name]
             label = f"{name} ({len(part)})" if len(parts) > 1 else None
-            axes.scatter(x[part], y[part], s=12, alpha=0.45, linewidths=0, color=COLORS[name], label=label)
+            dots = axes.scatter(x[part], y[part], s=12, alpha=0.45, linewidths=0, color=COLORS[name], label=label)
+            dots.set_gid(f"clips-{name}")
         line = np.linspace(x.min(), x.max(), 200)
         axes.plot(line, evaluation.logistic(line), color="black", linewidth=1.6, label="4-parameter logistic")
         axes.set(xlabel="score", ylabel="MOS", title=_caption(evaluation))

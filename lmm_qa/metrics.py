@@ -103,7 +103,8 @@ def fit_logistic4(scores: ArrayLike, mos: ArrayLike) -> Logistic4:
     grid = _Grid.over(z)
     start = grid.best(z, y)
     found = least_squares(_residuals, start, jac=_jacobian, args=(z, y), method="lm", x_scale="jac", max_nfev=2000)
-    best = min((start, found.x), key=lambda b: float(np.sum(_residuals(b, z, y) ** 2)))
+    candidates = (start, found.x, _with_limits(float(found.x[2]), float(found.x[3]), z, y))
+    best = min(candidates, key=lambda b: float(np.sum(_residuals(b, z, y) ** 2)))
     b1, b2, b3, b4 = (float(b) for b in best)
     return Logistic4(b1, b2, center + width * b3, width * max(abs(b4), TINY))
 
@@ -166,9 +167,11 @@ def bootstrap(
         seed: the same seed draws the same sets for any two raters of the same clips.
 
     Raises:
-        ScoresError: as for `agreement`, or no resamples are asked for.
+        ScoresError: as for `agreement`; or no resamples, or an unknown metric are asked for.
     """
     x, y = checked(scores, mos)
+    if unknown := sorted(set(names) - set(METRICS)):
+        raise ScoresError(f"no metric is called {', '.join(unknown)}; the metrics are: {', '.join(METRICS)}")
     if resamples < 1:
         raise ScoresError(f"at least one resample is needed, received {resamples}")
     compute = _Computation.of(x, y, names, groups)
@@ -221,6 +224,16 @@ def _jacobian(b: Floats, z: Floats, _: Floats) -> Floats:
     return np.column_stack((s, 1 - s, -slope, -slope * t * np.sign(b[3])))
 
 
+def _with_limits(b3: float, b4: float, z: Floats, y: Floats) -> Floats:
+    """(b1, b2, b3, b4) with the b1 and b2 of least squared error for this b3 and b4."""
+    s = np.asarray(expit((z - b3) / max(abs(b4), TINY)), dtype=np.float64)
+    ds = s - s.mean()
+    spread = float(ds @ ds)
+    slope = float(ds @ y) / spread if spread > 0 else 0.0
+    low = float(y.mean() - slope * s.mean())
+    return np.array([low + slope, low, b3, b4])
+
+
 @dataclass(frozen=True)
 class _Grid:
     """Sigmoids over (b3, b4), in units of the scores' standard deviation around their mean."""
@@ -248,7 +261,7 @@ class _Grid:
             c, w = np.append(c, extra[0]), np.append(w, extra[1])
         sigmoids = np.asarray(expit((z[:, None] - c) / w), dtype=np.float64)
         spread = sigmoids.std(axis=0)
-        usable = spread > TINY
+        usable = spread > TINY * np.abs(sigmoids).max(axis=0)
         sigmoids = (sigmoids[:, usable] - sigmoids[:, usable].mean(axis=0)) / spread[usable]
         return cls(c[usable], w[usable], sigmoids)
 
@@ -256,10 +269,7 @@ class _Grid:
         """(b1, b2, b3, b4) of the grid point of least squared error, b1 and b2 solved for."""
         place = int(np.abs((y - y.mean()) @ self.sigmoids).argmax())
         b3, b4 = self.centers[place], self.widths[place]
-        s = np.asarray(expit((z - b3) / b4))
-        slope = float(np.cov(s, y, ddof=0)[0, 1] / s.var())
-        low = float(y.mean() - slope * s.mean())
-        return np.array([low + slope, low, b3, b4])
+        return _with_limits(float(b3), float(b4), z, y)
 
     def plcc(self, y: Floats, counts: Counts) -> Floats:
         """Best |corr(sigmoid, MOS)| of each resample, (B,)."""
