@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import tee
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class Rating:
     level_mass: float
     """Share of the vocabulary's probability on the level words; near 0, the prompt was not understood."""
     frames: Frames
+    """What was looked at, without the pixels (`views` is empty), so that the ratings of many clips fit into memory."""
     model: str
     adapter: str | None
     prompt: str
@@ -313,7 +314,7 @@ class Rater:
             probabilities=dict(zip(prompt.levels, reading.probabilities, strict=True)),
             std=reading.std,
             level_mass=reading.mass,
-            frames=frames,
+            frames=replace(frames, views=()),
             model=self.source.name,
             adapter=str(self.source.adapter) if self.source.adapter else None,
             prompt=f"{prompt.question} {prompt.stem}",

@@ -95,7 +95,7 @@ def resolve_model(model: str | Path | None = None, revision: str | None = None) 
 
     Args:
         model: None for the embedded rater; a rater directory (rater.json, with or without an adapter); a PEFT adapter
-            directory; a transformers model directory; or an id on the hub of a model or of an adapter.
+            directory; a transformers model directory; or an id on the hub of any of these.
         revision: of an id on the hub.
 
     Raises:
@@ -113,8 +113,12 @@ def resolve_model(model: str | Path | None = None, revision: str | None = None) 
             f"there is no model directory at {str(model)!r}: give a directory that holds rater.json, "
             "adapter_config.json or config.json, or an id on the hub such as Qwen/Qwen2-VL-7B-Instruct"
         )
-    if (adapter := _adapter_on_hub(str(model), revision)) is not None:
-        return _from_directory(adapter, str(model))
+    if _from_hub(str(model), "adapter_config.json", revision):
+        return _from_directory(_snapshot(str(model), revision), str(model))
+    if file := _from_hub(str(model), FILE_NAME, revision):
+        settings = RaterFile.read(file)
+        backbone, version = (settings.backbone, settings.revision) if settings.backbone else (str(model), revision)
+        return ModelSource(str(model), backbone, version, None, settings, None)
     note = "no rater.json: default prompt, scale [1, 5], 8 uniform frames, whole view of at most 448 x 448 pixels"
     return ModelSource(str(model), str(model), revision, None, RaterFile(), note)
 
@@ -198,13 +202,18 @@ def _looks_like_a_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def _adapter_on_hub(model: str, revision: str | None) -> Path | None:
-    """Download an adapter repository; None where the id is not one, or the hub cannot be asked."""
-    from huggingface_hub import hf_hub_download, snapshot_download
+def _from_hub(model: str, name: str, revision: str | None) -> Path | None:
+    """A file of a hub repository; None where it has none, or the hub cannot be asked."""
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        hf_hub_download(model, "adapter_config.json", revision=revision)
+        return Path(hf_hub_download(model, name, revision=revision))
     except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
-        return None  # not an adapter; a wrong id or a missing network shows when the model is loaded
+        return None  # a wrong id or a missing network shows when the model is loaded
+
+
+def _snapshot(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
     return Path(snapshot_download(model, revision=revision))

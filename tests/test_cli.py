@@ -159,6 +159,22 @@ def test_an_interrupted_run_goes_on_where_it_was(folder: Path, model: Path, comm
     assert all(row in rows for row in kept)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
+def test_a_terminal_gets_a_table(folder: Path, model: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.openpty()
+    with open(theirs, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        patch.setenv("TERM", "xterm")
+        done = command("rate", "clips", "-m", model, *FAST)
+        assert done.code == 0
+        assert "3 clips rated; 3 now" in done.err
+        shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    for word in ("clip", "score", "a.mp4", "b.mp4", "more/c.mp4"):
+        assert word in shown
+    assert '"score"' not in shown
+
+
 # --- rating into a file ----------------------------------------------------------------------------------------------
 
 

@@ -124,6 +124,49 @@ def test_an_adapter_that_names_no_base(tmp_path: Path, content: str) -> None:
         resolve_model(adapter)
 
 
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The local cache of the Hugging Face hub, with no network behind it."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def cached(hub: Path, name: str) -> Path:
+    """Where the files of a hub repository lie once they have been downloaded."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = hub / f"models--{name.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(commit)
+    return folder / "snapshots" / commit
+
+
+def test_a_model_on_the_hub(hub: Path) -> None:
+    write_model(cached(hub, "some/model"))
+    for name in ("some/model", "some/not-downloaded", "model"):
+        source = resolve_model(name, "v2")
+        assert (source.name, source.backbone, source.revision, source.adapter) == (name, name, "v2", None)
+        assert source.note is not None
+        assert source.note.startswith("no rater.json: default prompt")
+
+
+def test_an_adapter_on_the_hub(hub: Path) -> None:
+    folder = write_adapter(cached(hub, "some/adapter"), "some/base")
+    write_rater(folder, scale=[0, 5])
+    source = resolve_model("some/adapter")
+    assert (source.name, source.backbone, source.adapter) == ("some/adapter", "some/base", folder)
+    assert source.settings.scale == (0, 5)
+
+
+def test_a_rater_on_the_hub_without_an_adapter(hub: Path) -> None:
+    write_rater(write_model(cached(hub, "some/rater")), scale=[0, 5])
+    source = resolve_model("some/rater")
+    assert (source.backbone, source.adapter, source.note) == ("some/rater", None, None)
+    assert source.settings.scale == (0, 5)
+
+
 # --- how it asks -----------------------------------------------------------------------------------------------------
 
 
