@@ -252,13 +252,10 @@ def evaluate(
 
     columns = (clip_column, score_column)
     scores, opinions = read_scores(ratings), read_labels(labels, *columns)
-    found = job.evaluate(
-        scores,
-        opinions,
-        prior=read_labels(prior, *columns) if prior else (),
-        against=read_scores(against) if against else (),
-        against_name=str(against),
-    )
+    training = read_labels(prior, *columns) if prior else ()
+    others = read_scores(against) if against else ()
+    with _console().status("resampling the clips"):
+        found = job.evaluate(scores, opinions, prior=training, against=others, against_name=str(against))
     job.render(found, _console(stderr=False))
     if output is not None:
         job.write(found, output)

@@ -245,6 +245,7 @@ def _compare_ratings(scores: Sequence[Score], name: str, x: Floats, sample: _Sam
     """On the clips that the other rater scored too."""
     labels = [Label(clip, float(mos), clip) for clip, mos in zip(sample.clips, sample.mos, strict=True)]
     joined = join(labels, scores)
+    _refuse_fitted(joined)
     place = {clip: number for number, clip in enumerate(sample.clips)}
     both = np.array([place[pair.label.clip] for pair in joined.pairs], dtype=np.intp)
     if len(both) < metrics.MIN_CLIPS:
@@ -278,7 +279,10 @@ def render(evaluation: Evaluation, console: Console) -> None:
     """Print it for people: what was compared, the figures, what they owe to the generator."""
     console.print(_counts(evaluation))
     console.print()
-    console.print(_overall_table(evaluation))
+    console.print(_overall_table(evaluation.metrics, evaluation.prior))
+    if evaluation.against is not None:
+        console.print()
+        console.print(_overall_table({}, evaluation.against))
     if evaluation.by_class:
         console.print()
         console.print(_group_table(evaluation))
@@ -292,30 +296,32 @@ def render(evaluation: Evaluation, console: Console) -> None:
 def _counts(evaluation: Evaluation) -> str:
     parts = [f"{evaluation.n} clips have a score and a MOS"]
     for what, clips in (
-        ("could not be rated", evaluation.failed),
-        ("are not in the ratings", evaluation.missing),
+        ("labelled ones could not be rated", evaluation.failed),
+        ("labelled ones are not in the ratings", evaluation.missing),
         ("rated ones have no label", evaluation.extra),
     ):
         if clips:
-            parts.append(f"{len(clips)} {what} ({_some(clips)})")
-    return "; ".join(parts)
+            parts.append(f"{len(clips)} {what}: {_some(clips)}")
+    return "\n".join(parts)
 
 
-def _overall_table(evaluation: Evaluation) -> Any:
+def _overall_table(own: dict[str, Interval], comparison: Comparison | None) -> Any:
+    """The ratings' own figures beside those of another, or, where there are none to show, the other's alone."""
     from rich.table import Table
 
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
     table.add_column("")
-    table.add_column("ratings")
-    for comparison in _comparisons(evaluation):
-        table.add_column(comparison.name, overflow="fold", max_width=20)
-        table.add_column("margin")
-    for name, interval in evaluation.metrics.items():
-        cells = [TITLES[name], _figure(interval)]
-        for comparison in _comparisons(evaluation):
-            cells.append(f"{comparison.metrics[name].value:.4f}" if name in comparison.metrics else "")
-            cells.append(_figure(comparison.margin.get(name), signed=True))
-        table.add_row(*cells)
+    if own:
+        table.add_column("ratings")
+    if comparison is not None:
+        table.add_column(comparison.name, overflow="fold")
+        table.add_column("margin of the ratings")
+    for name in own or (comparison.metrics if comparison is not None else ()):
+        cells = [_figure(own[name])] if own else []
+        if comparison is not None:
+            other = comparison.metrics[name]
+            cells += [f"{other.value:.4f}" if own else _figure(other), _figure(comparison.margin[name], signed=True)]
+        table.add_row(TITLES[name], *cells)
     return table
 
 
@@ -338,10 +344,6 @@ def _group_table(evaluation: Evaluation) -> Any:
     return table
 
 
-def _comparisons(evaluation: Evaluation) -> list[Comparison]:
-    return [each for each in (evaluation.prior, evaluation.against) if each is not None]
-
-
 def _notes(evaluation: Evaluation) -> list[str]:
     notes = [
         f"Brackets: {evaluation.confidence:.0%} intervals, {evaluation.resamples} resamples of clips, "
@@ -352,7 +354,7 @@ def _notes(evaluation: Evaluation) -> list[str]:
             f"SRCC within: mean of the SRCC within each generator of at least {MIN_GENERATOR_CLIPS} clips, where "
             "knowing the generator does not help."
         )
-    notes += [_verdict(comparison) for comparison in _comparisons(evaluation)]
+    notes += [_verdict(other) for other in (evaluation.prior, evaluation.against) if other is not None]
     notes += [f"Leak: {leak}." for leak in evaluation.leaks]
     if evaluation.coverage is not None:
         notes.append(f"{evaluation.coverage:.1%} of the MOS lie inside the ratings' prediction intervals.")

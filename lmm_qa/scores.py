@@ -308,8 +308,16 @@ def _group(clip: str) -> Hashable:
 def join(labels: Sequence[Label], scores: Sequence[Score]) -> Join:
     """Find each label's score: by the whole name, else by the file name, else by the file name without its suffix, each
     only where one label and one score alone are called so. Nothing is dropped: what finds no partner is left over.
+
+    Raises:
+        ScoresError: nothing finds a partner.
     """
     found = match([label.clip for label in labels], [score.clip for score in scores])
+    if not found:
+        raise ScoresError(
+            f"none of the {len(labels)} labelled clips ({_first(labels)}) is among the {len(scores)} rated ones "
+            f"({_first(scores)}): are these ratings and labels of the same clips?"
+        )
     by_clip = {score.clip: score for score in scores}
     partners = [(label, by_clip[found[label.clip]]) for label in labels if label.clip in found]
     taken = set(found.values())
@@ -319,6 +327,10 @@ def join(labels: Sequence[Label], scores: Sequence[Score]) -> Join:
         missing=tuple(label.clip for label in labels if label.clip not in found),
         extra=tuple(score.clip for score in scores if score.clip not in taken),
     )
+
+
+def _first(clips: Sequence[Label | Score]) -> str:
+    return f"{clips[0].clip}, ..." if clips else "none"
 
 
 def match(wanted: Sequence[str], given: Sequence[str]) -> dict[str, str]:

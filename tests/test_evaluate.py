@@ -100,9 +100,12 @@ def test_clips_left_over_are_counted_and_named() -> None:
     assert not found.complete
     assert found.n == 88
     assert (found.failed, found.missing, found.extra) == ((labels[0].clip,), (labels[1].clip,), ("new.mp4",))
-    text = " ".join(printed(found, 300).split())
-    assert f"88 clips have a score and a MOS; 1 could not be rated ({labels[0].clip}); 1 are not in the ratings" in text
-    assert "1 rated ones have no label (new.mp4)" in text
+    assert printed(found, 300).splitlines()[:4] == [
+        "88 clips have a score and a MOS",
+        f"1 labelled ones could not be rated: {labels[0].clip}",
+        f"1 labelled ones are not in the ratings: {labels[1].clip}",
+        "1 rated ones have no label: new.mp4",
+    ]
 
 
 def test_a_rater_that_only_knows_the_generator_is_found_out() -> None:
@@ -140,6 +143,8 @@ def test_against_another_rater_on_the_clips_of_both() -> None:
     assert (found.n, found.against.n, found.against.name) == (90, 80, "old.jsonl")
     assert found.against.margin["main"].low > 0
     assert "the ratings are ahead of old.jsonl on 80 clips" in " ".join(printed(found).split())
+    assert max(len(line) for line in printed(found).splitlines()) <= 80
+    assert "margin of the ratings" in printed(found)
     swapped = evaluate(worse, labels, against=ratings(labels), resamples=200)
     assert swapped.against is not None
     assert swapped.against.margin["main"].value == pytest.approx(-found.against.margin["main"].value)
@@ -220,7 +225,7 @@ def test_the_command(tmp_path: Path) -> None:
     (tmp_path / "r.txt").write_text("".join(f"{score.clip},{score.value}\n" for score in ratings(labels)[1:]))
     done = command(tmp_path / "r.txt", tmp_path / "l.csv", "--plot", tmp_path / "s.svg", "-o", tmp_path / "m.json")
     assert done.returncode == 3, done.stderr
-    assert "89 clips have a score and a MOS; 1 are not in the ratings" in " ".join(done.stdout.split())
+    assert "89 clips have a score and a MOS 1 labelled ones are not in the ratings" in " ".join(done.stdout.split())
     assert json.loads((tmp_path / "m.json").read_text())["n"] == 89
     assert (tmp_path / "s.svg").exists()
 
