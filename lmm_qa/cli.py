@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import os
 import sys
 import time
@@ -517,7 +518,10 @@ def _print_plan(plan: RaterPlan, clips: Sequence[Clip], workers: int) -> None:
             table.add_row(
                 clip.name, f"{info.width}x{info.height}", f"{info.duration:.1f}", f"{frames}", views, f"{tokens}"
             )
-    _console(stderr=False).print(table)
+    console = _console(stderr=False)
+    if not console.is_terminal:
+        console.width = 1000  # a file has no edge to wrap lines at
+    console.print(table)
     memory = estimate_memory(plan.source.backbone, most, plan.dtype_chosen, plan.quantization, **remote)
     _say(
         f"{len(clips) - failed} clips would be rated"
@@ -537,10 +541,11 @@ def _quiet_libraries() -> None:
     """Their progress bars and advice are not for the people who use this command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with contextlib.suppress(ImportError):
-        logging: Any = importlib.import_module("transformers.utils.logging")
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        advice: Any = importlib.import_module("transformers.utils.logging")
+        advice.set_verbosity_error()
+        advice.disable_progress_bar()
 
 
 def _say(text: str) -> None:

@@ -215,7 +215,7 @@ class Rater:
 
         Raises:
             ModelError, LevelTokenError: the model cannot be loaded or does not fit the prompt.
-            UsageError: `model` is a path and no directory lies there.
+            UsageError: `model` is a path and no directory lies there, or a directory of which a revision is asked.
             ConfigError: prompt, scale or rater.json say something they may not say.
         """
         return plan_rater(

@@ -99,15 +99,15 @@ def resolve_model(model: str | Path | None = None, revision: str | None = None) 
         revision: of an id on the hub.
 
     Raises:
-        UsageError: it is a path and no directory lies there.
+        UsageError: it is a path and no directory lies there, or a directory of which a revision is asked.
         ModelError: the directory holds no model.
         ConfigError: its rater.json cannot be used.
     """
-    if model is None:
-        return _from_directory(EMBEDDED, "embedded")
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return _from_directory(path, str(model))
+    path = EMBEDDED if model is None else Path(model).expanduser()
+    if path.is_dir() or model is None:
+        if revision:
+            raise UsageError(f"a revision is one of a model on the hub; {path} is a directory (received {revision!r})")
+        return _from_directory(path, "embedded" if model is None else str(model))
     if path.exists() or _looks_like_a_path(str(model)):
         raise UsageError(
             f"there is no model directory at {str(model)!r}: give a directory that holds rater.json, "

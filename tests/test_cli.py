@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from backbones import add_adapter
 from clips import write_clip
 
 import lmm_qa.cli
@@ -55,7 +56,6 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
     def run(*arguments: str | Path) -> Done:
         monkeypatch.setattr(sys, "argv", ["lmm-qa", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
         capfd.readouterr()
         with pytest.raises(SystemExit) as ended:
             lmm_qa.cli.main()
@@ -94,18 +94,22 @@ def add_broken(folder: Path) -> dict[str, str]:
 # --- as its own process ----------------------------------------------------------------------------------------------
 
 
+# PEFT 0.21 asks transformers 5.23 by a name that it has given up.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_a_pipe_gets_one_json_line_a_clip(folder: Path, model: Path) -> None:
-    done = run_python("-m", "lmm_qa", "rate", "clips/a.mp4", "gone.mp4", "-m", model, *FAST, cwd=folder)
+    adapter = add_adapter(model, folder / "adapter")
+    done = run_python("-m", "lmm_qa", "rate", "clips/a.mp4", "gone.mp4", "-m", "adapter", *FAST, cwd=folder)
     assert done.code == 3
     good, gone = done.rows
     assert (good["clip"], good["error"], good["scale"]) == ("clips/a.mp4", None, [1, 5])
     assert 1 < good["score"] < 5
     assert (gone["clip"], gone["score"], gone["error"]["class"]) == ("gone.mp4", None, "ClipNotFound")
-    assert done.err.splitlines()[0].startswith(f"note: {model} has no rater.json")
-    assert "(Qwen2VLForConditionalGeneration); device cpu (as asked), dtype float32 (exact" in done.err
-    assert "attention sdpa (on cpu)" in done.err
-    assert "1 clips rated, 1 could not be rated; 2 now, in " in done.err
-    assert "Warning" not in done.err
+    assert good["adapter"] == str(adapter.relative_to(folder))
+    note, loaded, summary = done.err.splitlines()  # and nothing of what the libraries have to say
+    assert note.startswith("note: adapter has no rater.json: default prompt, scale [1, 5]")
+    assert loaded.startswith("model adapter (Qwen2VLForConditionalGeneration + adapter); device cpu (as asked), dtype")
+    assert loaded.endswith("attention sdpa (on cpu)")
+    assert summary.startswith("1 clips rated, 1 could not be rated; 2 now, in ")
 
 
 def test_help_and_import_load_no_heavy_library(tmp_path: Path) -> None:

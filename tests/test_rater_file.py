@@ -96,6 +96,12 @@ def test_a_path_where_nothing_is(name: str, tmp_path: Path, monkeypatch: pytest.
         resolve_model(name)
 
 
+@pytest.mark.parametrize("embedded", [True, False])
+def test_a_directory_has_no_revisions(embedded: bool, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"a revision is one of a model on the hub; .* \(received 'v2'\)"):
+        resolve_model(None if embedded else write_model(tmp_path / "model"), "v2")
+
+
 def test_a_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(UsageError, match="there is no model directory at"):
