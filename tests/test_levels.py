@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import scipy.special
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lmm_qa.errors import ConfigError
@@ -40,6 +40,7 @@ def test_the_reading_is_that_of_float64_arithmetic(logits: np.ndarray, scale: Sc
 
 
 @given(level_logits, scales)
+@example(np.float32([0, 0, 0, 0, 1e4]), Scale(-1.3, 0.1))  # 0.1 in float32 is more than 0.1
 def test_a_score_is_on_the_scale_whatever_the_logits(logits: np.ndarray, scale: Scale) -> None:
     reading = read(logits, scale)
     assert scale.low <= reading.score <= scale.high
