@@ -34,6 +34,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention, apply_rotary_pos_emb_vision
 
 from lmm_qa.degrade import DAMAGES, TEMPORAL
+from lmm_qa.levels import LEVELS
 from lmm_qa.prompting import load_prompt
 
 CAUSES = tuple(DAMAGES)
@@ -238,11 +239,11 @@ def vision_tokens(model: Any, views: list[Tensor]) -> list[Tensor]:
     return tokens
 
 
-def level_logits(model: Any, core: Any, prefill: Prefill, views: list[Tensor], tokens: list[Tensor]) -> Tensor:
-    """(B, 5) float32 logits of the level words at the stem's end.
+def next_word(core: Any, prefill: Prefill, views: list[Tensor], tokens: list[Tensor]) -> Tensor:
+    """(B, vocabulary) float32 logits at the stem's end, the level words first, worst level first.
 
-    `model` may be wrapped by PEFT, `core` is the Qwen2VLModel inside: its language model is called with the vision
-    tokens put in place, as its own forward does.
+    `core` is the Qwen2VLModel (which PEFT changes in place): its language model is called with the vision tokens put in
+    place, as its own forward does.
     """
     grids = [torch.tensor([[v.shape[1] // 2, v.shape[2] // PATCH, v.shape[3] // PATCH]] * len(v)) for v in views]
     inputs = prefill.inputs(core, grids)
@@ -250,12 +251,16 @@ def level_logits(model: Any, core: Any, prefill: Prefill, views: list[Tensor], t
     place = (inputs["input_ids"] == prefill.video)[..., None]
     embeds = embeds.masked_scatter(place, torch.cat(tokens, 1).to(embeds.dtype))
     hidden = core.language_model(inputs_embeds=embeds, position_ids=inputs["position_ids"], use_cache=False)
-    words = core.get_input_embeddings().weight[prefill.levels]
-    return (hidden.last_hidden_state[:, -1] @ words.T).float()
+    logits = (hidden.last_hidden_state[:, -1] @ core.get_input_embeddings().weight.T).float()
+    others = [word for word in range(logits.shape[1]) if word not in prefill.levels]
+    return logits[:, prefill.levels + others]
 
 
-def level_loss(logits: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
-    """Soft cross-entropy on two-hot targets plus fidelity over all pairs; and the predicted quality in [0, 1]."""
+def level_loss(vocabulary: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
+    """Soft cross-entropy on two-hot targets (over the whole vocabulary, so that the level words hold its mass),
+    fidelity over all pairs, and distance; and the predicted quality in [0, 1]."""
+    logits = vocabulary[:, : len(LEVELS)]
+    mass = (vocabulary.logsumexp(-1) - logits.logsumexp(-1)).mean()
     anchors = torch.linspace(0, 1, logits.shape[1], device=logits.device)
     target = (1 - (quality[:, None] - anchors).abs() * (logits.shape[1] - 1)).clamp(0)
     cross = -(target * logits.log_softmax(-1)).sum(-1).mean()
@@ -266,7 +271,7 @@ def level_loss(logits: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
     better = torch.special.ndtr((guess[:, None] - guess) / root).clamp(1e-6, 1 - 1e-6)
     truth = torch.special.ndtr((quality[:, None] - quality) / 0.1)
     fidelity = 1 - (better * truth + 1e-8).sqrt() - ((1 - better) * (1 - truth) + 1e-8).sqrt()
-    return cross + fidelity.mean() + 2 * F.smooth_l1_loss(guess, quality, beta=0.1), guess
+    return mass + cross + fidelity.mean() + 2 * F.smooth_l1_loss(guess, quality, beta=0.1), guess
 
 
 class Clock:
@@ -349,7 +354,7 @@ def train_heads_and_model(name: str, phase: dict[str, Any], out: Path, data: Pat
             loss, _ = head_loss(heads, tokens, batch, targets)
             parts = {"heads": loss.item()}
             if spoken:
-                words, _ = level_loss(level_logits(model, model.model, prefill, batch.views, tokens), batch.quality)
+                words, _ = level_loss(next_word(model.model, prefill, batch.views, tokens), batch.quality)
                 parts["levels"] = words.item()
                 loss = 0.5 * loss + words
         clock.update(loss)
@@ -367,9 +372,7 @@ def train_heads_and_model(name: str, phase: dict[str, Any], out: Path, data: Pat
                     tokens = vision_tokens(model, held.views)
                     guess = head_loss(heads, tokens, held, targets)[1]
                     if spoken:
-                        guess = level_loss(level_logits(model, model.model, prefill, held.views, tokens), held.quality)[
-                            1
-                        ]
+                        guess = level_loss(next_word(model.model, prefill, held.views, tokens), held.quality)[1]
                     guesses += guess.tolist()
                     truth += held.quality.tolist()
             rate = (step + 1 - first) * phase["batch"] / (time.monotonic() - began)
@@ -420,7 +423,7 @@ def train_adapter(phase: dict[str, Any], lora: dict[str, Any], out: Path, data: 
         tokens = [torch.stack([sample[1][view] for sample in chosen]).float().to(DEVICE) for view in range(2)]
         quality = torch.tensor([sample[0]["quality"] for sample in chosen]).to(DEVICE)
         with AUTOCAST:
-            logits = level_logits(tuned, model.model, prefill, views, tokens)
+            logits = next_word(model.model, prefill, views, tokens)
         return *level_loss(logits, quality), quality
 
     names = list(groups["train"])
