@@ -165,11 +165,10 @@ def prepare(job: Job) -> list[dict[str, object]]:
     source, limit = read_segment(job, rng)
     looked_at = sampled()
     rows: list[dict[str, object]] = []
-    recipe = RECIPE if job.segment < 2 or job.split != "train" else RECIPE[1:]
-    for number, causes in enumerate(recipe):
+    for number, causes in enumerate(RECIPE):
         strengths = [float(rng.uniform(0, 1)) for _ in causes]
         if len(causes) == 1:  # spread the strengths of one cause over the range
-            same = [index for index, other in enumerate(recipe) if other == causes]
+            same = [index for index, other in enumerate(RECIPE) if other == causes]
             strengths = [(same.index(number) + float(rng.uniform(0, 1))) / len(same)]
         seed = int(rng.integers(2**31))
         whole_clip = any(cause in (*TEMPORAL, "h264", "h265", "vp9") for cause in causes)

@@ -28,7 +28,8 @@ REPOSITORY = Path(__file__).parent.parent
 def training_record(run: Path, data: Path) -> dict[str, Any]:
     """What the weights were made from: data and its fingerprint, phases with their last figures, versions."""
     rows = [row for file in sorted(data.glob("*.json")) for row in json.loads(file.read_text())]
-    train = [row for row in rows if row["split"] == "train"]
+    clean = {row["segment"] for row in rows if not row["causes"]}  # what training compares with, and needs
+    train = [row for row in rows if row["split"] == "train" and row["segment"] in clean]
     text = json.dumps([[row["name"], row["causes"], row["strengths"], row["quality"]] for row in train])
     phases: dict[str, Any] = {}
     for line in (run / "log.jsonl").read_text().splitlines():
