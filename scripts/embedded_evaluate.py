@@ -123,8 +123,8 @@ def main() -> None:
     args.output.write_text(json.dumps(report, indent=1))
     print(f"{'cause':<12} clean>mild  mild>strong  all three   mean scores clean, mild, strong")
     for cause, row in report["ordering"].items():
-        print(f"{cause:<12} {row['clean_above_mild']:>10.0%}  {row['mild_above_strong']:>11.0%}  {row['all_three']:>9.0%}"
-              f"   {row['mean_scores']}")  # fmt: skip
+        shares = f"{row['clean_above_mild']:>10.0%}  {row['mild_above_strong']:>11.0%}  {row['all_three']:>9.0%}"
+        print(f"{cause:<12} {shares}   {row['mean_scores']}")
     print("largest change of the score (1-5) under:", report["moved_by_the_harmless"])
 
 
