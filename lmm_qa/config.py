@@ -59,7 +59,7 @@ class Sampling(Settings):
     """Which frames of a clip are looked at."""
 
     strategy: Literal["uniform", "fps", "pairs"] = "uniform"
-    """`uniform`: `frames` frames, each in the middle of its equal share of the clip. `fps`: `fps` frames a second,
+    """`uniform`: `frames` frames, each in its equal share of the clip. `fps`: `fps` frames a second,
     at most `frames`. `pairs`: `frames // 2` moments spread uniformly, each as two frames `gap` seconds apart, so
     that one temporal patch of a Qwen-style vision tower (two frames) sees motion, and that there is none in a stall."""
     frames: int = Field(8, ge=1, le=768)
@@ -68,6 +68,9 @@ class Sampling(Settings):
     """Frames a second, for `fps` only."""
     gap: float = Field(0.08, gt=0)
     """Seconds between the two frames of a pair, for `pairs` only."""
+    phase: float = Field(0.5, ge=0, lt=1)
+    """Where in its share of the clip (for `fps`: in its step) each frame, or pair, lies: 0 at the beginning, 0.5 in
+    the middle. Training varies it; two phases of one clip show different frames of the same seconds."""
 
     @classmethod
     def from_text(cls, text: str) -> Self:

@@ -32,6 +32,8 @@ class Prompt(Settings):
     """System message; without one, the model's chat template decides."""
     question: str
     """The user's message after the video(s). May use the slots in `SLOTS`, as in `{seconds:.1f}`."""
+    paraphrases: tuple[str, ...] = ()
+    """The same question in other words, for training alone: a rater should not hang on the wording."""
     stem: str
     """The beginning of the assistant's answer; the next word is the level."""
     levels: tuple[str, ...] = LEVELS
@@ -39,25 +41,17 @@ class Prompt(Settings):
 
     @model_validator(mode="after")
     def _well_formed(self) -> Self:
-        for name in ("question", "stem"):
-            if not getattr(self, name).strip():
-                raise ValueError(f"{name} is empty")
+        if not self.stem.strip():
+            raise ValueError("stem is empty")
         if self.stem != self.stem.strip():
             raise ValueError(f"stem has white space around it: {self.stem!r}; the level word brings its own")
         if len(self.levels) < 2 or len(set(self.levels)) != len(self.levels):
             raise ValueError(f"levels are at least two different words, worst first; received {list(self.levels)}")
         if not all(level and level == level.strip() for level in self.levels):
             raise ValueError(f"a level is a word without white space around it; received {list(self.levels)}")
-        try:
-            names = [name for _, name, _, _ in string.Formatter().parse(self.question) if name is not None]
-        except ValueError as error:
-            raise ValueError(f"question is not a valid template: {error}; write {{{{ and }}}} for braces") from None
-        if unknown := sorted(set(names) - set(SLOTS)):
-            raise ValueError(f"question has unknown slots {unknown}; known: {', '.join(SLOTS)}")
-        try:
-            self.question.format(**dict.fromkeys(SLOTS, 1.0))
-        except (LookupError, ValueError) as error:
-            raise ValueError(f"question cannot be filled in: {error}; slots are numbers: {{seconds:.1f}}") from None
+        _check_question("question", self.question)
+        for paraphrase in self.paraphrases:
+            _check_question("paraphrase", paraphrase)
         return self
 
     @property
@@ -81,6 +75,21 @@ class Prompt(Settings):
         content = [*({"type": "video"} for _ in range(videos)), {"type": "text", "text": text}]
         system = [{"role": "system", "content": [{"type": "text", "text": self.system}]}] if self.system else []
         return [*system, {"role": "user", "content": content}]
+
+
+def _check_question(what: str, question: str) -> None:
+    if not question.strip():
+        raise ValueError(f"{what} is empty")
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(question) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"{what} is not a valid template: {error}; write {{{{ and }}}} for braces") from None
+    if unknown := sorted(set(names) - set(SLOTS)):
+        raise ValueError(f"{what} has unknown slots {unknown}; known: {', '.join(SLOTS)}")
+    try:
+        question.format(**dict.fromkeys(SLOTS, 1.0))
+    except (LookupError, ValueError) as error:
+        raise ValueError(f"{what} cannot be filled in: {error}; slots are numbers: {{seconds:.1f}}") from None
 
 
 def prompt_names() -> list[str]:

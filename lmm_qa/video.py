@@ -150,19 +150,19 @@ def sample_indices(seconds: Sequence[float], sampling: Sampling) -> list[int]:
         steps are more than that.
     """
     if sampling.strategy == "pairs":
-        moments = _middles(len(seconds), sampling.frames // 2)
+        moments = _spread(len(seconds), sampling.frames // 2, sampling.phase)
         return [index for moment in moments for index in _pair(seconds, moment, sampling.gap)]
     if sampling.strategy == "fps":
         # The tolerance keeps a frame that rounding puts a hair's breadth after the step that asks for it.
         steps = int(seconds[-1] * sampling.fps + 1e-6) + 1
         if steps <= sampling.frames:
-            return [_shown_at(seconds, step / sampling.fps) for step in range(steps)]
-    return _middles(len(seconds), sampling.frames)
+            return [_shown_at(seconds, (step + sampling.phase - 0.5) / sampling.fps) for step in range(steps)]
+    return _spread(len(seconds), sampling.frames, sampling.phase)
 
 
-def _middles(frames: int, shares: int) -> list[int]:
-    """The frames in the middle of equal shares of a clip."""
-    return [(2 * share + 1) * frames // (2 * shares) for share in range(shares)]
+def _spread(frames: int, shares: int, phase: float) -> list[int]:
+    """One frame of each equal share of a clip."""
+    return [int((share + phase) * frames / shares) for share in range(shares)]
 
 
 def _shown_at(seconds: Sequence[float], moment: float) -> int:

@@ -75,7 +75,7 @@ def test_every_unknown_key_is_named_with_those_that_are_known() -> None:
     assert lines[0] == "run.yaml cannot be used:"
     assert "  frame: Extra inputs are not permitted (received 8)" in lines
     assert "  strategi: Extra inputs are not permitted (received 'fps')" in lines
-    assert lines[-1] == "  known keys: strategy, frames, fps, gap"
+    assert lines[-1] == "  known keys: strategy, frames, fps, gap, phase"
 
 
 def test_something_else_than_keys_is_refused() -> None:

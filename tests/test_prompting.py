@@ -56,6 +56,11 @@ def test_slots_are_filled() -> None:
         prompt.messages(1, seconds=2.0)
 
 
+def test_paraphrases_are_checked_like_the_question() -> None:
+    assert "paraphrase has unknown slots ['length']" in refusal(paraphrases=["Fine?", "{length}"])
+    assert "paraphrase is empty" in refusal(paraphrases=[" "])
+
+
 def test_unknown_slots_are_named_with_those_that_are_known() -> None:
     message = refusal(question="{length} of {seconds}")
     assert "question has unknown slots ['length']; known: " + ", ".join(SLOTS) in message

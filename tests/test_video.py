@@ -115,6 +115,14 @@ sides = st.integers(1, 5000)
 factors = st.sampled_from([2, 14, 28, 32])
 
 
+def test_the_phase_moves_frames_within_their_shares() -> None:
+    seconds = [index / 25 for index in range(100)]
+    for phase, expected in ((0.0, [0, 25, 50, 75]), (0.5, [12, 37, 62, 87]), (0.99, [24, 49, 74, 99])):
+        assert sample_indices(seconds, Sampling(frames=4, phase=phase)) == expected
+    assert sample_indices(seconds, Sampling(strategy="pairs", frames=4, phase=0.0, gap=0.08)) == [0, 2, 50, 52]
+    assert sample_indices(seconds, Sampling(strategy="fps", fps=1, frames=4, phase=0.75)) == [6, 31, 56, 81]
+
+
 @given(sides, sides, st.integers(28 * 28, 10**6), factors)
 def test_whole_views_fit_the_grid_and_the_budget(height: int, width: int, budget: int, factor: int) -> None:
     rows, columns = view_size(height, width, View(max_pixels=budget), factor)
