@@ -33,9 +33,8 @@ from scipy.optimize import isotonic_regression
 from lmm_qa.config import Settings
 from lmm_qa.errors import ConfigError, ScoresError
 from lmm_qa.metrics import Floats, Logistic4, checked, fit_logistic4
+from lmm_qa.rater_file import CALIBRATION_NAME
 from lmm_qa.scores import Pair, group_folds
-
-FILE_NAME = "calibration.json"
 
 Kind = Literal["linear", "logistic4", "isotonic"]
 
@@ -270,8 +269,8 @@ class Calibration(Settings):
         """
         if not folder.is_dir():
             raise ConfigError(f"{folder} is no directory: give the rater directory whose ratings these are")
-        path = folder / FILE_NAME
-        beside = folder / f".{FILE_NAME}.{os.getpid()}.tmp"
+        path = folder / CALIBRATION_NAME
+        beside = folder / f".{CALIBRATION_NAME}.{os.getpid()}.tmp"
         try:
             beside.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
             os.replace(beside, path)
@@ -297,19 +296,25 @@ def calibrate(
         pairs: the clips; raw scores are taken where ratings are calibrated already.
         kind: of the mapping.
         coverage: nominal coverage of the intervals, between 0 and 1.
-        scale: lowest and highest MOS; by default the one that all ratings declare.
+        scale: lowest and highest MOS; by default, and if they declare one, that of all ratings.
         seed: deals groups to halves and folds.
 
     Raises:
-        ScoresError: too few clips or groups, constant scores, a MOS outside the scale, calibrated ratings without
-            their raw scores.
+        ScoresError: too few clips or groups, constant scores, a MOS outside the scale, ratings that declare another
+            scale, calibrated ratings without their raw scores.
         ConfigError: the scores fall as the MOS rises.
     """
     if not 0 < coverage < 1:
         raise ScoresError(f"coverage lies between 0 and 1, received {coverage:g}")
     data = _Data.of(pairs)
-    scale = _declared_scale(pairs) if scale is None else scale
+    declared = _declared_scale(pairs)
+    scale = declared if scale is None else scale
     _check_scale(scale, data.mos)
+    if declared not in (None, scale):
+        raise ScoresError(
+            f"the MOS are said to be on {scale}, the ratings declare {declared}: set the scale of the MOS in "
+            "rater.json and rate the clips again"
+        )
     mapping, spread = _fit(data, kind, coverage, seed)
     raters = {pair.score.rater_id for pair in pairs}
     clips = [_clip_hash(pair.score.clip, pair.score.content_id) for pair in pairs]
@@ -426,8 +431,8 @@ def _check_scale(scale: tuple[float, float] | None, mos: Floats) -> None:
         raise ScoresError(f"a scale is two numbers, low < high; received [{low:g}, {high:g}]")
     if mos.min() < low or mos.max() > high:
         raise ScoresError(
-            f"the MOS run from {mos.min():g} to {mos.max():g}, outside the scale [{low:g}, {high:g}]: declare the "
-            "scale that people rated on (--scale)"
+            f"the MOS run from {mos.min():g} to {mos.max():g}, outside the scale [{low:g}, {high:g}]: set the "
+            "scale that people rated on in rater.json and rate again; for ratings that declare no scale, give --scale"
         )
 
 

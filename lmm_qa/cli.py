@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from lmm_qa.manifest import Clip
     from lmm_qa.rater import Failure, Rater, RaterPlan, Rating
     from lmm_qa.results import Row, Sink
+
+T = TypeVar("T")
 
 FAILED, WRONG_USAGE, SOME_CLIPS_FAILED, INTERRUPTED = 1, 2, 3, 130
 PROGRESS_SECONDS = 30
@@ -186,8 +188,8 @@ def rate(
         dtype=dtype.value if dtype else None,
         trust_remote_code=trust_remote_code,
     )
-    if plan.source.note:
-        _say(f"note: {plan.source.note}")
+    for note in plan.notes:
+        _say(f"note: {note}")
     if dry_run:
         _print_plan(plan, clips, workers)
         return
@@ -310,7 +312,7 @@ def calibrate(
     print(calibration.summary())
     _say(f"{calibration.n} clips of {calibration.groups} groups -> {path}")
     if unused := len(joined.failed) + len(joined.missing):
-        _say(f"{unused} labelled clips have no score and had no part in it")
+        _say(f"{_count(unused, 'labelled clip')} without a score had no part in it")
         raise typer.Exit(SOME_CLIPS_FAILED)
 
 
@@ -400,12 +402,13 @@ class _Run:
 
         began = time.monotonic()
         with Sink(output, [clip.name for clip in clips], self.plan.rater_id, overwrite) as sink:
-            waiting = [clip for clip in clips if not _known(sink, clip)]
+            known = ((clip, _known(sink, clip)) for clip in clips)
+            waiting = [clip for clip, done in _progress(known, len(clips), "looked up") if not done]
             if not waiting:
-                _say(f"nothing to do: all {len(clips)} clips are rated in {output} (--overwrite rates them again)")
+                _say(f"nothing to do: {_count(len(clips))} rated in {output} already (--overwrite rates again)")
                 return 0
             if sink.reused:
-                _say(f"{sink.reused} of {len(clips)} clips are rated in {output} already")
+                _say(f"{sink.reused} of {_count(len(clips))} rated in {output} already")
             for result in self._results(waiting):
                 sink.write(result.to_row())
             rows = sink.rows
@@ -429,14 +432,14 @@ class _Run:
     def _results(self, clips: Sequence[Clip]) -> Iterator[Rating | Failure]:
         rater = self.plan.load()
         _describe(rater)
-        yield from _progress(rater.rate_all(clips, **self.options), len(clips))
+        yield from _progress(rater.rate_all(clips, **self.options), len(clips), "rated")
 
 
 def _known(sink: Sink, clip: Clip) -> bool:
     from lmm_qa.manifest import content_id
 
     try:
-        return sink.resume(clip.name, content_id(clip.path)) is not None
+        return sink.resumes and sink.resume(clip.name, content_id(clip.path)) is not None
     except ClipError:
         return False  # it will get its error row
 
@@ -446,21 +449,27 @@ def _describe(rater: Rater) -> None:
     choices = ", ".join(f"{name} {choice}" for name, choice in rater.backbone.choices.items())
     kind = type(rater.backbone.model.get_base_model() if rater.source.adapter else rater.backbone.model).__name__
     adapter = " + adapter" if rater.source.adapter else ""
-    _say(f"model {rater.source.name} ({kind}{adapter}); {choices}")
+    calibration = f"; calibrated ({rater.calibration.mapping.kind})" if rater.calibration else ""
+    _say(f"model {rater.source.name} ({kind}{adapter}); {choices}{calibration}")
 
 
-def _progress(results: Iterable[Rating | Failure], total: int) -> Iterator[Rating | Failure]:
+def _count(number: int, noun: str = "clip") -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _progress(results: Iterable[T], total: int, verb: str) -> Iterator[T]:
     """Pass results on; show how many, how fast, how long still: a bar on a terminal, a line now and then elsewhere."""
     console = _console()
     began = last = time.monotonic()
     if console.is_terminal:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+        text = TextColumn("{task.description}, {task.fields[rate]:.2f} clips/s")
+        columns = (BarColumn(), MofNCompleteColumn(), text, TimeRemainingColumn())
         with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task("", total=total, rate="")
+            task = bar.add_task(verb, total=total, rate=0.0)
             for done, result in enumerate(results, 1):
-                bar.update(task, completed=done, rate=f"{done / (time.monotonic() - began):.2f} clips/s")
+                bar.update(task, completed=done, rate=done / (time.monotonic() - began))
                 yield result
         return
     for done, result in enumerate(results, 1):
@@ -468,14 +477,14 @@ def _progress(results: Iterable[Rating | Failure], total: int) -> Iterator[Ratin
         now = time.monotonic()
         if now - last > PROGRESS_SECONDS and done < total:
             rate = done / (now - began)
-            _say(f"{done} of {total} clips, {rate:.2f} clips/s, {(total - done) / rate:.0f} s left")
+            _say(f"{done} of {total} clips {verb}, {rate:.2f} clips/s, {(total - done) / rate:.0f} s left")
             last = now
 
 
 def _summarise(rows: Sequence[Row], fresh: int, seconds: float, where: str) -> int:
     failed = sum(row["error"] is not None for row in rows)
     failures = f", {failed} could not be rated" if failed else ""
-    _say(f"{len(rows) - failed} clips rated{failures}; {fresh} now, in {seconds:.1f} s{where}")
+    _say(f"{_count(len(rows) - failed)} rated{failures}; {fresh} now, in {seconds:.1f} s{where}")
     return failed
 
 
@@ -524,7 +533,7 @@ def _print_plan(plan: RaterPlan, clips: Sequence[Clip], workers: int) -> None:
     console.print(table)
     memory = estimate_memory(plan.source.backbone, most, plan.dtype_chosen, plan.quantization, **remote)
     _say(
-        f"{len(clips) - failed} clips would be rated"
+        f"{_count(len(clips) - failed)} would be rated"
         + (f", {failed} could not" if failed else "")
         + f"; at most {most} tokens a clip; {memory.parameters / 1e6:,.0f} M parameters; memory: about "
         f"{memory.weights / 2**30:.2f} GiB of weights and {memory.clip / 2**30:.3f} GiB for each clip of a batch"

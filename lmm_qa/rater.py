@@ -1,4 +1,4 @@
-"""The path of a clip: sampled frames -> prompt -> one prefill -> level probabilities -> score.
+"""The path of a clip: sampled frames -> prompt -> one prefill -> level probabilities -> score -> calibrated score.
 
     rater = Rater.from_pretrained()          # the model that ships with the package
     rater.rate("clip.mp4").score             # a float on rater.settings.scale
@@ -11,19 +11,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import tee
+from dataclasses import asdict, dataclass, replace
+from itertools import product, tee
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+import torch
 
 from lmm_qa.backbone import Backbone, ClipInput, Dtype, Quantization, choose_device, choose_dtype, patch_factor
+from lmm_qa.calibrate import Calibration
 from lmm_qa.config import Sampling, View
-from lmm_qa.errors import ClipError, UsageError
+from lmm_qa.errors import ClipError, ConfigError, ModelError, UsageError
 from lmm_qa.levels import LevelReading, read_levels
 from lmm_qa.manifest import Clip, content_id
 from lmm_qa.prompting import Prompt, load_prompt
 from lmm_qa.rater_file import ModelSource, RaterFile, identity, resolve_model
 from lmm_qa.video import DecoderPool, Frames, read_frames
+
+
+@dataclass(frozen=True)
+class CalibrationUse:
+    """Which calibration a score went through."""
+
+    id: str
+    """Short hash of all that the calibration is."""
+    fitted: bool
+    """Whether it was fitted on this very clip, which is then no test of the rater."""
+    raw_rater_id: str
+    """What made the raw score: the rater's identity without its calibration."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +48,19 @@ class Rating:
     clip: str
     content_id: str
     score: float
-    """Expected MOS, on `scale`."""
+    """Expected MOS, on `scale`; calibrated where `calibration` says so."""
+    raw_score: float | None
+    """The score before calibration, on `scale`; None where nothing was calibrated."""
+    interval: tuple[float, float] | None
+    """Prediction interval of the MOS, low and high, see `lmm_qa.calibrate`; None where nothing was calibrated."""
+    calibration: CalibrationUse | None
     scale: tuple[float, float]
     level: str
     """The likeliest level word."""
     probabilities: dict[str, float]
     """P(level word), worst first; sums to 1."""
     std: float
-    """Standard deviation of the level distribution, in MOS units."""
+    """Standard deviation of the level distribution, in MOS units; of the raw score, as are level and probabilities."""
     level_mass: float
     """Share of the vocabulary's probability on the level words; near 0, the prompt was not understood."""
     frames: Frames
@@ -59,6 +79,9 @@ class Rating:
             "clip": self.clip,
             "content_id": self.content_id,
             "score": self.score,
+            "raw_score": self.raw_score,
+            "interval": list(self.interval) if self.interval else None,
+            "calibration": asdict(self.calibration) if self.calibration else None,
             "scale": list(self.scale),
             "level": self.level,
             "probabilities": self.probabilities,
@@ -95,7 +118,10 @@ class Failure:
     def to_row(self) -> dict[str, Any]:
         """The failure as plain data: the columns of a rating are there, without values."""
         empty = dict.fromkeys(
-            ("score", "scale", "level", "probabilities", "std", "level_mass", "frames", "video", "adapter", "prompt")
+            (
+                *("score", "raw_score", "interval", "calibration", "scale", "level", "probabilities", "std"),
+                *("level_mass", "frames", "video", "adapter", "prompt"),
+            )
         )
         return {
             "clip": self.clip,
@@ -118,11 +144,21 @@ class RaterPlan:
     device: str | None
     dtype: Dtype | None
     trust_remote_code: bool
+    calibration: Calibration | None
+    """What raw scores go through; None where the model has none, or it does not apply."""
+    notes: tuple[str, ...]
+    """What was assumed or left out; to be told to the user."""
+
+    @property
+    def raw_rater_id(self) -> str:
+        """Short hash of all that determines a raw score: weights, prompt, scale, sampling, views, number format."""
+        return identity(self.source, self.settings, self.dtype_chosen, self.quantization)
 
     @property
     def rater_id(self) -> str:
-        """Short hash of all that determines a score: weights, prompt, scale, sampling, views, number format."""
-        return identity(self.source, self.settings, self.dtype_chosen, self.quantization)
+        """Short hash of all that determines a score: `raw_rater_id` and the calibration."""
+        calibration = self.calibration.identity if self.calibration else None
+        return identity(self.source, self.settings, self.dtype_chosen, self.quantization, calibration)
 
     @property
     def dtype_chosen(self) -> str:
@@ -140,7 +176,7 @@ class RaterPlan:
             dtype=self.dtype,
             trust_remote_code=self.trust_remote_code,
         )
-        return Rater(backbone, self.source, self.settings, self.rater_id)
+        return Rater(backbone, self)
 
 
 def plan_rater(
@@ -164,24 +200,61 @@ def plan_rater(
         sampling=sampling,
         views=tuple(views) if views else None,
     )
-    return RaterPlan(source, settings, quantization, device, dtype, trust_remote_code)
+    _check_device(device)
+    calibration, why_not = _calibration(source, settings)
+    notes = tuple(note for note in (source.note, why_not) if note)
+    return RaterPlan(source, settings, quantization, device, dtype, trust_remote_code, calibration, notes)
+
+
+def _check_device(device: str | None) -> None:
+    try:
+        choose_device(device)
+    except ModelError as error:
+        cuda = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+        here = ["cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]
+        raise UsageError(f"{error} (devices here: {', '.join(here)})") from None
+
+
+def _calibration(source: ModelSource, settings: RaterFile) -> tuple[Calibration | None, str | None]:
+    """The model's calibration, if it has one that applies; if it has one that does not, why."""
+    path = source.calibration
+    if path is None:
+        return None, None
+    usual = source.settings.asked()
+    if changed := [key for key, value in settings.asked().items() if value != usual[key]]:
+        return None, f"{path} is for the rater's own {', '.join(changed)}, others were asked for: scores are raw"
+    try:
+        calibration = Calibration.read(path)
+    except ConfigError as error:
+        raise ConfigError(f"{error}\nmake it again with lmm-qa calibrate, or remove it to get raw scores") from None
+    if calibration.scale != settings.scale:
+        raise ConfigError(
+            f"the scale of {path} is {calibration.scale}, that of the rater {settings.scale}: set the scale of the MOS "
+            "in rater.json, rate and calibrate again; or remove the calibration to get raw scores"
+        )
+    formats = product(get_args(Dtype), (None, *get_args(Quantization)))
+    if calibration.rater_id not in (None, *(identity(source, settings, *numbers) for numbers in formats)):
+        return None, f"{path} is for other weights or settings: scores are raw; rate and calibrate again"
+    return calibration, None
 
 
 class Rater:
     """A backbone, a prompt, a scale, and which frames to look at. Make one with `Rater.from_pretrained`."""
 
-    def __init__(self, backbone: Backbone, source: ModelSource, settings: RaterFile, rater_id: str) -> None:
+    def __init__(self, backbone: Backbone, plan: RaterPlan) -> None:
         """Checks that the level words are single tokens for this backbone.
 
         Raises:
             LevelTokenError: they are not.
         """
         self.backbone = backbone
-        self.source = source
-        self.settings = settings
-        self.rater_id = rater_id
+        self.source = plan.source
+        self.settings = plan.settings
+        self.calibration = plan.calibration
+        self.raw_rater_id = plan.raw_rater_id
+        self.rater_id = plan.rater_id
         self.factor = patch_factor(backbone.processor) or 1
-        backbone.level_tokens(settings.prompt, len(settings.views))
+        backbone.level_tokens(self.settings.prompt, len(self.settings.views))
 
     @classmethod
     def from_pretrained(
@@ -211,12 +284,14 @@ class Rater:
             quantization, device, dtype, trust_remote_code: see `lmm_qa.backbone.Backbone.load`.
 
         What is not given is as the model's rater.json says; without one: prompt `talking_head`, scale [1, 5],
-        8 uniform frames, the whole picture in at most 448 x 448 pixels.
+        8 uniform frames, the whole picture in at most 448 x 448 pixels. A calibration.json beside it is applied, unless
+        prompt, scale, sampling or views are given that differ from the model's.
 
         Raises:
             ModelError, LevelTokenError: the model cannot be loaded or does not fit the prompt.
-            UsageError: `model` is a path and no directory lies there, or a directory of which a revision is asked.
-            ConfigError: prompt, scale or rater.json say something they may not say.
+            UsageError: `model` is a path and no directory lies there, or a directory of which a revision is asked; the
+                device is not here.
+            ConfigError: prompt, scale, rater.json or calibration.json say something they may not say.
         """
         return plan_rater(
             model,
@@ -305,10 +380,13 @@ class Rater:
 
     def _rating(self, clip: Clip, content: str, frames: Frames, reading: LevelReading, seconds: float) -> Rating:
         prompt = self.settings.prompt
-        return Rating(
+        rating = Rating(
             clip=clip.name,
             content_id=content,
             score=reading.score,
+            raw_score=None,
+            interval=None,
+            calibration=None,
             scale=self.settings.scale,
             level=prompt.levels[reading.level],
             probabilities=dict(zip(prompt.levels, reading.probabilities, strict=True)),
@@ -321,6 +399,13 @@ class Rater:
             rater_id=self.rater_id,
             seconds=seconds,
         )
+        return _calibrated(rating, self.calibration, self.raw_rater_id) if self.calibration else rating
+
+
+def _calibrated(rating: Rating, calibration: Calibration, raw_rater_id: str) -> Rating:
+    mos, low, high = calibration.apply(rating.score, rating.std)
+    use = CalibrationUse(calibration.identity, calibration.knows(rating.clip, rating.content_id), raw_rater_id)
+    return replace(rating, score=mos, raw_score=rating.score, interval=(low, high), calibration=use)
 
 
 def clip_input(frames: Frames) -> ClipInput:

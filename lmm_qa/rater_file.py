@@ -1,6 +1,7 @@
 """rater.json: what, together with weights, determines a score. It makes an adapter directory a complete rater.
 
-A rater directory is a PEFT adapter directory plus this file. Knows nothing of how models are loaded.
+A rater directory is a PEFT adapter directory plus this file, and calibration.json where it is calibrated. Knows nothing
+of how models are loaded, nor of what a calibration says.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +21,7 @@ from lmm_qa.levels import Scale
 from lmm_qa.prompting import DEFAULT_PROMPT, Prompt, load_prompt
 
 FILE_NAME = "rater.json"
+CALIBRATION_NAME = "calibration.json"
 EMBEDDED = Path(__file__).parent / "embedded" / "adapter"
 """The rater that ships with the package."""
 
@@ -58,6 +61,14 @@ class RaterFile(Settings):
         """The scale as an object with anchors."""
         return Scale(*self.scale)
 
+    def asked(self) -> dict[str, Any]:
+        """What of this determines a score, as plain data."""
+        asked = self.model_dump(mode="json", exclude={"training", "backbone", "revision"})
+        for silent in ("description", "paraphrases"):
+            del asked["prompt"][silent]
+        asked["prompt"].pop("paraphrases")
+        return asked
+
     def override(self, **changes: Any) -> Self:
         """A copy with the changes that are not None.
 
@@ -82,7 +93,10 @@ class ModelSource:
     settings: RaterFile
     note: str | None
     """What was assumed because nothing said so; to be told to the user."""
+    calibration: Path | None = None
+    """calibration.json, where the rater has one."""
 
+    @cached_property
     def fingerprint(self) -> dict[str, str]:
         """Identity of the weights: of local ones by content, of those on the hub by id and revision."""
         local = Path(self.backbone)
@@ -118,7 +132,8 @@ def resolve_model(model: str | Path | None = None, revision: str | None = None) 
     if file := _from_hub(str(model), FILE_NAME, revision):
         settings = RaterFile.read(file)
         backbone, version = (settings.backbone, settings.revision) if settings.backbone else (str(model), revision)
-        return ModelSource(str(model), backbone, version, None, settings, None)
+        calibration = _from_hub(str(model), CALIBRATION_NAME, revision)
+        return ModelSource(str(model), backbone, version, None, settings, None, calibration)
     note = "no rater.json: default prompt, scale [1, 5], 8 uniform frames, whole view of at most 448 x 448 pixels"
     return ModelSource(str(model), str(model), revision, None, RaterFile(), note)
 
@@ -149,11 +164,16 @@ def weights_fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def identity(source: ModelSource, settings: RaterFile, dtype: str, quantization: str | None) -> str:
-    """Short hash of all that determines a score; part of the key by which finished ratings are recognised."""
-    asked = settings.model_dump(mode="json", exclude={"training", "backbone", "revision"})
-    asked["prompt"].pop("description")
-    parts = {**source.fingerprint(), **asked, "dtype": dtype, "quantization": quantization}
+def identity(
+    source: ModelSource, settings: RaterFile, dtype: str, quantization: str | None, calibration: str | None = None
+) -> str:
+    """Short hash of all that determines a score; part of the key by which finished ratings are recognised.
+
+    With the identity of a calibration, that of the calibrated scores; without one, that of the raw scores.
+    """
+    parts = {**source.fingerprint, **settings.asked(), "dtype": dtype, "quantization": quantization}
+    if calibration:
+        parts["calibration"] = calibration
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -179,7 +199,8 @@ def _from_directory(folder: Path, name: str) -> ModelSource:
         backbone = str((folder / backbone).resolve())
     elif backbone is not None and _looks_like_a_path(backbone) and not Path(backbone).is_dir():
         raise ModelError(f"the backbone of {folder}, {backbone!r}, is not there: correct it in {FILE_NAME}")
-    return ModelSource(name, backbone or str(folder), revision, adapter, settings, note)
+    calibration = folder / CALIBRATION_NAME if (folder / CALIBRATION_NAME).is_file() else None
+    return ModelSource(name, backbone or str(folder), revision, adapter, settings, note, calibration)
 
 
 def read_adapter_base(adapter: Path) -> tuple[str, str | None]:

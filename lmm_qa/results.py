@@ -55,7 +55,8 @@ class Sink:
         Args:
             path: the file; its suffix (one of `OUTPUT_SUFFIXES`) says in which form. Missing folders are made.
             clips: the names of all clips of this run, in order, no two the same.
-            rater_id: what rates them. Ratings of another rater are neither reused nor mixed in.
+            rater_id: what rates them. Ratings of another rater, or of this one before it was calibrated, are neither
+                reused nor mixed in.
             overwrite: forget what the file holds, whatever it is. It stays until the first new row is there.
 
         Raises:
@@ -78,6 +79,11 @@ class Sink:
         """Those of them that hold a score, by content."""
         self._rows: dict[str, Row] = {}
         """Rows of this run, by clip."""
+
+    @property
+    def resumes(self) -> bool:
+        """Whether earlier runs left anything that `resume` could find: else clips need not be hashed for it."""
+        return bool(self._rated)
 
     @property
     def rows(self) -> list[Row]:
@@ -162,8 +168,8 @@ class Sink:
                 )
             if others := {row["rater_id"] for row in rows} - {self.rater_id, None}:
                 raise ResultsError(
-                    f"{path} holds ratings of another rater ({', '.join(sorted(map(str, others)))}; this one is "
-                    f"{self.rater_id}): name another file, or replace it with --overwrite"
+                    f"{path} holds ratings of another rater or calibration ({', '.join(sorted(map(str, others)))}; "
+                    f"this one is {self.rater_id}): name another file, or replace it with --overwrite"
                 )
         self._stored = stored
         self._earlier = {row["clip"]: row for row in (*stored, *started)}
@@ -550,7 +556,8 @@ ASCII_BARS = " .:-=+*#@"
 def render_table(rows: Sequence[Row], console: Console, limit: int = 40) -> None:
     """Print ratings for people: a line a clip, those that failed in red, at most `limit` lines.
 
-    The level probabilities show as one bar a level, under the initials of the levels.
+    The level probabilities show as one bar a level, under the initials of the levels. Prediction intervals have a
+    column where there are any.
     """
     from rich.table import Table
 
@@ -562,13 +569,16 @@ def render_table(rows: Sequence[Row], console: Console, limit: int = 40) -> None
     table.add_column(
         f"score ({'-'.join(f'{end:g}' for end in min(scales))})" if len(scales) == 1 else "score", **_RIGHT
     )
+    intervals = any(row.get("interval") for row in rows)
+    if intervals:
+        table.add_column("interval", **_RIGHT)
     table.add_column("std", **_RIGHT)
     table.add_column("level")
     table.add_column(" ".join(level[:1] for level in levels), no_wrap=True)
     table.add_column("size", **_RIGHT)
     table.add_column("s", **_RIGHT)
     for row in rows[:limit]:
-        table.add_row(*_line(row, bars))
+        table.add_row(*_line(row, bars, intervals))
     console.print(table)
     if len(rows) > limit:
         failed = sum(row.get("error") is not None for row in rows[limit:])
@@ -578,7 +588,7 @@ def render_table(rows: Sequence[Row], console: Console, limit: int = 40) -> None
 _RIGHT: dict[str, Any] = {"justify": "right", "no_wrap": True}
 
 
-def _line(row: Row, bars: str) -> list[Text]:
+def _line(row: Row, bars: str, intervals: bool) -> list[Text]:
     from rich.text import Text
 
     error, video = row.get("error"), row.get("video") or {}
@@ -587,9 +597,11 @@ def _line(row: Row, bars: str) -> list[Text]:
         level = f"{error.get('class')}: {_one_line(str(error.get('message')), 60)}"
     else:
         level = str(row.get("level") or "")
+    interval = ", ".join(_number(end, 2) for end in row.get("interval") or ())
     cells = (
         str(row["clip"]),
         "-" if error else _number(row.get("score"), 2),
+        *([f"[{interval}]" if interval else ""] if intervals else []),
         _number(row.get("std"), 2),
         level,
         " ".join(_bar(p, bars) for p in (row.get("probabilities") or {}).values()),

@@ -61,6 +61,7 @@ class Score:
     """The rater's declared scale."""
     content_id: str | None = None
     rater_id: str | None = None
+    """What made the raw score."""
     calibrated: bool = False
     fitted: bool = False
     """Whether the rater's calibration was fitted on this very clip."""
@@ -151,14 +152,19 @@ def read_scores(path: Path) -> tuple[Score, ...]:
     `name,score` without a header (.txt, the layout of a challenge submission).
 
     Raises:
-        ManifestError: a row has no clip or no score, or two raters speak in one file.
+        ManifestError: a row has no clip or no score, a clip has two, or not all went through the same calibration.
         ResultsError: it cannot be read.
     """
     suffix = path.suffix.lower()
     if suffix == ".txt":
         scores = [_score_of_line(line, where) for where, line in _lines(path)]
     elif suffix in OUTPUT_SUFFIXES:
-        scores = [_score_of_row(row, f"{path}, row {number}") for number, row in enumerate(read_rows(path), 1)]
+        rows = read_rows(path)
+        scores = [_score_of_row(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+        if len({_calibration(row).get("id") for row in rows if not row.get("error")}) > 1:
+            raise ManifestError(
+                f"{path} mixes calibrated and raw scores, or those of several calibrations: keep one kind"
+            )
     else:
         raise ManifestError(f"{path}: ratings are {', '.join(OUTPUT_SUFFIXES)}, or .txt with a line name,score a clip")
     if not scores:
@@ -184,7 +190,7 @@ def _score_of_row(row: Row, where: str) -> Score:
         return Score(clip, None, f"{error.get('class')}: {error.get('message')}" if known else str(error))
     if "score" not in row:
         raise ManifestError(f"{where}: no column is named score; the columns are: {', '.join(row)}")
-    calibration = row.get("calibration") or {}
+    calibration = _calibration(row)
     raw, std = row.get("raw_score"), row.get("std")
     return Score(
         clip=clip,
@@ -194,10 +200,15 @@ def _score_of_row(row: Row, where: str) -> Score:
         interval=_ends(row.get("interval")),
         scale=_ends(row.get("scale")),
         content_id=row.get("content_id"),
-        rater_id=row.get("rater_id"),
+        rater_id=calibration.get("raw_rater_id") or row.get("rater_id"),
         calibrated=bool(calibration),
         fitted=bool(calibration.get("fitted")),
     )
+
+
+def _calibration(row: Row) -> Mapping[str, Any]:
+    value = row.get("calibration")
+    return value if isinstance(value, Mapping) else {}
 
 
 def _ends(value: Sequence[float] | None) -> tuple[float, float] | None:

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from lmm_qa.calibrate import FILE_NAME, MAPPINGS, Calibration, Isotonic, Kind, Linear, Logistic, Spread, calibrate
+from lmm_qa.calibrate import MAPPINGS, Calibration, Isotonic, Kind, Linear, Logistic, Spread, calibrate
 from lmm_qa.cli import app
 from lmm_qa.errors import ConfigError, ScoresError
 from lmm_qa.metrics import Floats, Logistic4
+from lmm_qa.rater_file import CALIBRATION_NAME
 from lmm_qa.scores import Label, Pair, Score, join, read_labels, read_scores
 
 KINDS = pytest.mark.parametrize("kind", list(MAPPINGS))
@@ -92,7 +93,7 @@ def test_intervals_hold_what_they_promise_on_fresh_clips(coverage: float) -> Non
 
 
 def test_a_rater_that_is_unsure_gets_a_wide_interval() -> None:
-    calibration = calibrate(pairs(), "linear", scale=(-100, 100))
+    calibration = calibrate(pairs(scale=None), "linear", scale=(-100, 100))
     wide, narrow = (calibration.apply(3.0, std) for std in (0.8, 0.4))
     assert wide.high - wide.low == pytest.approx(2 * (narrow.high - narrow.low))
     floor = calibration.spread.std_floor
@@ -130,7 +131,7 @@ def test_it_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
     for kind in MAPPINGS:
         calibration = calibrate(pairs(), kind)
         assert Calibration.read(calibration.write(tmp_path)) == calibration
-    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
+    assert [path.name for path in tmp_path.iterdir()] == [CALIBRATION_NAME]
     assert len({calibrate(pairs(), kind).identity for kind in MAPPINGS}) == 3
     with pytest.raises(ConfigError, match="is no directory: give the rater directory"):
         calibration.write(tmp_path / "gone")
@@ -176,6 +177,7 @@ def test_raw_scores_are_calibrated_not_calibrated_ones() -> None:
         (pairs(), {"coverage": 1.0}, "coverage lies between 0 and 1, received 1"),
         (pairs(), {"scale": (1, 5)}, r"the MOS run from 0\.5\S+ to 4\.4\S+, outside the scale \[1, 5\]"),
         (pairs(), {"scale": (5, 0)}, r"low < high; received \[5, 0\]"),
+        (pairs(), {"scale": (0, 100)}, r"MOS are said to be on \(0, 100\), the ratings declare \(0\.0, 5\.0\): set"),
         ([*pairs(), *pairs(9, seed=1, scale=(1.0, 5.0))], {}, "the ratings declare several scales"),
         ([*pairs(), Pair(Label("x", 1.0, "x"), Score("x", 1.0))], {}, "some ratings have a std and some have none"),
     ],
@@ -218,10 +220,10 @@ def test_the_command(tmp_path: Path) -> None:
     command = ["calibrate", f"{tmp_path}/r.jsonl", f"{tmp_path}/l.csv", "--into", str(tmp_path), "--kind", "isotonic"]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
-    assert Calibration.read(tmp_path / FILE_NAME) == calibrate(pairs(), "isotonic")
+    assert Calibration.read(tmp_path / CALIBRATION_NAME) == calibrate(pairs(), "isotonic")
     assert "made to hold 90% of the MOS" in done.stdout
     assert "on groups left out of the fit, 5 folds" in done.stdout
     (tmp_path / "l.csv").write_text("clip,mos,group\n" + "".join(lines) + "broken.mp4,1,g\n")
     partly = CliRunner().invoke(app, command)
     assert partly.exit_code == 3
-    assert "1 labelled clips have no score" in partly.stderr
+    assert "1 labelled clip without a score had no part in it" in partly.stderr

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from backbones import add_adapter
 from clips import write_clip
 
 import lmm_qa.cli
+from lmm_qa.calibrate import Calibration
 from lmm_qa.manifest import content_id
 from lmm_qa.results import read_rows
 
@@ -109,7 +111,7 @@ def test_a_pipe_gets_one_json_line_a_clip(folder: Path, model: Path) -> None:
     assert note.startswith("note: adapter has no rater.json: default prompt, scale [1, 5]")
     assert loaded.startswith("model adapter (Qwen2VLForConditionalGeneration + adapter); device cpu (as asked), dtype")
     assert loaded.endswith("attention sdpa (on cpu)")
-    assert summary.startswith("1 clips rated, 1 could not be rated; 2 now, in ")
+    assert summary.startswith("1 clip rated, 1 could not be rated; 2 now, in ")
 
 
 def test_help_and_import_load_no_heavy_library(tmp_path: Path) -> None:
@@ -157,7 +159,7 @@ def test_an_interrupted_run_goes_on_where_it_was(folder: Path, model: Path, comm
     assert 1 <= len(kept) < 23
     done = command(*arguments)
     assert done.code == 0
-    assert f"{len(kept)} of 23 clips are rated in r.jsonl already" in done.err
+    assert f"{len(kept)} of 23 clips rated in r.jsonl already" in done.err
     rows = read_rows(folder / "r.jsonl")
     assert len(rows) == 23
     assert all(row in rows for row in kept)
@@ -197,8 +199,25 @@ def test_a_second_run_has_nothing_to_do(folder: Path, model: Path, command: Comm
     before = output.read_bytes()
     again = command(*arguments)
     assert again.code == 0
-    assert f"nothing to do: all 3 clips are rated in {output} (--overwrite rates them again)" in again.err
+    assert f"nothing to do: 3 clips rated in {output} already (--overwrite rates again)" in again.err
     assert output.read_bytes() == before
+
+
+def test_one_clip_is_no_clips(folder: Path, model: Path, command: Command) -> None:
+    arguments = ("rate", "clips/a.mp4", "-m", model, *FAST, "-o", "r.jsonl")
+    assert "1 clip would be rated; " in command(*arguments, "--dry-run").err
+    assert "1 clip rated; 1 now" in command(*arguments).err
+    assert "nothing to do: 1 clip rated in r.jsonl already" in command(*arguments).err
+
+
+def test_looking_up_what_is_rated_shows_progress(
+    folder: Path, model: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lmm_qa.cli, "PROGRESS_SECONDS", -1)
+    arguments = ("rate", "clips", "-m", model, *FAST, "-o", "r.jsonl")
+    first, second = command(*arguments), command(*arguments)
+    assert "2 of 3 clips rated, " in first.err
+    assert "2 of 3 clips looked up, " in second.err
 
 
 def test_overwrite_rates_again(folder: Path, model: Path, command: Command) -> None:
@@ -221,7 +240,7 @@ def test_only_new_clips_are_rated(folder: Path, model: Path, command: Command) -
     shutil.move(folder / "clips" / "b.mp4", folder / "clips" / "renamed.mp4")
     done = command(*arguments)
     assert done.code == 0
-    assert "3 of 4 clips are rated in r.jsonl already" in done.err
+    assert "3 of 4 clips rated in r.jsonl already" in done.err
     assert "4 clips rated; 1 now" in done.err
     after = {row["clip"]: row for row in read_rows(Path("r.jsonl"))}
     assert after["a.mp4"] == before[0]
@@ -237,6 +256,143 @@ def test_other_settings_do_not_reuse_ratings(folder: Path, model: Path, command:
     assert Path("r.jsonl").read_bytes() == before
 
 
+# --- calibrated ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def calibrated(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a rater directory, its ratings (raw.jsonl), labels, and calibration.json made from these."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    (folder / "old").mkdir()
+    (folder / "new").mkdir()
+    for number in range(18):
+        name = f"{'old' if number < 12 else 'new'}/{number}.mp4"
+        write_clip(folder / name, frames=3 + number % 3, size=(48 + 16 * (number % 5), 64 + 16 * (number % 7)))
+    shutil.copytree(model, folder / "rater")
+    settings = {"scale": [0, 5], "sampling": {"frames": 2}, "views": [{"kind": "whole", "max_pixels": 56 * 56}]}
+    (folder / "rater" / "rater.json").write_text(json.dumps(settings))
+    rate = ("-m", "lmm_qa", "rate", "-m", "rater", "--device", "cpu", "--workers", "1")
+    done = run_python(*rate, "old", "new", "-o", "all.jsonl", cwd=folder)
+    assert done.code == 0, done.err
+    rows = read_rows(folder / "all.jsonl")
+    with (folder / "labels.csv").open("w") as labels:
+        labels.write("clip,mos\n")
+        labels.writelines(
+            f"{row['clip']},{2 + row['score'] / 4 + number % 3 / 50}\n" for number, row in enumerate(rows)
+        )
+    (folder / "raw.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:12]))
+    calibrate = ("-m", "lmm_qa", "calibrate", "raw.jsonl", "labels.csv", "--into", "rater", "--kind", "linear")
+    done = run_python(*calibrate, "--coverage", "0.8", cwd=folder)
+    assert done.code == 3, done.err
+    assert "6 labelled clips without a score had no part in it" in done.err
+    return folder
+
+
+RATE = ("rate", "-m", "rater", "--device", "cpu", "--workers", "1")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_calibrated_rater_needs_no_flag(
+    calibrated: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.chdir(calibrated)
+    output = tmp_path / f"r{suffix}"
+    done = command(*RATE, "old", "new", "gone.mp4", "-o", output)
+    assert done.code == 3, done.err
+    assert "; calibrated (linear)" in done.err
+    assert "interval" in done.err
+    *rows, gone = read_rows(output)
+    calibration = Calibration.read(Path("rater/calibration.json"))
+    raw = read_rows(Path("all.jsonl"))
+    assert calibration.rater_id == raw[0]["rater_id"]
+    assert len(rows) == 18
+    for number, (row, before) in enumerate(zip(rows, raw, strict=True)):
+        assert row["raw_score"] == pytest.approx(before["score"], abs=1e-4)
+        assert (row["score"], *row["interval"]) == pytest.approx(calibration.apply(row["raw_score"], row["std"]))
+        assert row["calibration"] == {
+            "id": calibration.identity,
+            "fitted": number < 12,
+            "raw_rater_id": before["rater_id"],
+        }
+        assert (row["level"], row["rater_id"] == before["rater_id"]) == (before["level"], False)
+    assert (gone["score"], gone["raw_score"], gone["interval"], gone["calibration"]) == (None, None, None, None)
+    again = command(*RATE, "old", "new", "-o", output)
+    assert (again.code, "nothing to do: 18 clips rated" in again.err) == (0, True)
+    refused = command("evaluate", output, "labels.csv")
+    assert refused.code == 1
+    assert "error: the calibration of these ratings was fitted on 12 of the 18 clips" in refused.err
+
+
+def test_raw_and_calibrated_ratings_are_not_mixed(
+    calibrated: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was rated before calibrating stays as it is, and is not taken for calibrated."""
+    monkeypatch.chdir(calibrated)
+    output = tmp_path / "r.jsonl"
+    shutil.copy("raw.jsonl", output)
+    done = command(*RATE, "old", "-o", output)
+    assert done.code == 1
+    assert "holds ratings of another rater or calibration" in done.err.splitlines()[-1]
+    assert output.read_bytes() == Path("raw.jsonl").read_bytes()
+    assert command(*RATE, "old", "-o", output, "--overwrite").code == 0
+    assert all(row["calibration"] for row in read_rows(output))
+
+
+def test_calibrated_ratings_can_be_calibrated_again(
+    calibrated: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(calibrated, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    first = Calibration.read(Path("rater/calibration.json"))
+    for turn in range(2):
+        assert command(*RATE, "old", "-o", f"{turn}.csv").code == 0
+        done = command(
+            *("calibrate", f"{turn}.csv", "labels.csv", "--into", "rater", "--kind", "linear", "--coverage", "0.8")
+        )
+        assert done.code == 3, done.err
+        again = Calibration.read(Path("rater/calibration.json"))
+        assert (again.mapping.model_dump(), again.rater_id) == (
+            pytest.approx(first.mapping.model_dump(), abs=1e-3),
+            first.rater_id,
+        )
+        assert again.clips == first.clips
+
+
+def test_fresh_clips_test_a_calibrated_rater(
+    calibrated: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(calibrated)
+    assert command(*RATE, "new", "-o", tmp_path / "r.jsonl").code == 0
+    done = command("evaluate", tmp_path / "r.jsonl", "labels.csv")
+    assert done.code == 3, done.err
+    assert "of the MOS lie inside the ratings' prediction intervals" in done.out
+
+
+def test_other_settings_than_those_calibrated_are_told_once(
+    calibrated: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(calibrated)
+    done = command(*RATE, "new", "--sampling", "uniform:3")
+    assert done.code == 0
+    assert done.err.count("note: rater/calibration.json is for the rater's own sampling, others were asked for") == 1
+    assert all((row["raw_score"], row["interval"], row["calibration"]) == (None, None, None) for row in done.rows)
+    assert "calibrated (" not in done.err
+
+
+def test_a_broken_calibration_ends_with_2(
+    calibrated: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(calibrated, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    Path("rater/calibration.json").write_text("{")
+    done = command(*RATE, "new")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: rater/calibration.json is not valid JSON")
+
+
+# --- clips that cannot be rated --------------------------------------------------------------------------------------
+
+
 def test_broken_clips_get_error_rows_and_the_others_are_rated(folder: Path, model: Path, command: Command) -> None:
     broken = add_broken(folder)
     arguments = ("rate", "clips", "gone.mp4", "-m", model, *FAST, "-o", "r.jsonl")
@@ -250,7 +406,7 @@ def test_broken_clips_get_error_rows_and_the_others_are_rated(folder: Path, mode
     assert {name for name, row in rows.items() if row["score"] is not None} == {"a.mp4", "b.mp4", "more/c.mp4"}
     again = command(*arguments)
     assert again.code == 3
-    assert "3 of 7 clips are rated in r.jsonl already" in again.err
+    assert "3 of 7 clips rated in r.jsonl already" in again.err
     assert len(read_rows(Path("r.jsonl"))) == 7
 
 
@@ -339,7 +495,10 @@ def test_a_model_that_cannot_be_loaded_ends_with_1(folder: Path, command: Comman
     assert done.err.splitlines()[-1].startswith("error: cannot load the processor of 'model': ")
 
 
-def test_a_device_that_is_not_here_ends_with_1(folder: Path, model: Path, command: Command) -> None:
-    done = command("rate", "clips", "-m", model, "--device", "cuda:99")
-    assert done.code == 1
-    assert "error: device 'cuda:99' cannot be used here" in done.err
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_device_that_is_not_here_ends_with_2(folder: Path, model: Path, command: Command, device: str) -> None:
+    done = command("rate", "clips", "-m", model, "--device", device)
+    assert done.code == 2
+    assert f"error: device '{device}' cannot be used here" in done.err
+    here = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    assert f"(devices here: {', '.join(here)}" in done.err

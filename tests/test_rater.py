@@ -5,10 +5,12 @@ Real clips through the real decoder, processor and model class; the model is sma
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,12 @@ from transformers.video_utils import VideoMetadata
 import lmm_qa
 from lmm_qa import ClipError, Failure, Rater, Rating, Sampling, View, load_prompt
 from lmm_qa.backbone import ClipInput
-from lmm_qa.errors import ClipNotFound, ClipUnreadable, LevelTokenError, UsageError
+from lmm_qa.calibrate import Calibration, Linear, Mapping, Spread
+from lmm_qa.errors import ClipNotFound, ClipUnreadable, ConfigError, LevelTokenError, UsageError
 from lmm_qa.manifest import Clip, content_id
 from lmm_qa.prompting import Prompt
 from lmm_qa.rater import clip_input, plan_rater
-from lmm_qa.rater_file import EMBEDDED, RaterFile
+from lmm_qa.rater_file import CALIBRATION_NAME, EMBEDDED, RaterFile
 from lmm_qa.video import Frames, read_frames
 
 SAMPLES = Path(lmm_qa.__file__).parent / "samples"
@@ -340,6 +343,154 @@ def test_the_identity_follows_what_is_asked(model_dir: Path, adapter_dir: Path, 
     ]
     assert set(same) == {changed[0]}
     assert rater.rater_id == identity(sampling=Sampling(frames=4), views=VIEWS)
+
+
+# --- calibration ---------------------------------------------------------------------------------------------------
+
+
+MAPPING = Linear(slope=0.5, intercept=2.4)
+
+
+def calibrated_copy(rater: Rater, folder: Path, **changes: Any) -> Path:
+    """The model of a rater as a rater directory with its settings, calibrated."""
+    shutil.copytree(rater.source.backbone, folder)
+    (folder / "rater.json").write_text(rater.settings.model_dump_json())
+    write_calibration(folder, **{"rater_id": rater.rater_id} | changes)
+    return folder
+
+
+def write_calibration(folder: Path, mapping: Mapping = MAPPING, **changes: Any) -> Calibration:
+    values: dict[str, Any] = {"scale": (1, 5), "rater_id": None, "n": 9, "groups": 9, "fingerprint": "f", "clips": ()}
+    spread = Spread(coverage=0.9, half_width=0.8, std_floor=0.1)
+    calibration = Calibration(mapping=mapping, spread=spread, check=None, **values | changes)
+    calibration.write(folder)
+    return calibration
+
+
+def fitted_on(*clips: Path) -> tuple[str, ...]:
+    """What `Calibration.clips` holds for these clips."""
+    return tuple(sorted(hashlib.sha256(content_id(clip).encode()).hexdigest()[:12] for clip in clips))
+
+
+def test_a_rater_with_a_calibration_rates_calibrated(
+    rater: Rater, alone: dict[str, Rating], good: list[Path], tmp_path: Path
+) -> None:
+    folder = calibrated_copy(rater, tmp_path / "rater", clips=fitted_on(good[1]))
+    tuned = Rater.from_pretrained(folder, **SMALL)
+    assert tuned.calibration == Calibration.read(folder / CALIBRATION_NAME)
+    results = list(tuned.rate_all([*good[:3], "gone.mp4"], batch_size=2, workers=1))
+    for path, result in zip(good[:3], results, strict=False):
+        plain = alone[str(path)]
+        assert_same_rating(replace(plain, score=0.5 * plain.score + 2.4), tuned.rate(path))
+        assert isinstance(result, Rating)
+        assert_same_rating(result, tuned.rate(path))
+        assert (plain.raw_score, plain.interval, plain.calibration) == (None, None, None)
+        assert result.raw_score == pytest.approx(plain.score, abs=TOLERANCE)
+        assert result.interval == pytest.approx(
+            (max(1, result.score - 0.8 * plain.std), min(5, result.score + 0.8 * plain.std)), abs=TOLERANCE
+        )
+        row = json.loads(json.dumps(result.to_row()))
+        assert (row["raw_score"], row["interval"]) == (result.raw_score, list(result.interval or ()))
+        assert row["calibration"] == {
+            "id": tuned.calibration.identity,
+            "fitted": path == good[1],
+            "raw_rater_id": rater.rater_id,
+        }
+        assert row["rater_id"] == tuned.rater_id
+    failed = results[-1].to_row()
+    assert failed.keys() == row.keys()
+    assert (failed["raw_score"], failed["interval"], failed["calibration"]) == (None, None, None)
+    assert failed["rater_id"] == tuned.rater_id
+
+
+def test_a_calibration_changes_the_identity(rater: Rater, tmp_path: Path) -> None:
+    folder = calibrated_copy(rater, tmp_path / "rater")
+    first = plan_rater(folder, **SMALL)
+    write_calibration(folder, Linear(slope=0.5, intercept=2.5), rater_id=rater.rater_id)
+    second = plan_rater(folder, **SMALL)
+    (folder / CALIBRATION_NAME).unlink()
+    without = plan_rater(folder, **SMALL)
+    assert len({first.rater_id, second.rater_id, rater.rater_id}) == 3
+    assert first.raw_rater_id == second.raw_rater_id == without.rater_id == without.raw_rater_id == rater.rater_id
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"prompt": "qalign"}, "prompt"),
+        ({"scale": (0, 5)}, "scale"),
+        ({"sampling": Sampling(frames=5)}, "sampling"),
+        ({"views": VIEWS[:1], "scale": (1, 4)}, "scale, views"),
+    ],
+)
+def test_other_settings_than_the_raters_own_are_not_calibrated(
+    rater: Rater, tmp_path: Path, options: dict[str, Any], named: str
+) -> None:
+    folder = calibrated_copy(rater, tmp_path / "rater")
+    plan = plan_rater(folder, **SMALL, **options)
+    assert plan.calibration is None
+    (note,) = plan.notes
+    assert note == f"{folder / CALIBRATION_NAME} is for the rater's own {named}, others were asked for: scores are raw"
+    (folder / CALIBRATION_NAME).unlink()
+    assert plan_rater(folder, **SMALL, **options).rater_id == plan.rater_id == plan.raw_rater_id
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "bfloat16"},
+        {"quantization": "4bit"},
+        {"dtype": "float16", "quantization": "8bit"},
+        {"scale": (1, 5), "sampling": Sampling.from_text("uniform:4"), "views": VIEWS, "prompt": "talking_head"},
+    ],
+)
+def test_number_formats_and_what_is_so_anyway_keep_the_calibration(
+    rater: Rater, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    folder = calibrated_copy(rater, tmp_path / "rater")
+    plan = plan_rater(folder, **SMALL | options)
+    assert plan.calibration == Calibration.read(folder / CALIBRATION_NAME)
+    assert plan.notes == ()
+
+
+@pytest.mark.parametrize("changed", ["weights", "settings"])
+def test_a_rater_that_has_changed_since_is_not_calibrated(rater: Rater, tmp_path: Path, changed: str) -> None:
+    folder = calibrated_copy(rater, tmp_path / "rater")
+    if changed == "weights":
+        weights = bytearray((folder / "model.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (folder / "model.safetensors").write_bytes(weights)
+    else:
+        (folder / "rater.json").write_text(rater.settings.override(sampling=Sampling(frames=6)).model_dump_json())
+    plan = plan_rater(folder, **SMALL)
+    assert plan.calibration is None
+    (note,) = plan.notes
+    assert note.endswith("is for other weights or settings: scores are raw; rate and calibrate again")
+    write_calibration(folder, rater_id=None)  # fitted to a table that does not say what made its scores
+    assert plan_rater(folder, **SMALL).calibration is not None
+
+
+@pytest.mark.parametrize("scale", [(0.0, 5.0), None])
+def test_a_calibration_for_another_scale_is_refused(
+    rater: Rater, tmp_path: Path, scale: tuple[float, float] | None
+) -> None:
+    folder = calibrated_copy(rater, tmp_path / "rater", scale=scale)
+    with pytest.raises(ConfigError) as caught:
+        Rater.from_pretrained(folder, **SMALL)
+    assert str(caught.value) == (
+        f"the scale of {folder / CALIBRATION_NAME} is {scale}, that of the rater (1.0, 5.0): set the scale of the MOS "
+        "in rater.json, rate and calibrate again; or remove the calibration to get raw scores"
+    )
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"mapping": {"kind": "cubic"}}', '{"scale": [1, 5]}'])
+def test_a_calibration_that_cannot_be_used(rater: Rater, tmp_path: Path, content: str) -> None:
+    folder = calibrated_copy(rater, tmp_path / "rater")
+    (folder / CALIBRATION_NAME).write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        plan_rater(folder, **SMALL)
+    assert str(caught.value).startswith(str(folder / CALIBRATION_NAME))
+    assert str(caught.value).endswith("make it again with lmm-qa calibrate, or remove it to get raw scores")
 
 
 # --- the embedded model ----------------------------------------------------------------------------------------------

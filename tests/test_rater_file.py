@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from lmm_qa.config import Sampling, View
 from lmm_qa.errors import ConfigError, ModelError, UsageError
 from lmm_qa.prompting import load_prompt
-from lmm_qa.rater_file import FILE_NAME, RaterFile, identity, resolve_model, weights_fingerprint
+from lmm_qa.rater_file import CALIBRATION_NAME, FILE_NAME, RaterFile, identity, resolve_model, weights_fingerprint
 
 
 def write_model(folder: Path, seed: int = 0) -> Path:
@@ -173,6 +173,21 @@ def test_a_rater_on_the_hub_without_an_adapter(hub: Path) -> None:
     assert source.settings.scale == (0, 5)
 
 
+def test_a_calibration_lies_with_its_rater(tmp_path: Path, hub: Path) -> None:
+    base = write_model(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "adapter", str(base))
+    on_the_hub = write_model(cached(hub, "some/rater"))
+    write_rater(on_the_hub)
+    sources = {base: base, adapter: adapter, "some/rater": on_the_hub}
+    for model, folder in sources.items():
+        before = resolve_model(model)
+        assert before.calibration is None
+        (folder / CALIBRATION_NAME).write_text("{}")
+        after = resolve_model(model)
+        assert after.calibration == folder / CALIBRATION_NAME
+        assert after.fingerprint == before.fingerprint
+
+
 # --- how it asks -----------------------------------------------------------------------------------------------------
 
 
@@ -271,9 +286,11 @@ def test_all_that_changes_a_score_changes_the_identity(tmp_path: Path) -> None:
         identity(again, settings, "float32", None),
         identity(hub, settings, "float32", None),
         identity(replace(hub, revision="v2"), settings, "float32", None),
+        identity(plain, settings, "float32", None, "one calibration"),
+        identity(plain, settings, "float32", None, "another calibration"),
         *(identity(plain, settings.override(**change), "float32", None) for change in changes),
     ]
-    assert len(set(found)) == len(found) == 13
+    assert len(set(found)) == len(found) == 15
 
 
 def test_what_changes_no_score_changes_no_identity(tmp_path: Path) -> None:
@@ -282,5 +299,6 @@ def test_what_changes_no_score_changes_no_identity(tmp_path: Path) -> None:
     shutil.move(model, tmp_path / "moved")
     moved = resolve_model(tmp_path / "moved")
     prompt = load_prompt("talking_head")
-    described = RaterFile(training={"clips": 3}, prompt=prompt.model_copy(update={"description": "Other words."}))
+    unsaid = {"description": "Other words.", "paraphrases": ("How good is it?",)}
+    described = RaterFile(training={"clips": 3}, prompt=prompt.model_copy(update=unsaid))
     assert identity(moved, described, "float32", None) == expected

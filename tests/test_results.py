@@ -101,6 +101,15 @@ def test_a_finished_run_repeated_does_nothing(tmp_path: Path, form: str) -> None
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
+def test_what_a_run_can_resume(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    for rows, resumes in (([failure("a.mp4", "A")], False), ([rating("a.mp4", "A")], False), ([rating("b.mp4")], True)):
+        with Sink(path, [row["clip"] for row in rows], "tiny-1") as sink:
+            assert sink.resumes is resumes
+            for row in rows:
+                sink.write(row)
+
+
 @FORMS
 def test_failures_are_tried_again(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"r{form}"
@@ -316,7 +325,7 @@ def test_an_empty_file_is_no_obstacle(tmp_path: Path, form: str) -> None:
 def test_raters_are_not_mixed(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"r{form}"
     write_rows(path, [rating("a.mp4", rater="other-7")])
-    assert "holds ratings of another rater (other-7; this one is tiny-1)" in refusal(path)
+    assert "holds ratings of another rater or calibration (other-7; this one is tiny-1)" in refusal(path)
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
@@ -477,6 +486,14 @@ def test_the_table_shows_ratings_and_failures() -> None:
     ]
     assert "ClipTruncated: read 3 of 9 frames xxx" in bad
     assert "x" * 60 not in bad
+
+
+def test_the_table_shows_intervals_where_there_are_any() -> None:
+    text = printed([rating("a.mp4") | {"interval": [2.5, 4.125]}, rating("b.mp4"), failure("c.mp4")])
+    header, _, *lines = text.splitlines()
+    assert [cell.strip() for cell in header.split("┃")][:4] == ["clip", "score (0-5)", "interval", "std"]
+    cells = [[cell.strip() for cell in line.split("│")][:4] for line in lines]
+    assert cells == [["a.mp4", "3.25", "[2.50, 4.12]", "0.30"], ["b.mp4", "3.25", "", "0.30"], ["c.mp4", "-", "", ""]]
 
 
 def test_the_table_is_cut_at_its_limit() -> None:

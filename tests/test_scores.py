@@ -115,7 +115,7 @@ def test_lists(write: Write) -> None:
 @pytest.mark.parametrize("form", [".jsonl", ".csv", ".parquet"])
 def test_ratings_of_ours(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"r{form}"
-    calibration = {"id": "c", "fitted": True}
+    calibration = {"id": "1234567890123456", "fitted": True, "raw_rater_id": "123e4567"}
     more = {"scale": [0, 5], "std": 0.5, "raw_score": 3.0, "interval": [1.5, 3.5], "calibration": calibration}
     write_rows(path, [rated("a.mp4", 2.5, **more), failed("b.mp4")])
     one, other = read_scores(path)
@@ -127,7 +127,7 @@ def test_ratings_of_ours(tmp_path: Path, form: str) -> None:
         interval=(1.5, 3.5),
         scale=(0.0, 5.0),
         content_id="sha256:a.mp4",
-        rater_id="r",
+        rater_id="123e4567",
         calibrated=True,
         fitted=True,
     )
@@ -161,6 +161,16 @@ def test_two_raters_in_one_file_are_refused(write: Write) -> None:
     rows = [rated("a.mp4", 1.0), rated("a.mp4", 2.0) | {"rater_id": "other"}]
     with pytest.raises(ManifestError, match="rates 1 clips more than once"):
         read_scores(write("r.jsonl", "".join(json.dumps(row) + "\n" for row in rows)))
+
+
+@pytest.mark.parametrize("other", [{}, {"calibration": None}, {"calibration": {"id": "d", "fitted": False}}])
+def test_scores_of_two_calibrations_are_refused(tmp_path: Path, other: dict[str, object]) -> None:
+    path, calibration = tmp_path / "r.jsonl", {"calibration": {"id": "c", "fitted": False}}
+    write_rows(path, [rated("a.mp4", 1.0, **calibration), failed("b.mp4"), rated("c.mp4", 2.0, **calibration)])
+    assert len(read_scores(path)) == 3
+    write_rows(path, [rated("a.mp4", 1.0, **calibration), rated("c.mp4", 2.0, **other)])
+    with pytest.raises(ManifestError, match=r"r\.jsonl mixes calibrated and raw scores, or those of several"):
+        read_scores(path)
 
 
 # --- side by side ----------------------------------------------------------------------------------------------------
