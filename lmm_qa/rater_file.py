@@ -66,7 +66,6 @@ class RaterFile(Settings):
         asked = self.model_dump(mode="json", exclude={"training", "backbone", "revision"})
         for silent in ("description", "paraphrases"):
             del asked["prompt"][silent]
-        asked["prompt"].pop("paraphrases")
         return asked
 
     def override(self, **changes: Any) -> Self:
