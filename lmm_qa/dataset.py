@@ -350,7 +350,7 @@ def _rows(table: Table, root: Path) -> list[Row]:
     local = root / Path(table.path).expanduser()
     try:
         # A local table is not left behind in a cache, where it would be copied again for each of its versions.
-        with tempfile.TemporaryDirectory() as scratch, _quiet():
+        with tempfile.TemporaryDirectory() as scratch, _quiet(local.exists()):
             dataset = _open(table, local, scratch).with_format("arrow")
             columns = _columns(table, dataset.column_names)
             cells = dataset.select_columns(sorted(set(columns.values())))
@@ -471,12 +471,13 @@ def _columns(table: Table, names: Sequence[str]) -> dict[str, str]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Neither bars nor logs of `datasets`. Those of the hub's downloads stay: they say what one waits for."""
+def _quiet(local: bool) -> Iterator[None]:
+    """No bars of `datasets`, and for a local table none of its complaints, which our errors repeat. Of the hub, its
+    warnings stay (offline it gives what was downloaded once, whatever the revision), and the bars of its downloads."""
     import datasets
 
     verbosity, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL if local else datasets.logging.WARNING)
     datasets.disable_progress_bars()
     try:
         yield

@@ -232,7 +232,7 @@ def test_all_problems_of_a_table_are_told_together(write: Write, tmp_path: Path)
     ],
 )
 def test_tables_that_are_not_there_or_no_tables(
-    write: Write, tmp_path: Path, table: dict[str, Any], message: str
+    write: Write, tmp_path: Path, table: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     write("t.csv", "clip,mos\na.mp4,3\n")
     for name in ("t.xlsx", "broken.parquet"):
@@ -243,11 +243,36 @@ def test_tables_that_are_not_there_or_no_tables(
     (tmp_path / "latin.csv").write_bytes("clip,mos\né,1\n".encode("latin-1"))
     (tmp_path / "empty").mkdir()
     assert message in complaint(tmp_path, table)
+    assert caplog.text == "", "the library adds nothing"
 
 
-def test_the_hub_out_of_reach_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of what was downloaded from the hub, with no network behind it."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub")
+    return tmp_path / "hub"
+
+
+def test_a_data_set_of_the_hub(hub: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = datasets.Dataset.from_list([{"flickr_id": 3339962845, "mos": 3.5}])
+    rows.save_to_disk(str(tmp_path / "rows"))
+    folder = hub / "some___set" / "default" / "0.0.0" / "c0ffee"  # as the library keeps a download
+    folder.mkdir(parents=True)
+    shutil.copy(next((tmp_path / "rows").glob("*.arrow")), folder / "set-test.arrow")
+    info = rows.info.copy()
+    info.builder_name, info.dataset_name, info.config_name, info.version = "parquet", "set", "default", "0.0.0"
+    info.splits = datasets.SplitDict({"test": datasets.SplitInfo("test", num_examples=1, dataset_name="set")})
+    info.write_to_directory(str(folder))
+    (tmp_path / "3339962845.mp4").touch()
+    (example,) = read(tmp_path, {"path": "some/set", "clip": "flickr_id"})
+    assert (example.path, example.mos) == (tmp_path / "3339962845.mp4", 3.5)
+    assert "Using the latest cached version" in caplog.text, "which may be another than was asked for"
+
+
+@pytest.mark.usefixtures("hub")
+def test_the_hub_out_of_reach_is_one_clear_error(tmp_path: Path) -> None:
     message = complaint(tmp_path, {"path": "nobody/nothing", "revision": "v1"})
     assert message.startswith(f"{tmp_path}/nobody/nothing is not there, and nobody/nothing on the hub cannot be read: ")
     assert "\n" not in message
