@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import numpy as np
@@ -311,6 +312,66 @@ def prepare_inputs(processor: Any, clips: Sequence[ClipInput], prompt: Prompt) -
         if hasattr(processor.video_processor, "cap_pixels_per_frame"):
             options["cap_pixels_per_frame"] = False
     return processor(text=texts, videos=videos, video_metadata=metadata, padding=True, return_tensors="pt", **options)
+
+
+def join_inputs(processor: Any, clips: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """One batch of clips whose inputs were prepared singly: the same as `prepare_inputs` of them all.
+
+    Args:
+        clips: each the inputs of one clip: (1, tokens) sequences, and pixels and sizes of its views.
+    """
+    longest = max(clip["input_ids"].shape[1] for clip in clips)
+    fill = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
+    joined = {}
+    for name in clips[0]:
+        parts = [clip[name] for clip in clips]
+        if name in fill:
+            parts = [torch.nn.functional.pad(part, (longest - part.shape[1], 0), value=fill[name]) for part in parts]
+        joined[name] = torch.cat(parts)
+    return joined
+
+
+def ask_differently(
+    processor: Any, inputs: Mapping[str, torch.Tensor], prompt: Prompt, videos: int, slots: dict[str, float]
+) -> dict[str, torch.Tensor]:
+    """One clip's inputs with another question: what comes after the last video token is made anew.
+
+    The same as `prepare_inputs` with that prompt, without its work on pixels. For families with a patch grid; the
+    system message must be the same.
+    """
+    ids = inputs["input_ids"][0]
+    end = int((ids == processor.video_token_id).nonzero()[-1]) + 1
+    text = prompt_text(processor, prompt, videos, slots).rpartition(processor.video_token)[2]
+    tail = torch.tensor(processor.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=ids.dtype)
+    changed = dict(inputs)
+    for name, values in (("input_ids", tail), ("attention_mask", torch.ones_like(tail))):
+        changed[name] = torch.cat((inputs[name][:, :end], values[None]), dim=1)
+    changed["mm_token_type_ids"] = torch.cat(
+        (inputs["mm_token_type_ids"][:, :end], torch.zeros_like(tail)[None]), dim=1
+    )
+    return changed
+
+
+def vision_features(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the vision tower and the merger make of prepared pixels; for families with a patch grid.
+
+    Returns:
+        `tokens`, (N, width): the vision tokens of all views, in order. For towers that feed several layers of the
+        language model (Qwen3-VL), `deepstack`, (layers, N, width), too.
+    """
+    seen = model.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True)
+    found = {"tokens": torch.cat(tuple(seen.pooler_output))}
+    if layers := getattr(seen, "deepstack_features", None):
+        found["deepstack"] = torch.stack([torch.cat(tuple(layer)) for layer in layers])
+    return found
+
+
+def as_seen(features: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Keyword arguments that give kept `vision_features` to a model's forward, in place of pixels."""
+    layers = [(layer,) for layer in features["deepstack"]] if "deepstack" in features else None
+    return {
+        "mm_encoder_outputs": {"video": SimpleNamespace(pooler_output=(features["tokens"],), deepstack_features=layers)}
+    }
 
 
 def count_tokens(processor: Any, frames: int, sizes: Sequence[tuple[int, int]], prompt: Prompt) -> int:

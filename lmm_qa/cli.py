@@ -286,12 +286,12 @@ def calibrate(
     ] = 0.9,
     scale: Annotated[
         tuple[float, float] | None,
-        typer.Option(help="Lowest and highest MOS, e.g. --scale 0 5.", show_default="the ratings'"),
+        typer.Option(help="Lowest and highest MOS, where the ratings declare no scale.", show_default="the ratings'"),
     ] = None,
     clip_column: ClipColumn = None,
     score_column: ScoreColumn = None,
 ) -> None:
-    """Map a rater's scores to MOS, with prediction intervals.
+    """Map a rater's scores to MOS, with prediction intervals: from then on it rates so by itself.
 
     Half of the clips fit the mapping, the other half the intervals; persons (THQA-NTIRE), or what a column `group`
     says, stay on one side. What the intervals hold on groups that were left out of the fit is measured and shown.
@@ -301,7 +301,7 @@ def calibrate(
 
     `lmm-qa calibrate ratings.jsonl labels.csv --into runs/thqa`
 
-    `lmm-qa calibrate ratings.jsonl labels.csv --into runs/thqa --kind isotonic --coverage 0.8 --scale 0 5`
+    `lmm-qa calibrate ratings.jsonl labels.csv --into runs/thqa --kind isotonic --coverage 0.8`
     """
     from lmm_qa import calibrate as job
     from lmm_qa.scores import join, read_labels, read_scores
@@ -314,6 +314,90 @@ def calibrate(
     if unused := len(joined.failed) + len(joined.missing):
         _say(f"{_count(unused, 'labelled clip')} without a score had no part in it")
         raise typer.Exit(SOME_CLIPS_FAILED)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of one in configs/.", show_default=False)],
+    changes: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SECTION.KEY=VALUE...",
+            help="Values in place of those in the file; lists are changed as data.train.0.path=train.csv.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Say what would be trained, tokens, memory, time; decode the first batch; write nothing.",
+        ),
+    ] = False,
+) -> None:
+    """Tune a model to mean opinion scores. The result is a rater directory: rate with `--model` and nothing else.
+
+    The same command goes on where a run was interrupted. Several GPUs or machines: `accelerate launch`, with a file of
+    configs/accelerate/.
+
+    **Examples**
+
+    `lmm-qa train configs/thqa_qwen2_vl_2b_qlora.yaml data.root=/data/thqa training.learning_rate=2e-4`
+
+    `lmm-qa train embedded_lora data.root=clips training.output=runs/mine --dry-run`
+
+    `accelerate launch -m lmm_qa train configs/thqa_qwen2_vl_7b_lora.yaml data.root=/data/thqa`
+    """
+    from lmm_qa.recipe import Recipe
+
+    chosen = Recipe.load(recipe, changes or ())
+    _quiet_libraries()
+    if dry_run:
+        from lmm_qa.preview import preview
+
+        print(preview(chosen))
+        return
+    from lmm_qa.train import train as job
+
+    outcome = job(chosen, _say)
+    if outcome.interrupted_by is not None:
+        raise typer.Exit(128 + outcome.interrupted_by)
+
+
+@app.command()
+def merge(
+    rater: Annotated[Path, typer.Argument(help="A rater directory with an adapter.", show_default=False)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The new model directory.", show_default=False)],
+) -> None:
+    """Calculate an adapter into the weights: a plain transformers model, which rates the same.
+
+    **Example**
+
+    `lmm-qa merge runs/thqa -o thqa-merged`
+    """
+    _quiet_libraries()
+    from lmm_qa.publish import merge as job
+
+    job(rater, output)
+    _say(f"merged -> {output}")
+
+
+@app.command()
+def push(
+    rater: Annotated[Path, typer.Argument(help="A rater directory.", show_default=False)],
+    repository: Annotated[str, typer.Argument(help="Where to, as user/name.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Only you can see it.")] = False,
+) -> None:
+    """Upload a rater to the Hugging Face hub, with its model card and without its checkpoints.
+
+    **Example**
+
+    `lmm-qa push runs/thqa me/thqa-rater --private`
+    """
+    _quiet_libraries()
+    from lmm_qa.publish import push as job
+
+    print(job(rater, repository, private=private))
 
 
 @app.command()

@@ -7,6 +7,7 @@
     |   `-- MissingExtra      an optional dependency is needed; the message gives the pip command
     |-- ModelError            a model, processor or adapter cannot be loaded or does not fit
     |   `-- LevelTokenError   a level word is not exactly one token after the prompt's stem
+    |-- TrainingError         a training run cannot begin or go on: unreadable clips, a loss that is not finite, ...
     |-- ResultsError          ratings cannot be written or read back
     |-- ScoresError           scores cannot be evaluated, calibrated or submitted: too few, constant, missing, ...
     `-- ClipError             one clip cannot be rated; becomes that clip's error row, never ends a run
@@ -51,6 +52,10 @@ class ModelError(LmmQaError):
 
 class LevelTokenError(ModelError):
     """A level word is not exactly one token after the prompt's stem."""
+
+
+class TrainingError(LmmQaError):
+    """A training run cannot begin or go on."""
 
 
 class ResultsError(LmmQaError):

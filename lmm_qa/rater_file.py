@@ -24,6 +24,8 @@ FILE_NAME = "rater.json"
 CALIBRATION_NAME = "calibration.json"
 EMBEDDED = Path(__file__).parent / "embedded" / "adapter"
 """The rater that ships with the package."""
+EMBEDDED_NAME = "embedded"
+"""What it, and as a backbone its base, are called."""
 
 PIECE = 1 << 16
 READING_FILES = (
@@ -38,10 +40,12 @@ class RaterFile(Settings):
     """How a rater asks and what it looks at."""
 
     backbone: str | None = None
-    """Directory or hub id of the base model; a relative path that exists is relative to this file. Without one, the
-    model that the file lies with."""
+    """Directory or hub id of the base model; a relative path that exists is relative to this file; `embedded` for the
+    base of the rater that ships with the package. Without one, the model that the file lies with."""
     revision: str | None = None
     """Branch, tag or commit of the backbone on the hub."""
+    backbone_weights: str | None = None
+    """Fingerprint of the backbone that the adapter was made for, where that lies in a directory; must still be it."""
     prompt: Prompt = Field(default_factory=lambda: load_prompt(DEFAULT_PROMPT))
     scale: tuple[float, float] = (1.0, 5.0)
     """MOS of the worst and of the best level: declared, never inferred."""
@@ -63,7 +67,7 @@ class RaterFile(Settings):
 
     def asked(self) -> dict[str, Any]:
         """What of this determines a score, as plain data."""
-        asked = self.model_dump(mode="json", exclude={"training", "backbone", "revision"})
+        asked = self.model_dump(mode="json", exclude={"training", "backbone", "revision", "backbone_weights"})
         for silent in ("description", "paraphrases"):
             del asked["prompt"][silent]
         return asked
@@ -107,8 +111,8 @@ def resolve_model(model: str | Path | None = None, revision: str | None = None) 
     """Find out what `--model` stands for.
 
     Args:
-        model: None for the embedded rater; a rater directory (rater.json, with or without an adapter); a PEFT adapter
-            directory; a transformers model directory; or an id on the hub of any of these.
+        model: None or `embedded` for the embedded rater; a rater directory (rater.json, with or without an adapter); a
+            PEFT adapter directory; a transformers model directory; or an id on the hub of any of these.
         revision: of an id on the hub.
 
     Raises:
@@ -116,11 +120,12 @@ def resolve_model(model: str | Path | None = None, revision: str | None = None) 
         ModelError: the directory holds no model.
         ConfigError: its rater.json cannot be used.
     """
-    path = EMBEDDED if model is None else Path(model).expanduser()
-    if path.is_dir() or model is None:
+    embedded = model in (None, EMBEDDED_NAME)
+    path = EMBEDDED if embedded else Path(str(model)).expanduser()
+    if path.is_dir() or embedded:
         if revision:
             raise UsageError(f"a revision is one of a model on the hub; {path} is a directory (received {revision!r})")
-        return _from_directory(path, "embedded" if model is None else str(model))
+        return _from_directory(path, EMBEDDED_NAME if embedded else str(model))
     if path.exists() or _looks_like_a_path(str(model)):
         raise UsageError(
             f"there is no model directory at {str(model)!r}: give a directory that holds rater.json, "
@@ -194,10 +199,17 @@ def _from_directory(folder: Path, name: str) -> ModelSource:
     backbone, revision = settings.backbone, settings.revision
     if backbone is None and adapter:
         backbone, revision = read_adapter_base(adapter)
-    if backbone is not None and (folder / backbone).is_dir():
+    if backbone == EMBEDDED_NAME:
+        backbone = str(EMBEDDED.parent / "base")
+    elif backbone is not None and (folder / backbone).is_dir():
         backbone = str((folder / backbone).resolve())
     elif backbone is not None and _looks_like_a_path(backbone) and not Path(backbone).is_dir():
         raise ModelError(f"the backbone of {folder}, {backbone!r}, is not there: correct it in {FILE_NAME}")
+    if settings.backbone_weights and settings.backbone_weights != weights_fingerprint(Path(str(backbone))):
+        raise ModelError(
+            f"{folder} was tuned on other weights than those that now lie in {backbone}: put the former ones back, or "
+            "tune again"
+        )
     calibration = folder / CALIBRATION_NAME if (folder / CALIBRATION_NAME).is_file() else None
     return ModelSource(name, backbone or str(folder), revision, adapter, settings, note, calibration)
 

@@ -1,0 +1,713 @@
+"""Fine-tune a backbone into a rater that agrees with people: LoRA, QLoRA or all weights, under accelerate.
+
+    train(Recipe.load(Path("configs/thqa_qwen2_vl_7b_lora.yaml"), ["data.root=/data/thqa"]))
+
+Checkpoints, mixed precision, FSDP and DeepSpeed are the business of transformers' `Trainer`; ours are the loss, what
+the model sees (`lmm_qa.samples`) and the run directory, which becomes a rater directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shutil
+import signal
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    EvalPrediction,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from lmm_qa import losses
+from lmm_qa.backbone import (
+    Backbone,
+    as_seen,
+    choose_dtype,
+    count_tokens,
+    level_tokens,
+    load_processor,
+    patch_factor,
+)
+from lmm_qa.calibrate import Calibration, calibrate
+from lmm_qa.card import card
+from lmm_qa.dataset import Example, Seen, Splits, Survey, check, load
+from lmm_qa.errors import ConfigError, ScoresError, TrainingError
+from lmm_qa.features import VisionStore
+from lmm_qa.levels import LevelReading, read_levels
+from lmm_qa.metrics import agreement, bootstrap
+from lmm_qa.rater import clip_input, plan_rater
+from lmm_qa.rater_file import EMBEDDED_NAME, FILE_NAME, RaterFile, weights_fingerprint
+from lmm_qa.recipe import Loss, Recipe, Tuning
+from lmm_qa.samples import SHORTER, Batch, Clip, Collate, Passes, Samples
+from lmm_qa.scores import Label, Pair, Score
+
+RUN_FILE = "run.json"
+CURVE_FILE = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+CHOICE = "srcc_plcc"
+"""Which checkpoint is best: (SRCC + PLCC) / 2; the fitted curve of the main score flatters on few clips."""
+
+MERGER = re.compile(r"merger|multi_modal_projector|connector")
+VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model)\.")
+LANGUAGE = re.compile(r"(^|\.)language_model\.")
+"""Names of a model's modules, by part; the merger often lies inside the vision tower."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    folder: Path
+    """The run directory."""
+    metrics: dict[str, Any]
+    """Of the best checkpoint on the validation clips, with 95% intervals; empty without validation clips."""
+    interrupted_by: int | None = None
+    """Number of the signal that stopped it; there is a checkpoint, and the same command goes on."""
+
+
+def train(recipe: Recipe, say: Say = print) -> Outcome:
+    """Train, or go on training, and leave a rater directory.
+
+    Under `accelerate launch`, every process calls this; only the first writes and speaks.
+
+    Args:
+        say: called with each line of progress.
+
+    Raises:
+        UsageError: the recipe, its tables or the run directory cannot be used.
+        ModelError: the backbone cannot be loaded, or does not fit the prompt.
+        TrainingError: clips are missing or too long, or the loss is not finite.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=12))
+    speak: Say = say if state.is_main_process else lambda _: None
+    run = _Run.prepare(recipe, speak, state)
+    if (finished := run.finished()) is not None:
+        speak(f"{run.folder} is finished: nothing to do")
+        return finished
+    backbone = run.load(state.device)
+    store = run.keep_vision(backbone, speak, state)
+    model = tunable(backbone.model, recipe)
+    trainer = run.trainer(model, backbone, store, speak)
+    checkpoint = last_checkpoint(run.folder / CHECKPOINTS)
+    speak(f"going on from {checkpoint}" if checkpoint else f"{run.steps} steps of {run.batch} clips")
+    stop = _Stop(trainer.accelerator)
+    trainer.add_callback(stop)
+    with stop:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stop.signal is not None:
+        speak(f"interrupted at step {trainer.state.global_step} of {run.steps}: the same command goes on from there")
+        return Outcome(run.folder, {}, stop.signal)
+    return run.finish(trainer, store, speak, state)
+
+
+# --- which weights ---------------------------------------------------------------------------------------------------
+
+
+def part_of(name: str) -> str | None:
+    """The part of the model that a module or weight belongs to: language, vision or merger."""
+    if MERGER.search(name):
+        return "merger"
+    if VISION.search(name):
+        return "vision"
+    return "language" if LANGUAGE.search(name) else None
+
+
+def tuned_parts(tuning: Tuning) -> set[str]:
+    """The parts whose weights are trained."""
+    return {"language"} | {part for part in ("vision", "merger") if getattr(tuning, part)}
+
+
+def tunable(model: Any, recipe: Recipe) -> Any:
+    """The model with what is to be trained: adapters put on, or weights set free; the rest frozen."""
+    tuning, parts = recipe.tuning, tuned_parts(recipe.tuning)
+    if recipe.training.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if tuning.method == "full":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_((part_of(name) or "language") in parts)
+        return model
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    with warnings.catch_warnings():
+        # PEFT 0.21 asks by a name that transformers 5.23 has given up: nothing for our users.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        if recipe.model.quantization:
+            prepare: Any = prepare_model_for_kbit_training
+            model = prepare(model, use_gradient_checkpointing=False)
+        config = LoraConfig(
+            r=tuning.r,
+            lora_alpha=tuning.alpha,
+            lora_dropout=tuning.dropout,
+            target_modules=adapter_targets(model, parts),
+            task_type="CAUSAL_LM",
+            revision=recipe.model.revision,
+        )
+        torch.manual_seed(recipe.training.seed)
+        return get_peft_model(model, config)
+
+
+def adapter_targets(model: nn.Module, parts: set[str]) -> str:
+    """A regular expression for the linear layers of these parts, as PEFT takes it."""
+    found: dict[str, set[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and part_of(name) in parts:
+            # All that comes before the number of the layer, and the projection's own name.
+            root = re.split(r"\.\d+\.|\.\d+$", name, maxsplit=1)[0]
+            found.setdefault(root, set()).add(name.rsplit(".", 1)[-1])
+    patterns = [rf"(.*\.)?{re.escape(root)}\..*\b({'|'.join(sorted(names))})" for root, names in sorted(found.items())]
+    return "|".join(patterns)
+
+
+# --- the loss --------------------------------------------------------------------------------------------------------
+
+
+class RatingTrainer(Trainer):
+    """`Trainer` with our loss on the level words, our sampler, and the level logits as predictions."""
+
+    def __init__(self, *, loss: Loss, settings: RaterFile, tokens: tuple[int, ...], passes: Passes, **options: Any):
+        super().__init__(**options)
+        self.loss, self.tokens, self.passes = loss, list(tokens), passes
+        self.anchors = torch.tensor(settings.declared_scale().anchors(len(tokens)))
+        self.loss_is_scaled_for_ga = False
+        self.parts: dict[str, list[Tensor]] = {}
+
+    def read(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(B, K) float32 logits of the level words, and (B,) logsumexp over the vocabulary."""
+        seen = as_seen(batch["features"]) if batch["features"] else {}
+        logits = model(**batch["inputs"], **seen, logits_to_keep=1, use_cache=False).logits[:, -1].float()
+        return logits[:, self.tokens], logits.logsumexp(-1)
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *_: Any, **__: Any) -> Any:
+        """Over the clips of all processes, so that pairs and correlations reach across them."""
+        read = (*self.read(model, inputs), inputs["mos"], inputs["std"])
+        count = self.accelerator.num_processes
+        everyone = [self._from_all(values) for values in read] if count > 1 else list(read)
+        loss, parts = weighted_loss(self.loss, self.anchors, *everyone)
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, with the clips "
+                f"{', '.join(inputs['names'])}: lower training.learning_rate, or look at these clips"
+            )
+        for name, value in parts.items():
+            self.parts.setdefault(name, []).append(value.detach())
+        # Each process has the gradient of its own clips alone, and theirs are averaged: together, that of the loss.
+        loss = loss + (count - 1) * (loss - loss.detach())
+        return (loss, None) if return_outputs else loss
+
+    def _from_all(self, values: Tensor) -> Tensor:
+        """The values of all processes in the order of the clips; gradients flow into our own."""
+        everyone: Tensor = self.accelerator.gather(values.detach())
+        parts = list(torch.split(everyone, len(values)))
+        parts[self.accelerator.process_index] = values
+        return torch.cat(parts)
+
+    def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The cross-entropy, the level logits, and the MOS."""
+        batch: Any = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            logits, _normalizer = self.read(model, batch)
+            targets = losses.level_targets(batch["mos"], self.anchors, self.loss.target, batch["std"])
+            return losses.cross_entropy(logits, targets), logits, batch["mos"]
+
+    def log(self, logs: dict[str, float], *rest: Any, **named: Any) -> None:
+        """The parts of the loss beside their sum."""
+        if "loss" in logs and self.parts:
+            logs |= {name: float(torch.stack(values).mean()) for name, values in self.parts.items()}
+            self.parts = {}
+        super().log(logs, *rest, **named)
+
+    def _get_train_sampler(self, *_: Any) -> Passes:
+        return self.passes
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0
+
+
+def weighted_loss(
+    loss: Loss, anchors: Tensor, logits: Tensor, normalizer: Tensor, mos: Tensor, std: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The recipe's loss of (B, K) level logits, and its parts without their weights."""
+    anchors = anchors.to(logits.device)
+    score, variance = losses.read(logits, anchors)
+    targets = losses.level_targets(mos, anchors, loss.target, std)
+    parts = {"cross_entropy": losses.cross_entropy(logits, targets)}
+    if loss.level_mass:
+        parts["level_mass"] = losses.level_mass(logits, normalizer)
+    if loss.fidelity:
+        parts["fidelity"] = losses.fidelity(score, variance, mos, std)
+    if loss.plcc:
+        parts["plcc"] = losses.plcc(score, mos)
+    total = torch.stack([getattr(loss, name) * value for name, value in parts.items()]).sum()
+    return total, parts
+
+
+def figures(prediction: EvalPrediction, anchors: Tensor) -> dict[str, float]:
+    """SRCC, KRCC, PLCC and main score of predicted level logits."""
+    score, _ = losses.read(torch.as_tensor(prediction.predictions), anchors)
+    try:
+        found = agreement(score.numpy(), np.asarray(prediction.label_ids))
+    except ScoresError:
+        return {CHOICE: -1.0}  # constant scores say nothing: no better than the worst
+    return {**found, CHOICE: (found["srcc"] + found["plcc"]) / 2}
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Run:
+    """All that is decided before weights are loaded."""
+
+    recipe: Recipe
+    folder: Path
+    settings: RaterFile
+    """The rater.json to be."""
+    processor: Any
+    factor: int
+    clips: Mapping[str, tuple[Clip, ...]]
+    """train, validation and calibration."""
+    record: dict[str, Any]
+    """The content of run.json."""
+    batch: int
+    """Clips a step, on all devices."""
+    steps: int
+    keeps_vision: bool
+    tokens: tuple[int, ...]
+    limit: int
+
+    @classmethod
+    def prepare(cls, recipe: Recipe, speak: Say, state: PartialState) -> _Run:
+        """Read tables, look at all clips, and refuse what cannot work."""
+        folder = recipe.training.output.expanduser()
+        settings = recipe.rater()
+        options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": recipe.model.trust_remote_code}
+        processor = load_processor(str(settings.backbone), **options)
+        tokens = level_tokens(processor, settings.prompt, len(settings.views))
+        factor = patch_factor(processor)
+        splits = load(recipe.data, recipe.training.seed)
+        speak(str(splits))
+        surveys = _survey(splits, recipe, settings, factor or 1, speak, state)
+        clips = {name: _readable(survey, recipe, settings.scale) for name, survey in surveys.items()}
+        longest = _longest(processor, settings, surveys)
+        limit = _limit(str(settings.backbone), options)
+        if longest > limit:
+            raise TrainingError(f"a clip takes {longest} tokens, and the model {limit}: {SHORTER}")
+        speak(f"{longest} tokens for the longest clip")
+        training = recipe.training
+        batch = training.batch_size * training.accumulation * state.num_processes
+        steps = math.ceil(training.passes * len(clips["train"]) / batch)
+        record = _record(recipe, settings, splits, clips)
+        if state.is_main_process:
+            _begin(folder, record)
+        state.wait_for_everyone()
+        frozen = not (recipe.tuning.vision or recipe.tuning.merger)
+        keeps = (frozen and factor is not None) if training.keep_vision is None else training.keep_vision
+        if keeps and factor is None:
+            raise ConfigError("training.keep_vision: this family of models has no patch grid; leave the key out")
+        return cls(recipe, folder, settings, processor, factor or 1, clips, record, batch, steps, keeps, tokens, limit)
+
+    def finished(self) -> Outcome | None:
+        """The outcome of a run that is over."""
+        recorded = json.loads((self.folder / RUN_FILE).read_text(encoding="utf-8"))
+        return Outcome(self.folder, recorded["metrics"]) if "metrics" in recorded else None
+
+    def load(self, device: torch.device) -> Backbone:
+        """The backbone in the number format to train in."""
+        model, full = self.recipe.model, self.recipe.tuning.method == "full"
+        return Backbone.load(
+            str(self.settings.backbone),
+            revision=self.settings.revision,
+            quantization=model.quantization,
+            device=str(device),
+            dtype="float32" if full else model.dtype,  # trained weights need the precision; autocast gives the speed
+            trust_remote_code=model.trust_remote_code,
+        )
+
+    def samples(self, split: str, store: VisionStore | None) -> Samples:
+        """The clips of a split, with variations for training alone."""
+        augmentation = self.recipe.augmentation if split == "train" else None
+        settings, seed = self.settings, self.recipe.training.seed
+        return Samples(self.clips[split], settings, self.processor, self.factor, self.limit, store, augmentation, seed)
+
+    def keep_vision(self, backbone: Backbone, speak: Say, state: PartialState) -> VisionStore | None:
+        """Fill the store, each process its share."""
+        if not self.keeps_vision:
+            return None
+        local = Path(str(self.settings.backbone))
+        weights = weights_fingerprint(local) if local.is_dir() else f"{local}@{self.settings.revision or 'main'}"
+        folder = self.recipe.training.cache.expanduser() / "vision"
+        store = VisionStore(folder, f"{weights} {backbone.choices['dtype'].value}", self.settings)
+        looks = [look for split in self.clips for look in self.samples(split, store).looks()]
+        missing = store.missing(looks)
+        state.wait_for_everyone()  # nobody writes before all have counted
+        if missing:
+            ours = missing[state.process_index :: state.num_processes]
+            progress = _Progress(f"vision tower, kept in {folder}", len(ours), speak)
+            store.fill(ours, backbone, clip_input, self.recipe.training.workers, self.factor, progress.step)
+            state.wait_for_everyone()
+        return store
+
+    def trainer(self, model: Any, backbone: Backbone, store: VisionStore | None, speak: Say) -> RatingTrainer:
+        """Everything put together."""
+        training, recipe = self.recipe.training, self.recipe
+        # A pass goes on in the middle of a batch: all batches are full.
+        passes = Passes(len(self.clips["train"]), self.steps * self.batch, training.seed)
+        every, watched = min(training.every, self.steps), bool(self.clips["validation"])
+        precision = recipe.model.dtype or choose_dtype(str(backbone.device)).value
+        schedule = {"eval_steps": every, "load_best_model_at_end": True, "metric_for_best_model": CHOICE}
+        options: dict[str, Any] = {
+            "output_dir": str(self.folder / CHECKPOINTS),
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": training.batch_size,
+            "per_device_eval_batch_size": training.batch_size,
+            "gradient_accumulation_steps": training.accumulation,
+            "learning_rate": training.learning_rate,
+            "lr_scheduler_type": "cosine",
+            "warmup_steps": math.ceil(training.warmup * self.steps),
+            "weight_decay": training.weight_decay,
+            "max_grad_norm": training.max_grad_norm,
+            "bf16": precision == "bfloat16",
+            "fp16": precision == "float16",
+            "use_cpu": backbone.device.type == "cpu",
+            "logging_steps": min(10, every),
+            "save_strategy": "steps",
+            "save_steps": every,
+            "save_total_limit": 2,
+            "eval_strategy": "steps" if watched else "no",
+            **(schedule if watched else {}),
+            "dataloader_num_workers": training.workers,
+            "dataloader_pin_memory": backbone.device.type == "cuda",
+            "remove_unused_columns": False,
+            "label_names": ["mos"],
+            "report_to": list(training.report_to) or "none",
+            "run_name": self.folder.name,
+            "seed": training.seed,
+            "disable_tqdm": True,
+        }
+        try:
+            arguments = TrainingArguments(**{**options, **training.arguments})
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"training.arguments cannot be used: {error}") from None
+        anchors = torch.tensor(self.settings.declared_scale().anchors(len(self.tokens)))
+        trainer = RatingTrainer(
+            loss=recipe.loss,
+            settings=self.settings,
+            tokens=self.tokens,
+            passes=passes,
+            model=model,
+            args=arguments,
+            data_collator=Collate(self.processor),
+            train_dataset=self.samples("train", store),
+            eval_dataset=self.samples("validation", store) if watched else None,
+            processing_class=self.processor if recipe.tuning.method == "full" else None,
+            compute_metrics=lambda prediction: figures(prediction, anchors),
+            callbacks=[_Curve(self.folder / CURVE_FILE, self.batch, speak)],
+        )
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        return trainer
+
+    def finish(self, trainer: RatingTrainer, store: VisionStore | None, speak: Say, state: PartialState) -> Outcome:
+        """Turn the run directory into a rater directory."""
+        metrics = {}
+        if self.clips["validation"]:
+            scores = [reading.score for reading in self._predict(trainer, "validation", store)]
+            mos = [clip.example.mos for clip in self.clips["validation"]]
+            with suppress(ScoresError):  # too few clips for an interval, or constant scores
+                found = bootstrap(scores, mos).intervals()
+                metrics = {name: [round(float(value), 4) for value in found[name]] for name in found}
+        calibrating = self._predict(trainer, "calibration", store) if self.clips["calibration"] else None
+        trainer.save_model(str(self.folder))
+        if state.is_main_process:
+            with suppress(FileNotFoundError):
+                (self.folder / "training_args.bin").unlink()  # a pickle; run.json says the same
+            self._write(metrics, calibrating, speak)
+        state.wait_for_everyone()
+        return Outcome(self.folder, metrics)
+
+    def _predict(self, trainer: RatingTrainer, split: str, store: VisionStore | None) -> list[LevelReading]:
+        """Scores and stds of a split, as rating gives them."""
+        logits = trainer.predict(self.samples(split, store)).predictions
+        return [read_levels(row, math.inf, self.settings.declared_scale()) for row in np.asarray(logits)]
+
+    def _write(self, metrics: dict[str, Any], calibrating: list[LevelReading] | None, speak: Say) -> None:
+        """rater.json, calibration.json and the model card; then run.json says that the run is over."""
+        recipe, record = self.recipe, {**self.record, "metrics": metrics}
+        summary = {name: record[name] for name in ("clips", "groups", "data", "versions", "metrics")}
+        base = Path(str(self.settings.backbone))
+        where: dict[str, Any] = {"backbone": None, "revision": None}
+        if recipe.tuning.method == "lora":
+            name = EMBEDDED_NAME if recipe.model.backbone == EMBEDDED_NAME else self.settings.backbone
+            weights = weights_fingerprint(base) if base.is_dir() else None
+            where = {"backbone": name, "backbone_weights": weights}
+        rater = self.settings.model_copy(update={"training": summary, **where})
+        write_text(self.folder / FILE_NAME, rater.model_dump_json(indent=2))
+        calibration = self._calibrate(calibrating, speak) if calibrating else None
+        write_text(self.folder / "README.md", card(self.folder.name, rater, recipe, record, calibration))
+        write_text(self.folder / RUN_FILE, json.dumps(record, indent=2))
+        for checkpoint in (self.folder / CHECKPOINTS).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        speak(f"done: lmm-qa rate CLIPS --model {self.folder}")
+
+    def _calibrate(self, readings: list[LevelReading], speak: Say) -> Calibration | None:
+        rater_id = plan_rater(self.folder, dtype=self.recipe.model.dtype).raw_rater_id
+        pairs = [
+            Pair(
+                Label(clip.example.name, clip.example.mos, clip.example.group),
+                Score(
+                    clip.example.name,
+                    reading.score,
+                    std=reading.std,
+                    scale=self.settings.scale,
+                    content_id=clip.content_id,
+                    rater_id=rater_id,
+                ),
+            )
+            for clip, reading in zip(self.clips["calibration"], readings, strict=True)
+        ]
+        try:
+            calibration = calibrate(pairs)
+        except (ScoresError, ConfigError) as error:
+            speak(f"not calibrated: {error}")
+            return None
+        calibration.write(self.folder)
+        return calibration
+
+
+def _survey(
+    splits: Splits, recipe: Recipe, settings: RaterFile, factor: int, speak: Say, state: PartialState
+) -> dict[str, Survey]:
+    """Look at every clip; each process decodes its share, and learns of the others from what is remembered."""
+    training = recipe.training
+    cache = training.cache.expanduser()
+
+    def look(examples: tuple[Example, ...], progress: Callable[[int, int], object] | None) -> Survey:
+        return check(examples, settings.sampling, settings.views, factor, cache=cache, workers=training.workers,
+                     progress=progress)  # fmt: skip
+
+    everything = (*splits.train, *splits.validation, *splits.calibration)
+    ours = everything[state.process_index :: state.num_processes]
+    first = look(ours, _Progress("reading clips", len(ours), speak).to)
+    state.wait_for_everyone()
+    if state.num_processes == 1:
+        known = dict(zip(ours, first.found, strict=True))
+        parts = {"train": splits.train, "validation": splits.validation, "calibration": splits.calibration}
+        surveys = {name: Survey(part, tuple(known[e] for e in part), 0) for name, part in parts.items()}
+    else:
+        surveys = {
+            "train": look(splits.train, None),
+            "validation": look(splits.validation, None),
+            "calibration": look(splits.calibration, None),
+        }
+    failed = [survey for survey in surveys.values() if survey.failed]
+    for survey in failed:
+        speak(str(survey))
+    if failed and not training.skip_unreadable:
+        count = sum(len(survey.failed) for survey in failed)
+        raise TrainingError(
+            f"{count} of {len(everything)} clips are missing or cannot be read, the first of them "
+            f"{failed[0].failed[0][0].path}: correct data.root, or leave them out with training.skip_unreadable=true"
+        )
+    return surveys
+
+
+def _readable(survey: Survey, recipe: Recipe, scale: tuple[float, float]) -> tuple[Clip, ...]:
+    both = zip(survey.examples, survey.found, strict=True)
+    clips = tuple(Clip(example.on(scale), found.content_id) for example, found in both if isinstance(found, Seen))
+    if survey.examples and not clips:
+        raise TrainingError(f"none of {len(survey.examples)} clips can be read: look at data.root")
+    return clips
+
+
+def _longest(processor: Any, settings: RaterFile, surveys: Mapping[str, Survey]) -> int:
+    """Tokens of the longest clip."""
+    shapes = {found.sizes for survey in surveys.values() for found in survey.found if isinstance(found, Seen)}
+    return max(
+        count_tokens(processor, sizes[0][0], [(height, width) for _, height, width in sizes], settings.prompt)
+        for sizes in shapes
+    )
+
+
+def _limit(backbone: str, options: dict[str, Any]) -> int:
+    """Tokens that a model was made for."""
+    config: Any = AutoConfig.from_pretrained(backbone, **options)
+    return int(getattr(config.get_text_config(), "max_position_embeddings", 1 << 31))
+
+
+def _record(
+    recipe: Recipe, settings: RaterFile, splits: Splits, clips: Mapping[str, tuple[Clip, ...]]
+) -> dict[str, Any]:
+    """What run.json says: all that the weights depend on."""
+    digest = hashlib.sha256()
+    for split, members in clips.items():
+        for clip in members:
+            digest.update(f"{split} {clip.content_id} {clip.example.mos!r} {clip.example.std!r}\n".encode())
+    described = recipe.model_dump(mode="json")
+    for key in ("output", "cache", "workers", "report_to", "keep_vision"):
+        described["training"].pop(key)
+    described["data"].pop("root")
+    return {
+        "recipe": described,
+        "rater": settings.asked(),
+        "clips": {split: len(members) for split, members in clips.items()},
+        "groups": {split: len({clip.example.group for clip in members}) for split, members in clips.items()},
+        "left_out": [str(one) for one in splits.left_out],
+        "data": digest.hexdigest()[:16],
+        "versions": {name: version(name) for name in ("lmm-qa", "torch", "transformers", "peft", "accelerate")},
+    }
+
+
+def _begin(folder: Path, record: dict[str, Any]) -> None:
+    """Make the run directory, or make sure that it is the one of this recipe."""
+    path = folder / RUN_FILE
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [key for key in ("recipe", "rater", "data") if before.get(key) != record[key]]
+        if changed:
+            places = [f"{place}: {old} -> {new}" for place, old, new in _differences(before, record, changed)]
+            raise ConfigError(
+                f"{folder} holds a run of another recipe or other data ({'; '.join(places[:5])}): choose another "
+                "training.output, or remove the directory to begin anew"
+            )
+        return
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and holds no run: choose another training.output")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(record, indent=2))
+
+
+def write_text(path: Path, text: str) -> None:
+    """A whole file or none."""
+    partial = path.with_name(f".{path.name}.tmp")
+    partial.write_text(text.rstrip() + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def _differences(before: Any, after: Any, keys: list[str]) -> list[tuple[str, Any, Any]]:
+    found = []
+    for key in keys:
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            inner = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+            found += [(f"{key}.{place}", was, now) for place, was, now in _differences(old, new, inner)]
+        else:
+            found.append((key, old, new))
+    return found
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole: the Trainer writes its state after all else."""
+    steps = sorted((int(path.name.rpartition("-")[2]), path) for path in folder.glob("checkpoint-*"))
+    for _, path in reversed(steps):
+        with suppress(OSError, ValueError):
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return path
+    return None
+
+
+# --- what the user sees ----------------------------------------------------------------------------------------------
+
+
+class _Progress:
+    """A line now and then for long work."""
+
+    def __init__(self, what: str, total: int, speak: Say, seconds: float = 15.0) -> None:
+        self.what, self.total, self.speak, self.seconds = what, total, speak, seconds
+        self.done, self.began = 0, time.monotonic()
+        self.spoke = self.began
+
+    def step(self) -> None:
+        self.to(self.done + 1, self.total)
+
+    def to(self, done: int, total: int) -> None:
+        self.done, now = done, time.monotonic()
+        if now - self.spoke > self.seconds or (done == total and now - self.began > self.seconds):
+            self.spoke = now
+            self.speak(f"{self.what}: {done} of {total}, {now - self.began:.0f} s")
+
+
+class _Curve(TrainerCallback):
+    """metrics.jsonl, and a line for people."""
+
+    def __init__(self, path: Path, batch: int, speak: Say) -> None:
+        self.path, self.batch, self.speak = path, batch, speak
+        self.began, self.first = 0.0, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Forget what was logged after the checkpoint that the run goes on from."""
+        self.began, self.first = time.monotonic(), state.global_step
+        if state.is_world_process_zero and self.path.exists():
+            rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line]
+            kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= state.global_step)
+            self.path.write_text(kept, encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        logs = {name: value for name, value in (logs or {}).items() if "runtime" not in name and "_per_" not in name}
+        logs.pop("epoch", None)
+        if not state.is_world_process_zero or not {"loss", f"eval_{CHOICE}"} & logs.keys():
+            return
+        row = {name.replace("eval_", "validation_"): round(value, 6) for name, value in logs.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": state.global_step, **row}) + "\n")
+        shown = [name for name in row if name in SHOWN]
+        text = "  ".join(f"{name.replace('validation_', '')} {row[name]:.4g}" for name in shown)
+        done, seconds = state.global_step - self.first, time.monotonic() - self.began
+        speed = f"  {done * self.batch / seconds:.3g} clips/s" if done and "loss" in row else ""
+        where = "" if "loss" in row else "validation  "
+        self.speak(f"step {state.global_step}/{state.max_steps}  {where}{text}{speed}")
+
+
+SHOWN = ("loss", "cross_entropy", "fidelity", "plcc", "learning_rate", "validation_main", "validation_srcc",
+         "validation_plcc", "validation_loss")  # fmt: skip
+
+
+class _Stop(TrainerCallback):
+    """The first SIGTERM or Ctrl-C ends the run at the next step, with a checkpoint; the second one at once."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+        self.signal: int | None = None
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        with suppress(ValueError):  # not in the main thread: then signals are the caller's business
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.before[number] = signal.signal(number, self._heard)
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _heard(self, number: int, frame: object) -> None:
+        self.signal = number
+        signal.signal(number, self.before[number])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        heard = torch.tensor(self.signal or 0, device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            heard = self.accelerator.gather(heard[None]).max()
+        if int(heard) and state.global_step < state.max_steps:
+            self.signal = int(heard)
+            control.should_save = control.should_training_stop = True
