@@ -556,8 +556,8 @@ ASCII_BARS = " .:-=+*#@"
 def render_table(rows: Sequence[Row], console: Console, limit: int = 40) -> None:
     """Print ratings for people: a line a clip, those that failed in red, at most `limit` lines.
 
-    The level probabilities show as one bar a level, under the initials of the levels. Prediction intervals have a
-    column where there are any.
+    The level probabilities show as one bar a level, under the initials of the levels. Where there are
+    prediction intervals, they take the place of the std.
     """
     from rich.table import Table
 
@@ -570,9 +570,7 @@ def render_table(rows: Sequence[Row], console: Console, limit: int = 40) -> None
         f"score ({'-'.join(f'{end:g}' for end in min(scales))})" if len(scales) == 1 else "score", **_RIGHT
     )
     intervals = any(row.get("interval") for row in rows)
-    if intervals:
-        table.add_column("interval", **_RIGHT)
-    table.add_column("std", **_RIGHT)
+    table.add_column("interval" if intervals else "std", **_RIGHT)
     table.add_column("level")
     table.add_column(" ".join(level[:1] for level in levels), no_wrap=True)
     table.add_column("size", **_RIGHT)
@@ -601,8 +599,7 @@ def _line(row: Row, bars: str, intervals: bool) -> list[Text]:
     cells = (
         str(row["clip"]),
         "-" if error else _number(row.get("score"), 2),
-        *([f"[{interval}]" if interval else ""] if intervals else []),
-        _number(row.get("std"), 2),
+        (interval and f"[{interval}]") if intervals else _number(row.get("std"), 2),
         level,
         " ".join(_bar(p, bars) for p in (row.get("probabilities") or {}).values()),
         size,
