@@ -20,11 +20,12 @@ import re
 import tempfile
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cache as cached
+from itertools import compress
 from pathlib import Path
 from typing import Any, Self
 
@@ -213,11 +214,11 @@ def _without_leaks(
 def _deal(
     train: tuple[Example, ...], shares: tuple[float, float], seed: int
 ) -> tuple[tuple[Example, ...], tuple[Example, ...], tuple[Example, ...]]:
-    """Training clips in three parts: what remains, and one part for each share, 0 for none.
+    """Training clips, sorted, in three parts: what remains, and one part for each share, 0 for none.
 
     Groups are dealt to folds of like size, of which each part gets as many as its share asks for, at least one.
     """
-    groups = sorted({example.group for example in train}, key=repr)
+    groups = {example.group for example in train}
     parts = [max(Fraction(share).limit_denominator(100), Fraction(1, 100)) for share in shares if share]
     folds = min(math.lcm(*(part.denominator for part in parts)), len(groups))
     wanted = [max(1, round(share * folds)) if share else 0 for share in shares]
@@ -226,19 +227,14 @@ def _deal(
             f"{len(train)} training clips in {len(groups)} groups are too few to train on and to hold out shares of "
             f"{shares[0]:g} (validation) and {shares[1]:g} (calibration): add clips, or name what tells persons apart"
         )
-    by_group: dict[Hashable, list[Example]] = {group: [] for group in groups}
-    for example in train:
-        by_group[example.group].append(example)
-    ordered = [example for members in by_group.values() for example in members]
-    fold_of = group_folds([example.group for example in ordered], folds, seed)
+    fold_of = group_folds([example.group for example in train], folds, seed)
     # The largest group lies in fold 0 always: which folds are held out is drawn as well.
-    drawn = np.random.default_rng(seed).permutation(folds)
-    ends = (wanted[0], sum(wanted))
-    chosen = (drawn[ends[1] :], drawn[: ends[0]], drawn[ends[0] : ends[1]])
-    rest, first, second = (
-        _sorted([example for example, fold in zip(ordered, fold_of, strict=True) if fold in folds]) for folds in chosen
-    )
-    return rest, first, second
+    first, second, rest = np.split(np.random.default_rng(seed).permutation(folds), np.cumsum(wanted))
+    return _of(train, np.isin(fold_of, rest)), _of(train, np.isin(fold_of, first)), _of(train, np.isin(fold_of, second))
+
+
+def _of(examples: Sequence[Example], chosen: Iterable[bool]) -> tuple[Example, ...]:
+    return tuple(compress(examples, chosen))
 
 
 def _sorted(examples: Sequence[Example]) -> tuple[Example, ...]:
