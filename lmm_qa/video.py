@@ -15,10 +15,11 @@ complains.
 
 What is seen of damage: a file shorter than its own structure says (MP4, MOV, Matroska, WebM, AVI, GIF, MPEG-TS), broken
 structure inside it, fewer packets than declared, packets marked corrupt, holes of zeros in H.264 and HEVC, whatever
-makes a decoder complain or conceal, frames that never come out, wrong checksums in Matroska. What is not seen: bytes
-inside one picture changed so that they still decode, wrongly. That is rare in H.264, less so in HEVC, and usual in VP8,
-VP9 and GIF, which carry no redundancy. Nor whole units missing from a MPEG-TS, or from the end of a fragmented MP4:
-they declare no length.
+makes a decoder complain or conceal, frames that never come out, tables of an MP4 that count unlike numbers of frames,
+wrong checksums in Matroska. What is not seen: bytes inside one picture changed so that they still decode, wrongly: of
+60 short clips with 1 to 16 wrong bits inside pictures, 3 in H.264, 10 in MPEG-4, 40 in HEVC, and 58 in VP9 and GIF,
+which carry no redundancy. Nor whole units missing from a GIF, a MPEG-TS or the end of a fragmented MP4: they declare no
+length. Nor wrong times or a wrong edit list in a header, which show fewer frames: they are believed.
 
 Colours follow the stream's tags; an untagged stream is taken as BT.601, as ffmpeg and decord do. Rotation metadata is
 applied, edit lists are kept, transparent pixels lie on white. Pixels that are not square stay as stored; HDR is not
@@ -322,8 +323,7 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     _refuse_no_file(path)
     av.logging.set_level(av.logging.PANIC)
     try:
-        # An absolute path is never taken for an address, and a text cannot make ffmpeg fetch one.
-        container = av.open(str(path.absolute()), metadata_errors="replace", options={"protocol_whitelist": "file"})
+        container = _container(path)
     except (av.FFmpegError, ValueError) as error:
         if _broken_at(path) is not None:  # an MP4 cut off before its index, for one
             raise _truncated(path, 0, 0) from None
@@ -346,6 +346,14 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         context.options = {"err_detect": "explode", "max_pixels": str(MAX_AREA)}
         context.thread_count = 1
         yield container, stream
+
+
+def _container(path: Path, **options: str) -> InputContainer:
+    """Open a file of any kind, with further options of its demuxer."""
+    import av
+
+    # An absolute path is never taken for an address, and a text cannot make ffmpeg fetch one.
+    return av.open(str(path.absolute()), metadata_errors="replace", options={"protocol_whitelist": "file", **options})
 
 
 def _refuse_too_large(path: Path, width: int, height: int) -> None:
@@ -391,6 +399,8 @@ def _scan(path: Path) -> _Scan:
         declared = _declared_frames(container, stream)
         walk = _walk(container, stream)
         total = max(declared, walk.packets, _frames_by_duration(container, stream))
+        if counts := _contradiction(path, container, stream):
+            raise _truncated(path, min(walk.packets, *counts), max(counts))
         # MP4 counts exactly. AVI, for one, counts frames that are left out because they repeat the one before.
         missing = "mp4" in container.format.name and walk.packets < declared
         broken_at = _broken_at(path)
@@ -448,6 +458,18 @@ def _length_prefixed(stream: VideoStream) -> bool:
 def _declared_frames(container: InputContainer, stream: VideoStream) -> int:
     """Frames that the container declares, 0 for none. An MP4's edit list can hide some of the frames that it counts."""
     return min(stream.frames, len(stream.index_entries)) if "mp4" in container.format.name else stream.frames
+
+
+def _contradiction(path: Path, container: InputContainer, stream: VideoStream) -> tuple[int, int] | None:
+    """The two numbers of frames that an MP4's tables of times and of places give, where these differ.
+
+    They must be one number (ISO/IEC 14496-12, 8.6.1.2 and 8.7.3); ffmpeg goes on with what both have.
+    """
+    if "mp4" not in container.format.name or stream.frames in (0, len(stream.index_entries)):
+        return None
+    with _container(path, ignore_editlist="1") as unedited:
+        counts = stream.frames, len(unedited.streams[stream.index].index_entries)
+    return counts if counts[0] != counts[1] else None
 
 
 def _frames_by_duration(container: InputContainer, stream: VideoStream) -> int:

@@ -361,6 +361,22 @@ def test_overwritten_bytes_are_told(clips_dir: Path, tmp_path: Path, name: str, 
         read(damaged(clips_dir / name, tmp_path, bytes(raw)))
 
 
+@pytest.mark.parametrize(
+    ("table", "field", "value"), [("stts", 8, 1), ("stts", 8, 61), ("stsz", 8, 1), ("stsz", 8, 59), ("stsc", 12, 0)]
+)
+@pytest.mark.parametrize("name", ["h264.mp4", "edit_list.mp4"])
+def test_tables_that_contradict_each_other_are_told(
+    clips_dir: Path, tmp_path: Path, name: str, table: str, field: int, value: int
+) -> None:
+    """Otherwise ffmpeg would show as many frames as both tables have, without a word."""
+    raw = bytearray((clips_dir / name).read_bytes())
+    place = raw.rindex(table.encode()) + 4 + field
+    raw[place : place + 4] = value.to_bytes(4, "big")
+    for look in (read, probe):
+        with pytest.raises(ClipTruncated, match=r"stream breaks: \d+( of \d+)? frames could be read"):
+            look(damaged(clips_dir / name, tmp_path, bytes(raw)))
+
+
 def test_a_damaged_real_clip_is_told(shared_dir: Path, tmp_path: Path) -> None:
     path = shared_dir / "clips" / "SadTalker__camera_qRrq9DqY_0000-RD_Radio31_000.mp4"
     raw = bytearray(path.read_bytes())
