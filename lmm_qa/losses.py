@@ -170,7 +170,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _two_hot(mos: Tensor, levels: Tensor) -> Tensor:
-    below = torch.bucketize(mos, levels[1:-1], right=True)
+    below = torch.bucketize(mos, levels[1:-1])
     share = ((mos - levels[below]) / (levels[below + 1] - levels[below]))[:, None]
     return F.one_hot(below, len(levels)) * (1 - share) + F.one_hot(below + 1, len(levels)) * share
 

@@ -129,6 +129,9 @@ def test_anchors_may_be_unevenly_spaced() -> None:
     for spread in (0.0, 2.0, 1e4):
         targets = level_targets(mos, anchors, "gaussian", torch.full((3,), spread))
         torch.testing.assert_close((targets * anchors).sum(-1), mos, rtol=0, atol=1e-6)
+    far = torch.tensor([0.0, 1.0, 2.0, 20.0])
+    sure = level_targets(torch.tensor([1.0]), far, "gaussian", torch.tensor([0.1]))
+    torch.testing.assert_close(sure, torch.eye(4)[1:2], rtol=0, atol=1e-6)
 
 
 @given(scales, st.sampled_from(("two_hot", "gaussian", "one_hot")), st.lists(st.floats(0, 1), min_size=2, max_size=6))
