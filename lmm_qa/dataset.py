@@ -89,7 +89,8 @@ class Data(Settings):
     validation: tuple[Table, ...] = ()
     """What to watch the training with. Default: none, a share of the training groups is held out."""
     validation_share: float = Field(0.1, ge=0, lt=1)
-    """Share of the training clips, in whole groups, held out where there is no validation table. Default: 0.1."""
+    """Share of the training clips, in whole groups, held out where there is no validation table; 0, or about a
+    hundredth at least. Default: 0.1."""
     calibration_share: float = Field(0.1, ge=0, lt=1)
     """Share of the training clips, in whole groups, held out to map scores to MOS. Default: 0.1. (Of THQA-NTIRE, a
     smaller one can be a single person.)"""
