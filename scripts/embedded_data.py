@@ -6,13 +6,8 @@ CLIPS holds video files and an `index.csv` with columns `clip` and `split` (trai
 segments are cut (random window, random size). Each segment is damaged in known ways; what is stored of a damaged copy
 is what the rater will look at, its views, so that training reads pixels and decodes nothing.
 
-Labels run from 0 to 1 (mapped to the declared scale in training):
-  - pictures: VMAF of the damaged copy against its source on the sampled frames (libvmaf inside imageio-ffmpeg);
-  - time (stall, drop): VMAF compares frames pairwise and cannot judge a picture that is fine but late, so a stated
-    curve of the strength stands in, see `temporal_quality`;
-  - noise: VMAF hardly minds it (96 at a standard deviation of 7, 85 at 20); the lower of VMAF and a stated curve;
-  - several causes: the product;
-  - the source itself is not assumed perfect: its `ceiling` falls with its size and its bits a pixel.
+Labels run from 0 to 1 (mapped to the declared scale in training) and come from `lmm_qa.reference`: VMAF on the frames
+that are looked at, stated curves where VMAF cannot judge, times the ceiling of the source itself.
 
 Restartable: a segment that is already there is left alone.
 """
@@ -23,8 +18,6 @@ import argparse
 import csv
 import json
 import math
-import subprocess
-import tempfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -33,9 +26,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lmm_qa.degrade import TEMPORAL, Pixels, damage, stalled_frames
+from lmm_qa.degrade import TEMPORAL, Pixels
+from lmm_qa.face import find_face
+from lmm_qa.reference import ceiling, make_copy
 
 FRAMES = 48  # frames of a segment
+FPS = 25.0
 PAIRS = 6  # moments looked at, two frames each
 CROP, WHOLE_PIXELS, FACTOR = 224, 168 * 168, 28
 
@@ -54,6 +50,9 @@ RECIPE: tuple[tuple[str, ...], ...] = (
     ("h264", "stall"),
 )  # fmt: skip
 
+EACH_FRAME = {"blur", "rescale", "noise", "jpeg"}
+"""Causes for which the frames that are not looked at need not be made."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -65,45 +64,6 @@ class Job:
     @property
     def name(self) -> str:
         return f"{self.clip.stem}--{self.segment}"
-
-
-def temporal_quality(cause: str, strength: float) -> float:
-    """Quality in [0, 1] of a clip that is perfect but for its timing: a curve of ours, no measurement.
-
-    A stall costs by the share of the clip that stands still; a low frame rate by the frames held.
-    """
-    if cause == "stall":
-        return math.exp(-1.6 * stalled_frames(FRAMES, strength) / FRAMES)
-    return math.exp(-0.12 * (round(2 * 6**strength) - 1))
-
-
-def noise_quality(strength: float) -> float:
-    """Quality in [0, 1] of a picture with white noise: a curve of ours over the standard deviation."""
-    return math.exp(-3 * 16**strength / 30)
-
-
-def ceiling(height: int, width: int, bits_per_pixel: float) -> float:
-    """Quality in [0, 1] that a clean source can have: less for small pictures and for hard compression."""
-    small = min(max((480 - min(height, width)) / 256, 0), 1)
-    starved = min(max(math.log2(0.06 / max(bits_per_pixel, 1e-4)) / 3, 0), 1)
-    return 1 - 0.2 * small - 0.15 * starved
-
-
-def vmaf(distorted: Pixels, reference: Pixels) -> float:
-    """Mean VMAF (0 to 100) of two (T, H, W, 3) clips, by libvmaf."""
-    import imageio_ffmpeg
-
-    height, width = (side - side % 2 for side in reference.shape[1:3])
-    with tempfile.TemporaryDirectory() as folder:
-        for name, frames in (("d", distorted), ("r", reference)):
-            Path(folder, name).write_bytes(np.ascontiguousarray(frames[:, :height, :width]).tobytes())
-        raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-i"]
-        graph = "[0]format=yuv420p[d];[1]format=yuv420p[r];[d][r]libvmaf=n_threads=1:log_fmt=json:log_path=v.json"
-        subprocess.run(
-            [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", *raw, "d", *raw, "r", "-lavfi", graph, "-f", "null", "-"],
-            check=True, cwd=folder, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        return float(json.loads(Path(folder, "v.json").read_text())["pooled_metrics"]["vmaf"]["mean"])
 
 
 def read_segment(job: Job, rng: np.random.Generator) -> tuple[Pixels, float]:
@@ -163,7 +123,7 @@ def prepare(job: Job) -> list[dict[str, object]]:
         return list(json.loads(rows_file.read_text()))
     rng = np.random.default_rng(zlib.crc32(job.name.encode()))
     source, limit = read_segment(job, rng)
-    looked_at = sampled()
+    looked_at, face = sampled(), find_face(source)
     rows: list[dict[str, object]] = []
     for number, causes in enumerate(RECIPE):
         strengths = [float(rng.uniform(0, 1)) for _ in causes]
@@ -171,33 +131,22 @@ def prepare(job: Job) -> list[dict[str, object]]:
             same = [index for index, other in enumerate(RECIPE) if other == causes]
             strengths = [(same.index(number) + float(rng.uniform(0, 1))) / len(same)]
         seed = int(rng.integers(2**31))
-        whole_clip = any(cause in (*TEMPORAL, "h264", "h265", "vp9") for cause in causes)
-        copy = source if whole_clip else source[looked_at]
-        quality = 1.0
-        timed: list[tuple[str, float]] = []
-        for cause, strength in zip(causes, strengths, strict=True):
-            if cause in TEMPORAL:
-                timed.append((cause, strength))
-            else:
-                copy = damage(copy, cause, strength, seed)
-        picture = copy[looked_at] if whole_clip else copy
-        measured = vmaf(picture, source[looked_at]) if len(causes) > len(timed) else None
-        if measured is not None:
-            quality = min(max((measured - 5) / 91, 0), 1)
-            if "noise" in causes:
-                quality = min(quality, noise_quality(strengths[causes.index("noise")]))
-        for cause, strength in timed:
-            copy = damage(copy, cause, strength, seed)
-            quality *= temporal_quality(cause, strength)
-        whole, crop = views(copy[looked_at] if whole_clip else copy)
+        damages = list(zip(causes, strengths, strict=True))
+        if set(causes) <= EACH_FRAME:
+            copy = make_copy(source[looked_at], damages, seed, fps=FPS)
+            pictures = copy.frames
+        else:
+            copy = make_copy(source, damages, seed, fps=FPS, face=face, judged=looked_at)
+            pictures = copy.frames[looked_at]
+        whole, crop = views(pictures)
         name = f"{job.name}--{number:02d}"
         np.save(job.out / f"{name}.whole.npy", whole)
         np.save(job.out / f"{name}.crop.npy", crop)
         rows.append(
             {
                 "name": name, "source": job.clip.name, "split": job.split, "segment": job.name, "causes": causes,
-                "strengths": strengths, "vmaf": measured, "ceiling": limit, "quality": quality * limit,
-                "timed": bool(timed),
+                "strengths": strengths, "vmaf": copy.vmaf, "ceiling": limit, "quality": copy.quality * limit,
+                "timed": bool(set(causes) & set(TEMPORAL)),
             }
         )  # fmt: skip
     partial = rows_file.with_suffix(".tmp")

@@ -57,7 +57,7 @@ def make_copies(clip: Path, seconds: float, out: Path) -> list[dict[str, Any]]:
             copy = frames
             if row["cause"] in CAUSES:
                 seed = zlib.crc32(str(row["name"]).encode())
-                copy = damage(frames, CAUSES[row["cause"]], row["strength"], seed)
+                copy = damage(frames, CAUSES[row["cause"]], row["strength"], seed, fps=float(fps)).frames
             elif row["cause"] == "flip":
                 copy = np.ascontiguousarray(frames[:, :, ::-1])
             elif row["cause"] == "trim":

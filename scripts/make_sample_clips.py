@@ -280,7 +280,7 @@ def main() -> None:
         for sample in SAMPLES:
             frames = originals[sample.source]
             if sample.damage in DAMAGE:
-                frames = damage(frames, DAMAGE[sample.damage], STRENGTH[sample.strength], SEED)
+                frames = damage(frames, DAMAGE[sample.damage], STRENGTH[sample.strength], SEED, fps=FPS).frames
             shown[sample.clip] = frames
             h264 = {"crf": str(sample.crf), "preset": "slow", "threads": "1"}  # one thread: the same bytes everywhere
             encode(frames, "libx264", h264, Fraction(FPS), str(options.out / sample.clip))

@@ -15,9 +15,9 @@ PACKAGE = Path(lmm_qa.__file__).parent
 ROWS = (
     {"errors"},
     {"levels", "metrics", "config"},
-    {"prompting"},
+    {"prompting", "face"},
     {"video", "degrade"},
-    {"thqa", "manifest", "results"},
+    {"thqa", "manifest", "results", "reference"},
     {"rater_file", "scores"},
     {"dataset"},
     {"recipe"},

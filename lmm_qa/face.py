@@ -1,0 +1,103 @@
+"""Where the face is in each frame of a clip, for damage that is about faces.
+
+The detector is the frontal face cascade that scikit-image carries (local binary patterns, from OpenCV): it finds most
+faces that look at the camera, drawn ones included, and few that look aside. Where it finds none, the face is assumed
+where talking heads mostly have it, and `Face.found` says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from lmm_qa.errors import MissingExtra
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom, as fractions of the picture's width and height."""
+
+ASSUMED: Box = (0.3, 0.2, 0.7, 0.6)
+"""A face of 40% of the picture, in its upper middle; made square in pixels."""
+
+_DETECTION_SIDE = 240
+"""Long side in pixels of the pictures that are searched: a face of a tenth of it is too small to matter here."""
+_KEY_FRAMES = 12
+_OVERLAP = 0.3
+
+
+@dataclass(frozen=True)
+class Face:
+    """The face of a clip, from the forehead to the chin and as wide as high in pixels."""
+
+    boxes: NDArray[np.float64]
+    """(T, 4): a `Box` for each frame; it may reach out of the picture."""
+    found: bool
+    """False: no face was found, and this is where one mostly is."""
+
+
+def find_face(frames: NDArray[np.uint8]) -> Face:
+    """The face that is seen in most frames, followed through the clip.
+
+    Args:
+        frames: (T, H, W, 3) uint8 RGB.
+
+    Raises:
+        MissingExtra: scikit-image is not installed.
+    """
+    count, height, width = frames.shape[:3]
+    keys = np.unique(np.linspace(0, count - 1, min(count, _KEY_FRAMES)).round().astype(int))
+    seen = [_detect(frames[key]) for key in keys]
+    everywhere = np.concatenate(seen)
+    if not len(everywhere):
+        return Face(np.tile(_square(ASSUMED, width / height), (count, 1)), found=False)
+    support = np.array([sum((_overlap(box, others) > _OVERLAP).any() for others in seen) for box in everywhere])
+    size = everywhere[:, 2] - everywhere[:, 0]
+    best = everywhere[np.lexsort((size, support))[-1]]
+    matches = [(key, boxes[_overlap(best, boxes).argmax()]) for key, boxes in zip(keys, seen, strict=True)
+               if len(boxes) and _overlap(best, boxes).max() > _OVERLAP]  # fmt: skip
+    moments, boxes = np.array([key for key, _ in matches]), np.array([box for _, box in matches])
+    centers, halves = (boxes[:, :2] + boxes[:, 2:]) / 2, np.median(boxes[:, 2:] - boxes[:, :2], axis=0) / 2
+    path = np.stack([np.interp(np.arange(count), moments, centers[:, axis]) for axis in range(2)], axis=1)
+    return Face(np.concatenate([path - halves, path + halves], axis=1), found=True)
+
+
+def _detect(frame: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """(n, 4) boxes of the faces in one picture."""
+    try:
+        import skimage.data
+        from skimage.feature import Cascade
+    except ImportError:
+        raise MissingExtra("scikit-image", "degrade", "finding faces") from None
+
+    height, width = frame.shape[:2]
+    shrink = min(1.0, _DETECTION_SIDE / max(height, width))
+    small = Image.fromarray(frame).resize((max(1, round(width * shrink)), max(1, round(height * shrink))))
+    side = min(small.size)
+    cascade: str = skimage.data.lbp_frontal_face_cascade_filename()  # type: ignore[no-untyped-call]
+    found = Cascade(cascade).detect_multi_scale(
+        np.asarray(small),
+        scale_factor=1.15,
+        step_ratio=1,
+        min_size=(max(24, side // 6),) * 2,
+        max_size=(side,) * 2,
+        min_neighbor_number=3,
+    )
+    boxes = [(one["c"], one["r"], one["c"] + one["width"], one["r"] + one["height"]) for one in found]
+    return np.array(boxes, dtype=np.float64).reshape(-1, 4) / (small.width, small.height, small.width, small.height)
+
+
+def _overlap(box: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Intersection over union of one box with each of the (n, 4) others."""
+    inner = np.clip(np.minimum(box[2:], others[:, 2:]) - np.maximum(box[:2], others[:, :2]), 0, None).prod(axis=1)
+    union = (box[2:] - box[:2]).prod() + (others[:, 2:] - others[:, :2]).prod(axis=1) - inner
+    return np.asarray(inner / union, dtype=np.float64)
+
+
+def _square(box: Box, aspect: float) -> NDArray[np.float64]:
+    """The box, its longer side in pixels shortened about the middle; `aspect` is the picture's width / height."""
+    left, top, right, bottom = box
+    wide, high = min(1, 1 / aspect) * (right - left) / 2, min(1, aspect) * (bottom - top) / 2
+    x, y = (left + right) / 2, (top + bottom) / 2
+    return np.array([x - wide, y - high, x + wide, y + high])

@@ -1,0 +1,57 @@
+"""python -m pytest tests/test_face.py"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+import lmm_qa
+from lmm_qa.face import find_face
+
+PORTRAIT = Path(lmm_qa.__file__).parent / "samples" / "astronaut_clean.mp4"
+EYES, MOUTH = (0.503, 0.393), (0.498, 0.55)
+"""Where they are in that clip, by the numbers of the script that made it; the head moves by up to 0.03."""
+
+
+@pytest.fixture(scope="module")
+def portrait() -> np.ndarray:
+    with av.open(str(PORTRAIT)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)][:30])
+
+
+def test_a_face_is_found_from_forehead_to_chin(portrait: np.ndarray) -> None:
+    face = find_face(portrait)
+    assert face.found
+    assert face.boxes.shape == (30, 4)
+    left, top, right, bottom = face.boxes.T
+    for x, y in (EYES, MOUTH):
+        assert np.all((left < x) & (x < right) & (top < y) & (y < bottom))
+    assert np.all((right - left < 0.5) & (abs((right - left) - (bottom - top)) < 0.01))
+    assert np.all(abs((MOUTH[1] - top) / (bottom - top) - 0.78) < 0.1)
+
+
+def test_a_face_is_followed(portrait: np.ndarray) -> None:
+    moved = np.stack([np.roll(frame, (0, 3 * number), axis=(0, 1)) for number, frame in enumerate(portrait)])
+    left = find_face(moved).boxes[:, 0] - find_face(portrait).boxes[:, 0]
+    assert left == pytest.approx(3 * np.arange(30) / 384, abs=0.02)
+
+
+def test_the_face_seen_most_is_taken_for_the_face(portrait: np.ndarray) -> None:
+    """One that is there in a third of the clip does not count, though it is larger."""
+    wide = np.pad(portrait, ((0, 0), (0, 0), (0, 384), (0, 0)), mode="edge")
+    wide[:10, :, 384:] = wide[:10, :, :384]
+    assert np.all(find_face(wide).boxes[:, 2] < 0.5)
+
+
+@pytest.mark.parametrize(("height", "width"), [(90, 160), (160, 90), (1, 1)])
+def test_where_there_is_no_face_one_is_assumed(height: int, width: int) -> None:
+    face = find_face(np.full((3, height, width, 3), 128, np.uint8))
+    assert not face.found
+    assert face.boxes.shape == (3, 4)
+    left, top, right, bottom = face.boxes[0]
+    assert (right - left) * width == pytest.approx((bottom - top) * height)
+    assert 0.3 <= left < 0.5 < right <= 0.7
+    assert 0.2 <= top < 0.5
