@@ -315,7 +315,7 @@ def calibrate(
             f"the MOS are said to be on {scale}, the ratings declare {declared}: set the scale of the MOS in "
             "rater.json and rate the clips again"
         )
-    mapping, spread = _fit(data, kind, coverage, seed)
+    mapping, spread = _fit(data, kind, coverage, scale, seed)
     raters = {pair.score.rater_id for pair in pairs}
     clips = [_clip_hash(pair.score.clip, pair.score.content_id) for pair in pairs]
     return Calibration(
@@ -346,7 +346,7 @@ class _Data(NamedTuple):
         std = [pair.score.std for pair in pairs]
         if any(value is None for value in std) and any(value is not None for value in std):
             raise ScoresError("some ratings have a std and some have none: take the ratings of one rater")
-        number = {group: place for place, group in enumerate(dict.fromkeys(pair.label.group for pair in pairs))}
+        number = {group: place for place, group in enumerate(sorted({pair.label.group for pair in pairs}, key=repr))}
         return cls(
             scores,
             mos,
@@ -368,24 +368,31 @@ def _raw(pair: Pair) -> float:
     return raw
 
 
-def _fit(data: _Data, kind: Kind, coverage: float, seed: int) -> tuple[Mapping, Spread]:
-    """The mapping from one half of the groups, the interval from the other."""
+def _fit(
+    data: _Data, kind: Kind, coverage: float, scale: tuple[float, float] | None, seed: int
+) -> tuple[Mapping, Spread]:
+    """The mapping from one half of the groups, the interval from the errors of what is predicted for the other."""
     if len(set(data.groups.tolist())) < 2:
         raise ScoresError("a calibration needs clips of at least two groups (persons, sources), all these are of one")
     second = group_folds(data.groups.tolist(), 2, seed) == 1
     ours, theirs = data.part(~second), data.part(second)
     mapping = MAPPINGS[kind].fit(*checked(ours.scores, ours.mos))
-    return mapping, Spread.fit(np.abs(theirs.mos - mapping(theirs.scores)), theirs.std, coverage)
+    errors = np.abs(theirs.mos - np.clip(mapping(theirs.scores), *_ends(scale)))
+    return mapping, Spread.fit(errors, theirs.std, coverage)
 
 
 def _predict(
     mapping: Mapping, spread: Spread, scale: tuple[float, float] | None, scores: Floats, std: Floats | None
 ) -> tuple[Floats, Floats, Floats]:
     """Calibrated scores and both ends of their intervals, cut off at the ends of the scale; (n,) each."""
-    bottom, top = (-np.inf, np.inf) if scale is None else scale
+    bottom, top = _ends(scale)
     mos = np.clip(mapping(scores), bottom, top)
     width = spread.widths(std)
     return mos, np.clip(mos - width, bottom, top), np.clip(mos + width, bottom, top)
+
+
+def _ends(scale: tuple[float, float] | None) -> tuple[float, float]:
+    return (-np.inf, np.inf) if scale is None else scale
 
 
 def _check(data: _Data, kind: Kind, coverage: float, scale: tuple[float, float] | None, seed: int) -> Check | None:
@@ -398,7 +405,7 @@ def _check(data: _Data, kind: Kind, coverage: float, scale: tuple[float, float] 
     for fold in np.unique(folds):
         out = folds == fold
         try:
-            mapping, spread = _fit(data.part(~out), kind, coverage, seed)
+            mapping, spread = _fit(data.part(~out), kind, coverage, scale, seed)
         except (ScoresError, ConfigError):
             return None  # what is left is too little
         held = data.part(out)

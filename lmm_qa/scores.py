@@ -375,7 +375,8 @@ def _unique(names: Sequence[str], form: Callable[[str], str]) -> dict[str, str]:
 def group_folds(groups: Sequence[Hashable], folds: int, seed: int = 0) -> NDArray[np.intp]:
     """Fold (0 to `folds` - 1) of each clip: a group lies in one fold whole, and folds hold about as many clips.
 
-    The largest groups are dealt first, each to the fold with the fewest clips; the seed decides among equals.
+    The largest groups are dealt first, each to the fold with the fewest clips; the seed decides among equals. The order
+    of the clips does not matter.
 
     Raises:
         ScoresError: there are fewer groups than folds.
@@ -383,7 +384,7 @@ def group_folds(groups: Sequence[Hashable], folds: int, seed: int = 0) -> NDArra
     sizes = Counter(groups)
     if folds < 1 or len(sizes) < folds:
         raise ScoresError(f"{len(sizes)} groups of clips cannot be dealt to {folds} folds")
-    names = list(sizes)
+    names = sorted(sizes, key=repr)  # whatever the order of the clips
     shuffled = [names[place] for place in np.random.default_rng(seed).permutation(len(names))]
     filled = [0] * folds
     fold_of: dict[Hashable, int] = {}

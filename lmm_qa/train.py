@@ -170,14 +170,8 @@ def tunable(model: Any, recipe: Recipe) -> Any:
 
 def adapter_targets(model: nn.Module, parts: set[str]) -> str:
     """A regular expression for the linear layers of these parts, as PEFT takes it."""
-    found: dict[str, set[str]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and part_of(name) in parts:
-            # All that comes before the number of the layer, and the projection's own name.
-            root = re.split(r"\.\d+\.|\.\d+$", name, maxsplit=1)[0]
-            found.setdefault(root, set()).add(name.rsplit(".", 1)[-1])
-    patterns = [rf"(.*\.)?{re.escape(root)}\..*\b({'|'.join(sorted(names))})" for root, names in sorted(found.items())]
-    return "|".join(patterns)
+    chosen = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and part_of(name) in parts]
+    return "|".join(dict.fromkeys(re.sub(r"\.\d+(?=\\\.)", r".\\d+", re.escape(name)) for name in chosen))
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------

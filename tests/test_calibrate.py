@@ -227,3 +227,22 @@ def test_the_command(tmp_path: Path) -> None:
     partly = CliRunner().invoke(app, command)
     assert partly.exit_code == 3
     assert "1 labelled clip without a score had no part in it" in partly.stderr
+
+
+def test_a_mapping_that_runs_off_the_scale_does_not_widen_the_intervals() -> None:
+    """One group scores far beyond what the mapping was fitted on: its MOS is the scale's end, and so is the prediction."""
+    usual = [(1 + place / 200, 1 + place / 10, f"group {place % 8}") for place in range(40)]
+    beyond = [(400.0 + place, 5.0, "beyond") for place in range(5)]
+    made = [
+        Pair(Label(f"{number}.mp4", mos, group), Score(f"{number}.mp4", score))
+        for number, (score, mos, group) in enumerate(usual + beyond)
+    ]
+    assert all(calibrate(made, "linear", scale=(1, 5), seed=seed).spread.half_width <= 4 for seed in range(6))
+
+
+def test_the_order_of_the_clips_does_not_matter() -> None:
+    made = pairs(60, groups=7)
+    shuffled = [made[place] for place in np.random.default_rng(1).permutation(len(made))]
+    one, two = calibrate(made), calibrate(shuffled)
+    assert two.spread.half_width == pytest.approx(one.spread.half_width, rel=1e-6)
+    assert two.apply(2.5, 0.5) == pytest.approx(one.apply(2.5, 0.5), rel=1e-6)
