@@ -321,7 +321,7 @@ def join_inputs(processor: Any, clips: Sequence[Mapping[str, torch.Tensor]]) -> 
         clips: each the inputs of one clip: (1, tokens) sequences, and pixels and sizes of its views.
     """
     longest = max(clip["input_ids"].shape[1] for clip in clips)
-    fill = {"input_ids": processor.tokenizer.pad_token_id, "attention_mask": 0, "mm_token_type_ids": 0}
+    fill = dict.fromkeys(SEQUENCES, 0) | {"input_ids": processor.tokenizer.pad_token_id}
     joined = {}
     for name in clips[0]:
         parts = [clip[name] for clip in clips]
@@ -331,25 +331,40 @@ def join_inputs(processor: Any, clips: Sequence[Mapping[str, torch.Tensor]]) -> 
     return joined
 
 
-def ask_differently(
+def without_question(
     processor: Any, inputs: Mapping[str, torch.Tensor], prompt: Prompt, videos: int, slots: dict[str, float]
 ) -> dict[str, torch.Tensor]:
-    """One clip's inputs with another question: what comes after the last video token is made anew.
+    """One clip's prepared inputs up to the end of its last video; `with_question` adds what comes after it again.
 
-    The same as `prepare_inputs` with that prompt, without its work on pixels. For families with a patch grid; the
-    system message must be the same.
+    For families with a patch grid.
     """
-    ids = inputs["input_ids"][0]
-    end = int((ids == processor.video_token_id).nonzero()[-1]) + 1
+    tail = len(_question_tokens(processor, prompt, videos, slots))
+    return {name: value[:, :-tail] if name in SEQUENCES else value for name, value in inputs.items()}
+
+
+def with_question(
+    processor: Any, inputs: Mapping[str, torch.Tensor], prompt: Prompt, videos: int, slots: dict[str, float]
+) -> dict[str, torch.Tensor]:
+    """What `prepare_inputs` gives for a clip and a prompt, from inputs without question, and without work on pixels.
+
+    Any prompt whose system message is the one that the inputs were prepared with.
+    """
+    tail = torch.tensor(_question_tokens(processor, prompt, videos, slots))[None]
+    added = {"input_ids": tail, "attention_mask": torch.ones_like(tail), "mm_token_type_ids": torch.zeros_like(tail)}
+    return {
+        name: torch.cat((value, added[name].to(value)), dim=1) if name in SEQUENCES else value
+        for name, value in inputs.items()
+    }
+
+
+SEQUENCES = ("input_ids", "attention_mask", "mm_token_type_ids")
+"""Inputs that hold a number for each token."""
+
+
+def _question_tokens(processor: Any, prompt: Prompt, videos: int, slots: dict[str, float]) -> list[int]:
+    """What comes after the last video: a special token, so that it is split into tokens by itself."""
     text = prompt_text(processor, prompt, videos, slots).rpartition(processor.video_token)[2]
-    tail = torch.tensor(processor.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=ids.dtype)
-    changed = dict(inputs)
-    for name, values in (("input_ids", tail), ("attention_mask", torch.ones_like(tail))):
-        changed[name] = torch.cat((inputs[name][:, :end], values[None]), dim=1)
-    changed["mm_token_type_ids"] = torch.cat(
-        (inputs["mm_token_type_ids"][:, :end], torch.zeros_like(tail)[None]), dim=1
-    )
-    return changed
+    return list(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def vision_features(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lmm_qa.backbone import Backbone, ClipInput, prepare_inputs, vision_features
+from lmm_qa.backbone import Backbone, ClipInput, prepare_inputs, vision_features, without_question
 from lmm_qa.config import Sampling
 from lmm_qa.errors import ClipError, TrainingError
 from lmm_qa.prompting import SLOTS
@@ -42,7 +42,7 @@ class Kept(NamedTuple):
     """What stands for a clip's pixels."""
 
     inputs: Tensors
-    """The model's inputs, without pixels; with a question that is to be replaced (`ask_differently`)."""
+    """The model's inputs, without pixels and without a question: see `lmm_qa.backbone.with_question`."""
     features: Tensors
     """See `lmm_qa.backbone.vision_features`."""
     slots: dict[str, float]
@@ -128,7 +128,10 @@ class VisionStore:
 
     @torch.inference_mode()
     def _keep(self, look: Look, backbone: Backbone, clip: ClipInput) -> None:
-        inputs = dict(prepare_inputs(backbone.processor, [clip], self.settings.prompt))
+        prompt, processor = self.settings.prompt, backbone.processor
+        inputs = without_question(
+            processor, prepare_inputs(processor, [clip], prompt), prompt, len(clip.views), clip.slots
+        )
         seen = vision_features(backbone.model, {name: value.to(backbone.device) for name, value in inputs.items()})
         del inputs["pixel_values_videos"]
         inputs["slots"] = torch.tensor([clip.slots[name] for name in SLOTS], dtype=torch.float64)

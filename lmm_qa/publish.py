@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lmm_qa.backbone import Backbone
 from lmm_qa.errors import ModelError, UsageError
+from lmm_qa.rater import plan_rater
 from lmm_qa.rater_file import CALIBRATION_NAME, EMBEDDED_NAME, FILE_NAME, resolve_model
 
 FILES = (
@@ -44,9 +45,11 @@ def merge(rater: Path, folder: Path) -> None:
     backbone.processor.save_pretrained(folder)
     settings = source.settings.model_copy(update={"backbone": None, "revision": None, "backbone_weights": None})
     (folder / FILE_NAME).write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    for name in (CALIBRATION_NAME, "README.md"):
-        if (rater / name).is_file():
-            shutil.copyfile(rater / name, folder / name)
+    if (rater / "README.md").is_file():
+        shutil.copyfile(rater / "README.md", folder / "README.md")
+    if calibration := plan_rater(rater, device="cpu").calibration:
+        same = {"rater_id": plan_rater(folder, device="cpu").raw_rater_id}  # other weights, the same scores
+        calibration.model_copy(update=same).write(folder)
 
 
 def push(rater: Path, repository: str, *, private: bool = False) -> str:

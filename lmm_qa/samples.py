@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from lmm_qa.backbone import ask_differently, join_inputs, prepare_inputs
+from lmm_qa.backbone import join_inputs, prepare_inputs, with_question
 from lmm_qa.config import Sampling
 from lmm_qa.dataset import Example
 from lmm_qa.errors import TrainingError
@@ -133,7 +133,7 @@ class Samples(Dataset[Sample]):
         if self.store is not None:
             kept = self.store.load(look)
             views = len(self.settings.views)
-            return ask_differently(self.processor, kept.inputs, prompt, views, kept.slots), kept.features
+            return with_question(self.processor, kept.inputs, prompt, views, kept.slots), kept.features
         frames = read_frames(look.path, look.sampling, self.settings.views, self.factor)
         return dict(prepare_inputs(self.processor, [clip_input(frames)], prompt)), {}
 
