@@ -1,0 +1,324 @@
+"""How fast are clips rated, beside the path that public raters take and beside what the machine can do at most?
+
+    python scripts/bench_rating.py -o runs/bench.json                                   # the embedded model, on a CPU
+    python scripts/bench_rating.py --config DIR --random-weights --clips 64 -o ...      # true size, on a GPU
+
+In one run, on the same clips, frames, pixels and weights, in turns, the median of several:
+
+- reference: one clip at a time, decoded in the main thread (decord), the frames given as separate images, logits of the
+  whole vocabulary at all positions;
+- ours: `Rater.rate_all`;
+- bare decoding: the frames alone, read by as many processes as ours has;
+- bare forward: the model alone, on inputs that lie ready on its device.
+
+No path can be faster than the slower one of the last two. Besides: where the time of a clip goes, one stage after the
+other in one process. DIR holds config.json and the files of tokenizer and processor; no weights are needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from damaged_files import SAMPLES
+from PIL import Image
+from watched_run import resident
+
+from lmm_qa import Rater, Rating
+from lmm_qa.backbone import Backbone, choose_attention, choose_device, choose_dtype, load_processor, prepare_inputs
+from lmm_qa.config import Sampling, View
+from lmm_qa.levels import read_levels
+from lmm_qa.rater import clip_input, plan_rater
+from lmm_qa.video import DecoderPool, Frames, probe, read_frames, sample_indices, view_size
+
+Way = Callable[[], object]
+STAGES = ("decode", "preprocess", "transfer", "vision", "prefill", "readout")
+
+
+# The paths
+
+
+def reference(rater: Rater, clips: Sequence[Path]) -> list[float]:
+    """Scores of clips as public raters get them."""
+    scores = []
+    for clip in clips:
+        images = [Image.fromarray(picture) for picture in separate_images(rater, clip)]
+        prompt = rater.settings.prompt
+        message = {"role": "user", "content": [*({"type": "image"} for _ in images),
+                                               {"type": "text", "text": prompt.question}]}  # fmt: skip
+        processor = rater.backbone.processor
+        text = processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True) + prompt.stem
+        inputs = processor(text=[text], images=images, do_resize=False, return_tensors="pt").to(rater.backbone.device)
+        with torch.inference_mode():
+            logits = rater.backbone.model(**inputs).logits[0, -1].float()
+        tokens = list(rater.backbone.level_tokens(prompt, len(rater.settings.views)))
+        normalizer = torch.logsumexp(logits, dim=-1).item()
+        scores.append(read_levels(logits[tokens].cpu().numpy(), normalizer, rater.settings.declared_scale()).score)
+    return scores
+
+
+def separate_images(rater: Rater, clip: Path) -> Iterator[np.ndarray]:
+    """Each sampled frame in each view, decoded here and now."""
+    info = probe(clip)
+    indices = sample_indices([number / info.fps for number in range(info.frames)], rater.settings.sampling)
+    try:
+        import decord
+    except ImportError:  # not everywhere
+        whole = View(max_pixels=info.width * info.height)
+        pictures = read_frames(clip, rater.settings.sampling, (whole,), 1).views[0]
+    else:
+        pictures = decord.VideoReader(str(clip), num_threads=1).get_batch(indices).asnumpy()
+    for view in rater.settings.views:
+        for picture in pictures:
+            yield seen_through(view, picture, rater.factor)
+
+
+def seen_through(view: View, picture: np.ndarray, factor: int) -> np.ndarray:
+    rows, columns = view_size(*picture.shape[:2], view, factor)
+    if view.kind == "whole":
+        return np.asarray(Image.fromarray(picture).resize((columns, rows), Image.Resampling.BICUBIC))
+    top, left = (
+        min(max(0, round(side * center - window / 2)), side - window)
+        for side, window, center in zip(picture.shape[:2], (rows, columns), reversed(view.center), strict=True)
+    )
+    return picture[top : top + rows, left : left + columns]
+
+
+def ours(rater: Rater, clips: Sequence[Path], batch_size: int, workers: int) -> list[float]:
+    results = rater.rate_all(clips, batch_size=batch_size, workers=workers)
+    return [result.score for result in results if isinstance(result, Rating)]
+
+
+def bare_decoding(rater: Rater, clips: Sequence[Path], workers: int) -> list[Frames]:
+    with DecoderPool(workers) as pool:
+        decoded = pool.imap(clips, rater.settings.sampling, rater.settings.views, rater.factor)
+        return [frames for frames in decoded if isinstance(frames, Frames)]
+
+
+def prepared(rater: Rater, clips: Sequence[Path], batch_size: int) -> list[Any]:
+    """The inputs of all batches, on the model's device."""
+    settings, backbone = rater.settings, rater.backbone
+    frames = [clip_input(read_frames(clip, settings.sampling, settings.views, rater.factor)) for clip in clips]
+    batches = [frames[start : start + batch_size] for start in range(0, len(frames), batch_size)]
+    return [prepare_inputs(backbone.processor, batch, settings.prompt).to(backbone.device) for batch in batches]
+
+
+@torch.inference_mode()
+def bare_forward(rater: Rater, batches: Sequence[Any]) -> None:
+    for inputs in batches:
+        rater.backbone.model(**inputs, logits_to_keep=1, use_cache=False)
+
+
+# What they take
+
+
+@contextmanager
+def peak_memory() -> Iterator[dict[str, int]]:
+    """Bytes, while the block runs: `host`, resident memory with all processes; `device`, what torch held on a GPU."""
+    found = {"host": 0, "device": 0}
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            found["host"] = max(found["host"], resident(psutil.Process()))
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
+        if torch.cuda.is_available():
+            found["device"] = torch.cuda.max_memory_allocated()
+
+
+def in_turns(paths: dict[str, Way], clips: int, runs: int) -> dict[str, dict[str, Any]]:
+    """Run each path several times, one after the other, so that a busy moment of the machine meets all."""
+    seconds: dict[str, list[float]] = {name: [] for name in paths}
+    memory: dict[str, dict[str, int]] = {}
+    for _ in range(runs):
+        for name, run in paths.items():
+            with peak_memory() as peak:
+                began = now()
+                run()
+                seconds[name].append(now() - began)
+            memory[name] = peak
+    return {
+        name: {
+            "clips_per_second": clips / statistics.median(seconds[name]),
+            "seconds": [round(each, 3) for each in seconds[name]],
+            "peak_host_bytes": memory[name]["host"],
+            "peak_device_bytes": memory[name]["device"],
+        }
+        for name in paths
+    }
+
+
+def now() -> float:
+    """Seconds; all that the GPU was asked for is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+@torch.inference_mode()
+def stages(rater: Rater, clips: Sequence[Path], batch_size: int) -> dict[str, float]:
+    """Seconds a clip of each stage, nothing at the same time as anything else."""
+    spent = dict.fromkeys(STAGES, 0.0)
+    settings, backbone = rater.settings, rater.backbone
+    tower, head = module(backbone.model, "visual", "vision_tower"), module(backbone.model, "lm_head")
+    hooks = [*timed(tower, spent, "vision"), *timed(head, spent, "readout")]
+    tokens = list(backbone.level_tokens(settings.prompt, len(settings.views)))
+    for start in range(0, len(clips), batch_size):
+        began = now()
+        frames = [
+            read_frames(clip, settings.sampling, settings.views, rater.factor)
+            for clip in clips[start : start + batch_size]
+        ]
+        spent["decode"] += (read := now()) - began
+        inputs = prepare_inputs(backbone.processor, [clip_input(each) for each in frames], settings.prompt)
+        spent["preprocess"] += (ready := now()) - read
+        inputs = inputs.to(backbone.device)
+        spent["transfer"] += (moved := now()) - ready
+        inside = spent["vision"] + spent["readout"]
+        logits = backbone.model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1].float()
+        spent["prefill"] += (passed := now()) - moved - (spent["vision"] + spent["readout"] - inside)
+        for row, normalizer in zip(logits[:, tokens].cpu().numpy(), torch.logsumexp(logits, -1).tolist(), strict=True):
+            read_levels(row, normalizer, settings.declared_scale())
+        spent["readout"] += now() - passed
+    for hook in hooks:
+        hook.remove()
+    return {name: seconds / len(clips) for name, seconds in spent.items()}
+
+
+def module(model: torch.nn.Module, *names: str) -> torch.nn.Module:
+    return next(part for path, part in model.named_modules() if path.rpartition(".")[2] in names)
+
+
+def timed(part: torch.nn.Module, spent: dict[str, float], stage: str) -> list[Any]:
+    """Hooks that add the time spent in a module."""
+    began: list[float] = []
+
+    def after(*_: object) -> None:
+        spent[stage] += now() - began.pop()
+
+    return [part.register_forward_pre_hook(lambda *_: began.append(now())), part.register_forward_hook(after)]
+
+
+# What is measured
+
+
+def random_rater(config: Path, device: str | None, sampling: Sampling | None, views: list[View] | None) -> Rater:
+    """A rater of the size that a configuration says, with random weights."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    plan = plan_rater(config, device=device, sampling=sampling, views=views)
+    plan = replace(plan, source=replace(plan.source, backbone="random weights", name=f"{config.name}, random weights"))
+    where = choose_device(device)
+    dtype = choose_dtype(where.value)
+    attention = choose_attention(where.value, dtype.value)
+    torch.manual_seed(0)
+    with torch.device(where.value):
+        model = AutoModelForImageTextToText.from_config(
+            AutoConfig.from_pretrained(config),
+            dtype=getattr(torch, dtype.value),
+            attn_implementation=attention.value,
+        )
+    choices = {"device": where, "dtype": dtype, "attention": attention}
+    return Rater(Backbone(model, load_processor(str(config)), choices), plan)
+
+
+def bench(rater: Rater, clips: Sequence[Path], batch_size: int, workers: int, runs: int) -> dict[str, Any]:
+    batches = prepared(rater, clips, batch_size)
+    few = clips[:batch_size]
+    scores = {"reference": reference(rater, few), "ours": ours(rater, few, batch_size, workers)}  # also warms up
+    paths: dict[str, Way] = {
+        "reference": lambda: reference(rater, clips),
+        "ours": lambda: ours(rater, clips, batch_size, workers),
+        "bare decoding": lambda: bare_decoding(rater, clips, workers),
+        "bare forward": lambda: bare_forward(rater, batches),
+    }
+    measured = in_turns(paths, len(clips), runs)
+    rate = {name: each["clips_per_second"] for name, each in measured.items()}
+    return {
+        "model": rater.source.name,
+        "parameters": sum(parameter.numel() for parameter in rater.backbone.model.parameters()),
+        "choices": {name: str(choice) for name, choice in rater.backbone.choices.items()},
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "clips": len(clips),
+        "batch_size": batch_size,
+        "workers": workers,
+        "tokens_a_clip": int(batches[0]["input_ids"].shape[1]),
+        "paths": measured,
+        "ours_over_reference": rate["ours"] / rate["reference"],
+        "ours_over_limit": rate["ours"] / min(rate["bare decoding"], rate["bare forward"]),
+        "stages": stages(rater, clips, batch_size),
+        "scores": scores,
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    lines = [
+        f"{report['model']}, {report['parameters'] / 1e6:,.0f} M parameters; {', '.join(report['choices'].values())}; "
+        f"{report['clips']} clips, {report['tokens_a_clip']} tokens each, batches of {report['batch_size']}, "
+        f"{report['workers']} decoding processes",
+        f"{'':<14} {'clips/s':>8} {'host GiB':>9} {'device GiB':>11}",
+    ]
+    for name, each in report["paths"].items():
+        host, device = each["peak_host_bytes"] / 2**30, each["peak_device_bytes"] / 2**30
+        lines.append(f"{name:<14} {each['clips_per_second']:>8.2f} {host:>9.2f} {device:>11.2f}")
+    lines.append(
+        f"ours: {report['ours_over_reference']:.2f} x the reference, {report['ours_over_limit']:.2f} of the limit"
+    )
+    spent = ", ".join(f"{name} {seconds * 1000:.0f}" for name, seconds in report["stages"].items())
+    return "\n".join([*lines, f"milliseconds a clip, one stage after the other: {spent}"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="*", type=Path, help="video files; by default the package's samples")
+    parser.add_argument("--model", help="as for lmm-qa rate")
+    parser.add_argument("--config", type=Path, help="directory with config.json and the processor's files")
+    parser.add_argument("--random-weights", action="store_true", help="what --config needs: nothing else is loaded")
+    parser.add_argument("--device")
+    parser.add_argument("--sampling", type=Sampling.from_text)
+    parser.add_argument("--view", type=View.from_text, action="append")
+    parser.add_argument("--clips", type=int, default=24, help="how many are rated; the files are taken again and again")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("-o", "--output", type=Path, help="all figures, as JSON")
+    args = parser.parse_args()
+    if (args.config is not None) != args.random_weights:
+        parser.error("--config DIR and --random-weights belong together")
+    if args.config:
+        rater = random_rater(args.config, args.device, args.sampling, args.view)
+    else:
+        rater = Rater.from_pretrained(args.model, device=args.device, sampling=args.sampling, views=args.view)
+    files = args.inputs or sorted(SAMPLES.glob("*.mp4"))
+    clips = list(itertools.islice(itertools.cycle(files), args.clips))
+    report = bench(rater, clips, args.batch_size, args.workers, args.runs)
+    print(table(report))
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()
