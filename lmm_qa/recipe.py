@@ -177,20 +177,14 @@ class Recipe(Settings):
         """Read a recipe and change single values.
 
         Args:
-            path: YAML file; paths in it are relative to the working directory. Or the name of one in `configs/`.
+            path: YAML file; paths in it are relative to the working directory. Or the name of one in `configs/`. A file
+                that `extends` another one, named in the same way or relative to itself, holds only what differs.
             changes: each `section.key=value`, the value in YAML, as `training.learning_rate=2e-4`.
 
         Raises:
             ConfigError: the file or a change cannot be used.
         """
-        packaged = resources.files("lmm_qa.config_files") / f"{path}.yaml"
-        try:
-            text = (path if path.suffix or not packaged.is_file() else packaged).read_text(encoding="utf-8")
-            values = yaml.safe_load(text)
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-        except (yaml.YAMLError, ValueError) as error:
-            raise ConfigError(f"{path} is not valid YAML: {error}") from None
+        values = _read(path)
         for change in changes:
             _change(values, change)
         return cls.parse(values, str(path))
@@ -219,6 +213,32 @@ class Recipe(Settings):
             raise ConfigError(f"model.backbone {self.model.backbone!r} is an adapter: merge it first (lmm-qa merge)")
         settings = self.rating.settings(source.settings, self.scale)
         return settings.override(backbone=source.backbone, revision=source.revision)
+
+
+def _read(path: Path) -> Any:
+    """Plain data of a recipe, laid over that of the one that it extends."""
+    packaged = resources.files("lmm_qa.config_files") / f"{path}.yaml"
+    try:
+        text = (path if path.suffix or not packaged.is_file() else packaged).read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict) or "extends" not in values:
+        return values
+    base = Path(str(values.pop("extends")))
+    try:
+        return _over(_read(path.parent / base if base.suffix else base), values)
+    except RecursionError:
+        raise ConfigError(f"{path} extends itself, by way of {base}") from None
+
+
+def _over(base: Any, values: Any) -> Any:
+    """`values` laid over `base`, mapping by mapping; a list is replaced whole."""
+    if not (isinstance(base, dict) and isinstance(values, dict)):
+        return values
+    return base | {key: _over(base.get(key), value) for key, value in values.items()}
 
 
 def _change(values: Any, change: str) -> None:
