@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -87,8 +88,8 @@ def preview(recipe: Recipe) -> str:
     speed = _matrix_speed(device.value, dtype) * UTILISATION
     seconds = cost.operations * training.batch_size * training.accumulation / speed
     lines.append(
-        f"time        {steps} steps of {batch} clips, about {seconds:.2g} s each on {device} in {dtype}: "
-        f"{_hours(steps * seconds)} (from the speed of a matrix product; decoding may be slower)"
+        f"time        {steps} steps of {batch} clips, about {_duration(seconds)} each on {device} in {dtype}: "
+        f"{_duration(steps * seconds)} (from the speed of a matrix product; decoding may be slower)"
     )
     if kept:
         size = torch.empty((), dtype=getattr(torch, dtype)).element_size()
@@ -96,7 +97,11 @@ def preview(recipe: Recipe) -> str:
         layers = 1 + len(getattr(model.config.vision_config, "deepstack_visual_indexes", ()))
         looks = recipe.augmentation.offsets * len(present) + len(everything) - len(splits.train)
         disk = looks * median(tokens) * width * size * layers
-        lines.append(f"disk        about {_gigabytes(disk)} of vision features, kept in {training.cache.expanduser()}")
+        cache = training.cache.expanduser().absolute()
+        free = shutil.disk_usage(next(folder for folder in (cache, *cache.parents) if folder.is_dir())).free
+        lines.append(
+            f"disk        about {_gigabytes(disk)} of vision features in {cache}, where {_gigabytes(free)} are free"
+        )
     lines.append(_first_batch(recipe, settings, processor, factor or 1, present))
     return "\n".join(lines)
 
@@ -192,8 +197,10 @@ def _first_batch(recipe: Recipe, settings: RaterFile, processor: Any, factor: in
 
 
 def _gigabytes(count: float) -> str:
-    return f"{count / 1e9:.2g} GB" if count >= 1e8 else f"{count / 1e6:.2g} MB"
+    return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.2g} MB"
 
 
-def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:.2g} h" if seconds > 5400 else f"{seconds / 60:.2g} min"
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.3g} h"
