@@ -187,15 +187,9 @@ class RatingTrainer(Trainer):
         self.loss_is_scaled_for_ga = False
         self.parts: dict[str, list[Tensor]] = {}
 
-    def read(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(B, K) float32 logits of the level words, and (B,) logsumexp over the vocabulary."""
-        seen = as_seen(batch["features"]) if batch["features"] else {}
-        logits = model(**batch["inputs"], **seen, logits_to_keep=1, use_cache=False).logits[:, -1].float()
-        return logits[:, self.tokens], logits.logsumexp(-1)
-
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *_: Any, **__: Any) -> Any:
         """Over the clips of all processes, so that pairs and correlations reach across them."""
-        read = (*self.read(model, inputs), inputs["mos"], inputs["std"])
+        read = (*read_level_logits(model, inputs, self.tokens), inputs["mos"], inputs["std"])
         count = self.accelerator.num_processes
         everyone = [self._from_all(values) for values in read] if count > 1 else list(read)
         loss, parts = weighted_loss(self.loss, self.anchors, *everyone)
@@ -221,7 +215,7 @@ class RatingTrainer(Trainer):
         """The cross-entropy, the level logits, and the MOS."""
         batch: Any = self._prepare_inputs(inputs)
         with torch.no_grad():
-            logits, _normalizer = self.read(model, batch)
+            logits, _normalizer = read_level_logits(model, batch, self.tokens)
             targets = losses.level_targets(batch["mos"], self.anchors, self.loss.target, batch["std"])
             return losses.cross_entropy(logits, targets), logits, batch["mos"]
 
@@ -237,6 +231,13 @@ class RatingTrainer(Trainer):
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
+
+
+def read_level_logits(model: Any, batch: Batch, tokens: list[int]) -> tuple[Tensor, Tensor]:
+    """(B, K) float32 logits of the level words, and (B,) logsumexp over the vocabulary."""
+    seen = as_seen(batch["features"]) if batch["features"] else {}
+    logits = model(**batch["inputs"], **seen, logits_to_keep=1, use_cache=False).logits[:, -1].float()
+    return logits[:, tokens], logits.logsumexp(-1)
 
 
 def weighted_loss(
