@@ -430,6 +430,79 @@ def submit(
 
 
 @app.command()
+def degrade(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(help="Clean clips: video files, folders, globs, or lists, as for rate.", show_default=False),
+    ],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            help="The table of labels: .jsonl, .csv or .parquet. The copies go into its folder. Run again, and only "
+            "what is missing is made.",
+            show_default=False,
+        ),
+    ],
+    causes: Annotated[
+        str | None, typer.Option(help="Which damage: names with commas between them.", show_default="all causes")
+    ] = None,
+    strengths: Annotated[
+        str, typer.Option(help="How much of each: numbers above 0 (nothing to see) up to 1 (unusable).")
+    ] = "0.25,0.5,0.75,1",
+    pairs: Annotated[int, typer.Option(min=0, help="Besides, so many pairs of causes a source, drawn by lot.")] = 0,
+    length: Annotated[float, typer.Option(help="Seconds that are used of each source, from its beginning.")] = 5.0,
+    scale: Annotated[
+        tuple[float, float], typer.Option(help="MOS of the worst and of the best quality, e.g. --scale 0 5.")
+    ] = (1.0, 5.0),
+    seed: Annotated[int, typer.Option(help="The same seed gives the same copies.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that make copies.")] = min(4, os.cpu_count() or 1),
+    root: Annotated[
+        Path | None, typer.Option(help="Folder that paths in lists are relative to.", show_default="the list's folder")
+    ] = None,
+) -> None:
+    """Damage clean clips in known ways: copies as files, and a table with cause, strength, place, time and MOS of each.
+
+    Of each source a clean copy, each cause at each strength, and pairs. The MOS is VMAF against the source, or a stated
+    curve where VMAF cannot judge, under a ceiling by the source's own size and bit rate: nobody has seen these clips.
+    The table serves as labels for evaluate, calibrate and training. Copies have no sound. Exit code 3: done, but of
+    some sources no copies could be made.
+
+    **Examples**
+
+    `lmm-qa degrade clips/ -o damaged/labels.jsonl`
+
+    `lmm-qa degrade clips/ -o damaged/labels.csv --causes h264,stall,mouth_smear --strengths 0.3,0.8 --pairs 4`
+    """
+    from lmm_qa.copies import BadSource, CopySet, Recipe
+    from lmm_qa.degrade import DAMAGES
+    from lmm_qa.manifest import expand
+
+    try:
+        how_much = tuple(float(strength) for strength in strengths.split(","))
+    except ValueError:
+        raise UsageError(f"--strengths are numbers with commas between them, received {strengths!r}") from None
+    which = tuple(DAMAGES) if causes is None else tuple(cause.strip() for cause in causes.split(","))
+    recipe = Recipe(which, how_much, pairs, seed, scale, length)
+    copies = CopySet(output, expand(inputs, root), recipe)
+    if known := len(copies.jobs) - len(copies.waiting):
+        _say(f"{known} copies are in {output.parent} already")
+    began, made = time.monotonic(), 0
+    bad: list[BadSource] = []
+    for outcome in _progress(copies.make(workers), len(copies.waiting) + len(copies.bad), "made"):
+        if isinstance(outcome, BadSource):
+            bad.append(outcome)
+            _say(f"{outcome.source}: {outcome.error}")
+        else:
+            made += 1
+    failures = f", {sum(one.copies for one in bad)} of {_count(len(bad), 'source')} could not be made" if bad else ""
+    _say(f"{known + made} copies{failures}; {made} now, in {time.monotonic() - began:.1f} s -> {output}")
+    if bad:
+        raise typer.Exit(SOME_CLIPS_FAILED)
+
+
+@app.command()
 def env() -> None:
     """Versions, device, number format, attention and decoders: what to put into a bug report."""
     import platform

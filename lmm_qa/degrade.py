@@ -35,6 +35,9 @@ MILD, STRONG = 0.3, 0.8
 
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
+REPEATABLE_X264 = {"preset": "veryfast", "threads": "1", "x264-params": "cpu-independent=1"}
+"""Options by which x264 makes the same bytes each time. With one thread alone it does not, for some small pictures."""
+
 
 class Damaged(NamedTuple):
     """Frames, and where and when they differ from what they were."""
@@ -431,8 +434,7 @@ def encode(frames: Pixels, codec: str, options: dict[str, str], fps: Fraction, f
 
 
 def _h264(frames: Pixels, strength: float, fps: float) -> Pixels:
-    options = {"crf": f"{15 + 36 * strength:.1f}", "preset": "veryfast", "threads": "1"}
-    return _transcode(frames, "libx264", options, fps)
+    return _transcode(frames, "libx264", {"crf": f"{15 + 36 * strength:.1f}", **REPEATABLE_X264}, fps)
 
 
 def _shrunk_and_encoded(clip: _Clip, strength: float, codec: str, options: dict[str, str]) -> Damaged:
@@ -582,16 +584,21 @@ def _waves(
 
 
 def _warped(part: Pixels, shift: Floats) -> Pixels:
-    """Each point of a grid, (rows + 1, columns + 1, 2), takes what lies `shift` (x, y) pixels from it."""
+    """Each point of a grid, (rows + 1, columns + 1, 2), takes what lies `shift` (x, y) pixels from it.
+
+    Points on an edge stay on it, and the others within, so that nothing is taken from outside of the picture.
+    """
     height, width = part.shape[:2]
     rows, columns = shift.shape[0] - 1, shift.shape[1] - 1
     x = np.linspace(0, width, columns + 1).round().astype(int)
     y = np.linspace(0, height, rows + 1).round().astype(int)
-    from_x = np.clip(x[None, :] + shift[..., 0], 0, width).tolist()
-    from_y = np.clip(y[:, None] + shift[..., 1], 0, height).tolist()
+    from_x = np.broadcast_to(x.astype(float), shift.shape[:2]).copy()
+    from_y = np.broadcast_to(y.astype(float)[:, None], shift.shape[:2]).copy()
+    from_x[:, 1:-1] = np.clip(from_x[:, 1:-1] + shift[:, 1:-1, 0], 0, width - 1)
+    from_y[1:-1] = np.clip(from_y[1:-1] + shift[1:-1, :, 1], 0, height - 1)
 
     def corner(row: int, column: int) -> tuple[float, float]:
-        return from_x[row][column], from_y[row][column]
+        return float(from_x[row, column]), float(from_y[row, column])
 
     mesh = [
         (

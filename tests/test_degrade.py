@@ -255,6 +255,13 @@ def test_a_warped_face_keeps_its_colours(portrait: Pixels, face: Face) -> None:
     assert error(portrait[0], done[0]) > 2
 
 
+@pytest.mark.parametrize("cause", ["face_warp", "background_wobble"])
+def test_what_is_pushed_about_comes_from_within_the_picture(cause: str) -> None:
+    white, here = np.full((10, 320, 240, 3), 255, np.uint8), Face(np.tile((0.4, 0.15, 0.6, 0.3), (10, 1)), found=True)
+    for seed in range(4):
+        assert np.array_equal(damage(white, cause, 1, seed, fps=5, face=here).frames, white)
+
+
 def test_a_seam_is_an_edge_around_the_face() -> None:
     plain = np.full((2, 200, 200, 3), 120, np.uint8)
     here = Face(np.tile((0.3, 0.3, 0.7, 0.7), (2, 1)), found=True)
@@ -335,6 +342,13 @@ def test_what_cannot_be_damaged(numbered: Pixels, face: Face) -> None:
             damage(frames, "blur", 0.5)
     with pytest.raises(ValueError, match="the face is known in 24 frames, and there are 5"):
         damage(numbered[:5], "blur", 0.5, face=face)
+
+
+@pytest.mark.parametrize("cause", COMPRESSION)
+def test_encoders_make_the_same_pictures_each_time(cause: str) -> None:
+    small = np.stack([numbered_picture(number, 96, 64) for number in range(12)])
+    noisy = damage(small, "noise", 0.5, 3).frames
+    assert len({damage(noisy, cause, 0.5).frames.tobytes() for _ in range(12)}) == 1
 
 
 def test_the_groups_are_all_damages() -> None:

@@ -18,7 +18,7 @@ ROWS = (
     {"prompting", "face"},
     {"video", "degrade"},
     {"thqa", "manifest", "results", "reference"},
-    {"rater_file", "scores"},
+    {"rater_file", "scores", "copies"},
     {"dataset"},
     {"recipe"},
     {"backbone", "losses", "calibrate"},
