@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections import Counter, defaultdict
@@ -84,7 +85,7 @@ def preview(recipe: Recipe) -> str:
     )
     processes = PartialState().num_processes
     batch = training.batch_size * training.accumulation * processes
-    steps = -(-int(training.passes * len(present)) // batch)
+    steps = math.ceil(training.passes * len(present) / batch)
     speed = _matrix_speed(device.value, dtype) * UTILISATION
     seconds = cost.operations * training.batch_size * training.accumulation / speed
     lines.append(
