@@ -18,13 +18,14 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from lmm_qa.degrade import COMPRESSION, DAMAGES, FACIAL, PICTURE, REPEATABLE_X264, TEMPORAL, Pixels, encode
-from lmm_qa.errors import ClipError, ClipTruncated, ClipUnreadable, LmmQaError, ResultsError, UsageError
+from lmm_qa.errors import ClipError, ClipTruncated, ClipUnreadable, LmmQaError, MissingExtra, ResultsError, UsageError
 from lmm_qa.face import Face, find_face
 from lmm_qa.manifest import Clip, content_id
 from lmm_qa.reference import ceiling, make_copy, mos
@@ -158,8 +159,15 @@ class CopySet:
             the row of each copy, as it is made; a `BadSource` once for each source that fails.
 
         Raises:
-            ResultsError: the manifest cannot be written.
+            ResultsError: the manifest cannot be written, or a worker process died.
+            MissingExtra: imageio-ffmpeg or scikit-image is not installed.
         """
+        for package, module, purpose in (
+            ("imageio-ffmpeg", "imageio_ffmpeg", "measuring VMAF"),
+            ("scikit-image", "skimage", "finding faces"),
+        ):
+            if find_spec(module) is None:
+                raise MissingExtra(package, "degrade", purpose)
         yield from self.bad
         growing = journal(self.manifest)
         if self.waiting:

@@ -25,6 +25,8 @@ _DETECTION_SIDE = 240
 """Long side in pixels of the pictures that are searched: a face of a tenth of it is too small to matter here."""
 _KEY_FRAMES = 12
 _OVERLAP = 0.3
+_SEEN_AT_LEAST = 2
+"""Key frames: what is taken for a face once only is a flower, or a fold of a curtain."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,9 @@ def find_face(frames: NDArray[np.uint8]) -> Face:
     keys = np.unique(np.linspace(0, count - 1, min(count, _KEY_FRAMES)).round().astype(int))
     seen = [_detect(frames[key]) for key in keys]
     everywhere = np.concatenate(seen)
-    if not len(everywhere):
-        return Face(np.tile(_square(ASSUMED, width / height), (count, 1)), found=False)
     support = np.array([sum((_overlap(box, others) > _OVERLAP).any() for others in seen) for box in everywhere])
+    if support.max(initial=0) < min(_SEEN_AT_LEAST, len(keys)):
+        return Face(np.tile(_square(ASSUMED, width / height), (count, 1)), found=False)
     size = everywhere[:, 2] - everywhere[:, 0]
     best = everywhere[np.lexsort((size, support))[-1]]
     matches = [(key, boxes[_overlap(best, boxes).argmax()]) for key, boxes in zip(keys, seen, strict=True)

@@ -18,7 +18,7 @@ import lmm_qa
 import lmm_qa.cli
 from lmm_qa.copies import BadSource, CopySet, Recipe, read_clip
 from lmm_qa.degrade import COMPRESSION, DAMAGES, FACIAL, PICTURE, TEMPORAL, damage
-from lmm_qa.errors import ClipError, ClipTruncated, ResultsError, UsageError
+from lmm_qa.errors import ClipError, ClipTruncated, MissingExtra, ResultsError, UsageError
 from lmm_qa.manifest import expand
 from lmm_qa.reference import ceiling, make_copy
 from lmm_qa.results import Row, read_rows
@@ -230,6 +230,15 @@ def test_a_bad_source_does_not_stop_the_others(sources: Path, tmp_path: Path) ->
 def test_copies_do_not_lie_beside_their_sources(sources: Path) -> None:
     with pytest.raises(UsageError, match=r"beside their source real\.mp4: name a manifest in another folder"):
         CopySet(sources / "labels.jsonl", expand([sources]), QUICK)
+
+
+def test_without_the_extra_it_says_what_to_install(
+    sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = CopySet(tmp_path / "set" / "labels.csv", expand([sources]), QUICK)
+    monkeypatch.setattr("lmm_qa.copies.find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"pip install 'lmm-qa\[degrade\]'"):
+        list(copies.make())
 
 
 def test_another_table_is_left_alone(sources: Path, tmp_path: Path) -> None:

@@ -46,6 +46,15 @@ def test_the_face_seen_most_is_taken_for_the_face(portrait: np.ndarray) -> None:
     assert np.all(find_face(wide).boxes[:, 2] < 0.5)
 
 
+def test_what_is_taken_for_a_face_once_is_none(portrait: np.ndarray) -> None:
+    grey = np.full_like(portrait, 128)
+    grey[0] = portrait[0]
+    assert not find_face(grey).found
+    grey[10:20] = portrait[10:20]
+    assert find_face(grey).found
+    assert find_face(portrait[:1]).found
+
+
 @pytest.mark.parametrize(("height", "width"), [(90, 160), (160, 90), (1, 1)])
 def test_where_there_is_no_face_one_is_assumed(height: int, width: int) -> None:
     face = find_face(np.full((3, height, width, 3), 128, np.uint8))
