@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -37,6 +38,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from lmm_qa import losses
 from lmm_qa.backbone import (
@@ -170,7 +172,9 @@ def tunable(model: Any, recipe: Recipe) -> Any:
 
 def adapter_targets(model: nn.Module, parts: set[str]) -> str:
     """A regular expression for the linear layers of these parts, as PEFT takes it."""
-    chosen = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and part_of(name) in parts]
+    chosen = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and part_of(name) in parts
+    ]
     return "|".join(dict.fromkeys(re.sub(r"\.\d+(?=\\\.)", r".\\d+", re.escape(name)) for name in chosen))
 
 
@@ -296,6 +300,13 @@ class _Run:
     def prepare(cls, recipe: Recipe, speak: Say, state: PartialState) -> _Run:
         """Read tables, look at all clips, and refuse what cannot work."""
         folder = recipe.training.output.expanduser()
+        available: Any = get_available_reporting_integrations
+        if absent := set(recipe.training.report_to) - set(available()):
+            raise ConfigError(
+                f"training.report_to names {', '.join(sorted(absent))}, which is not installed: install it, or leave "
+                f"it out; the curves are in {folder / CURVE_FILE} anyway"
+            )
+        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))  # not among the checkpoints
         settings = recipe.rater()
         options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": recipe.model.trust_remote_code}
         processor = load_processor(str(settings.backbone), **options)
@@ -395,6 +406,7 @@ class _Run:
             "dataloader_num_workers": training.workers,
             "dataloader_pin_memory": backbone.device.type == "cuda",
             "remove_unused_columns": False,
+            "ddp_find_unused_parameters": False,
             "label_names": ["mos"],
             "report_to": list(training.report_to) or "none",
             "run_name": self.folder.name,

@@ -446,6 +446,12 @@ def test_a_run_directory_is_not_used_for_another_run(recipe: Callable[..., Recip
         train(with_training(short, output=tmp_path / "other"), quiet)
 
 
+def test_a_logger_that_is_not_installed_is_refused_before_any_work(recipe: Callable[..., Recipe]) -> None:
+    with pytest.raises(ConfigError, match="training.report_to names clearml, which is not installed"):
+        train(with_training(recipe(), report_to=("clearml",)), quiet)
+    assert not recipe().training.output.exists()
+
+
 def test_clips_that_are_too_long_for_the_model_are_refused(
     recipe: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
 ) -> None:
