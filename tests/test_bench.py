@@ -62,6 +62,7 @@ def test_every_path_rates_every_clip(rater: Rater) -> None:
     for each in report["paths"].values():
         assert each["clips_per_second"] == pytest.approx(3 / each["seconds"][0], rel=0.01)
         assert each["peak_host_bytes"] > 1 << 27
+        assert each["processor_seconds_a_clip"] > 0.01  # bare decoding: that of processes which have ended
     limit = min(report["paths"][name]["clips_per_second"] for name in ("bare decoding", "bare forward"))
     assert report["ours_over_limit"] == pytest.approx(report["paths"]["ours"]["clips_per_second"] / limit)
     assert report["stages"].keys() == set(bench_rating.STAGES)
