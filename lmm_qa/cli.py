@@ -469,6 +469,10 @@ def degrade(
     The table serves as labels for evaluate, calibrate and training. Copies have no sound. Exit code 3: done, but of
     some sources no copies could be made.
 
+    Causes: defocus, mouth_smear, mouth_freeze, teeth_smear, face_warp, background_wobble, seam, identity_drift;
+    flicker, overexposure, underexposure, colour_cast, banding, blur, motion_blur, rescale, noise; jpeg, h264, h265,
+    vp9, av1, bitrate_switch; buffering, stall, drop, jitter.
+
     **Examples**
 
     `lmm-qa degrade clips/ -o damaged/labels.jsonl`

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
@@ -270,6 +271,12 @@ def test_the_command_makes_a_set(sources: Path, tmp_path: Path) -> None:
     again = run("degrade", sources / "real.mp4", "-o", manifest, *FEW, "--pairs", "1", "--scale", "0", "5")
     assert again.returncode == 0
     assert "4 copies are in" in again.stderr
+
+
+def test_the_help_names_all_causes() -> None:
+    said = re.search(r"Causes: ([^.]*)\.", " ".join((lmm_qa.cli.degrade.__doc__ or "").split()))
+    assert said is not None
+    assert re.split("[,;] ", said[1]) == list(DAMAGES)
 
 
 def test_what_the_command_refuses(sources: Path, tmp_path: Path) -> None:
