@@ -23,7 +23,10 @@ from lmm_qa.video import read_frames
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no pipes and devices in folders")
+pytestmark = [
+    pytest.mark.skipif(os.name == "nt", reason="Windows has no pipes and devices in folders"),
+    pytest.mark.timeout(900),  # half a minute, and ten times that on a busy machine
+]
 
 
 @pytest.fixture(scope="module")

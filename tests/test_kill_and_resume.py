@@ -15,7 +15,10 @@ import pytest
 
 from lmm_qa.results import write_rows
 
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
+pytestmark = [
+    pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL"),
+    pytest.mark.timeout(900),  # half a minute, and five times that on a busy machine
+]
 
 
 @pytest.fixture
