@@ -460,7 +460,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the files; what it holds is deleted")
     parser.add_argument("--every", type=int, default=1, help="take only each Nth file")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=float, default=30.0, help="seconds that decoding one clip may take")
+    parser.add_argument("--timeout", type=float, default=120.0, help="seconds that decoding one clip may take")
     parser.add_argument("--limit", type=float, default=1800.0, help="seconds that the run may take")
     parser.add_argument("--memory", type=float, default=4.0, help="GiB that all processes together may take")
     parser.add_argument("-o", "--output", type=Path, help="the report, as JSON")
