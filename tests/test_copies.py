@@ -198,6 +198,8 @@ def test_what_would_be_another_copy_is_made_again(sources: Path, tmp_path: Path)
     make(manifest, sources, Recipe(**one))
     assert len(make(manifest, sources, Recipe(**one, seed=1))) == 4
     assert len(make(manifest, sources, Recipe(**one, seed=1, scale=(0, 5)))) == 4
+    assert len(make(manifest, sources, Recipe(**one | {"length": 0.1}, seed=1, scale=(0, 5)))) == 4
+    make(manifest, sources, Recipe(**one, seed=1, scale=(0, 5)))
     write_clip(sources / "small.mp4", frames=9, size=(96, 64))
     assert len(make(manifest, sources, Recipe(**one, seed=1, scale=(0, 5)))) == 2
     assert len(read_rows(manifest)) == 4
