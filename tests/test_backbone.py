@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes
@@ -22,6 +23,8 @@ from transformers.video_utils import VideoMetadata
 from lmm_qa.backbone import (
     Backbone,
     ClipInput,
+    Products,
+    _onednn_is_quicker,
     choose_attention,
     choose_device,
     choose_dtype,
@@ -167,6 +170,29 @@ def test_a_reading_does_not_depend_on_the_batch(backbone: Backbone) -> None:
             assert_same_reading(reading, alone[i])
 
 
+def test_what_else_is_in_a_padded_batch_changes_nothing(backbone: Backbone) -> None:
+    """As on a GPU; a CPU gets the clips one by one."""
+    clips = [clip(backbone, *views, seed=seed) for seed, views in enumerate([((2, 2), (2, 2)), ((6, 5), (4, 4))])]
+    together = backbone.last_logits(prepare_inputs(backbone.processor, clips, PROMPT))
+    tokens = list(backbone.level_tokens(PROMPT, 2))
+    for one, logits in zip(clips, together, strict=True):
+        (reading,) = backbone.read([one], PROMPT)
+        assert logits[tokens].tolist() == pytest.approx(reading.logits, abs=1e-4)
+        assert torch.logsumexp(logits, 0).item() == pytest.approx(reading.log_normalizer, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gpu_gets_clips_together(family: str, load: Callable[[str], Backbone]) -> None:
+    backbone = load(family)
+    clips = [clip(backbone, (2, 3), frames=frames) for frames in (4, 4, 6)]
+    assert backbone.batches(clips) == [[one] for one in clips]
+    model: Any = SimpleNamespace(device="cuda")
+    model.eval = lambda: model
+    gpu = Backbone(model, backbone.processor, {})
+    assert gpu.batches(clips[:2]) == [clips[:2]]
+    assert gpu.batches(clips) == ([clips] if family in QWEN else [[one] for one in clips])
+
+
 def test_clips_of_different_lengths_go_together(backbone: Backbone) -> None:
     clips = [clip(backbone, (2, 3), frames=frames, seed=frames) for frames in (4, 1, 7)]
     for one, reading in zip(clips, backbone.read(clips, PROMPT), strict=True):
@@ -191,6 +217,45 @@ def test_half_precision_reads_much_the_same(family: str, load: Callable[[str], B
     (expected,), (reading,) = exact.read([one], PROMPT), half.read([one], PROMPT)
     assert reading.logits.dtype == np.float32
     assert reading.logits == pytest.approx(expected.logits, abs=0.1 * float(np.abs(expected.logits).max()))
+
+
+LAYERS: dict[str, tuple[torch.nn.Module, tuple[int, ...]]] = {
+    "linear": (torch.nn.Linear(24, 7), (5, 24)),
+    "linear without bias, three axes": (torch.nn.Linear(24, 7, bias=False), (2, 5, 24)),
+    "linear of nothing": (torch.nn.Linear(24, 7), (0, 24)),
+    "linear in half precision": (torch.nn.Linear(24, 7, dtype=torch.bfloat16), (5, 24)),
+    "patches": (torch.nn.Conv3d(3, 8, (2, 4, 4), stride=(2, 4, 4)), (5, 3, 2, 4, 4)),
+    "patches without bias": (torch.nn.Conv3d(3, 8, (2, 4, 4), bias=False), (5, 3, 2, 4, 4)),
+    "a kernel that moves": (torch.nn.Conv3d(3, 8, (2, 4, 4), stride=(2, 4, 4)), (5, 3, 4, 8, 4)),
+    "a kernel with a margin": (torch.nn.Conv3d(3, 8, (2, 4, 4), padding=1), (5, 3, 2, 4, 4)),
+    "groups": (torch.nn.Conv3d(4, 8, (2, 4, 4), groups=2), (5, 4, 2, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("quicker", [True, False])
+@pytest.mark.parametrize("kind", LAYERS)
+@torch.inference_mode()
+def test_a_layer_as_a_product_is_that_layer(kind: str, quicker: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmm_qa.backbone._onednn_is_quicker", lambda: quicker and torch.backends.mkldnn.is_available())
+    layer, shape = LAYERS[kind]
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(layer.weight.dtype)
+    expected = layer(values)
+    with Products():
+        found = layer(values)
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", QWEN)
+def test_a_reading_on_a_cpu_is_made_of_products(family: str, load: Callable[[str], Backbone]) -> None:
+    backbone = load(family)
+    backbone.read([clip(backbone, (2, 3))], PROMPT)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        backbone.read([clip(backbone, (2, 3))], PROMPT)
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert not any("conv" in name for name in calls), "the patch embedding is a product"
+    layers = sum(isinstance(part, torch.nn.Linear) for part in backbone.model.modules())
+    assert calls.get("mkldnn::_linear_pointwise", 0) == (layers + 1 if _onednn_is_quicker() else 0)
 
 
 def test_attention_is_never_the_slow_one(backbone: Backbone) -> None:
