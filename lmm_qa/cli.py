@@ -6,8 +6,6 @@ Imports of weight happen inside the commands, so that `--help` answers at once.
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import logging
 import os
 import sys
@@ -33,6 +31,13 @@ T = TypeVar("T")
 FAILED, WRONG_USAGE, SOME_CLIPS_FAILED, INTERRUPTED = 1, 2, 3, 130
 PROGRESS_SECONDS = 30
 """How often a line of progress is written where stderr is no terminal."""
+QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+"""Read by the libraries when they are imported, which may be never."""
 
 
 class Quantization(StrEnum):
@@ -709,13 +714,9 @@ def _console(stderr: bool = True) -> Console:
 
 def _quiet_libraries() -> None:
     """Their progress bars and advice are not for the people who use this command."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    with contextlib.suppress(ImportError):
-        advice: Any = importlib.import_module("transformers.utils.logging")
-        advice.set_verbosity_error()
-        advice.disable_progress_bar()
 
 
 def _say(text: str) -> None:

@@ -14,12 +14,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product, tee
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
 from lmm_qa.backbone import Backbone, ClipInput, Dtype, Quantization, choose_device, choose_dtype, patch_factor
-from lmm_qa.calibrate import Calibration
 from lmm_qa.config import Sampling, View
 from lmm_qa.errors import ClipError, ConfigError, ModelError, UsageError
 from lmm_qa.levels import LevelReading, read_levels
@@ -27,6 +26,9 @@ from lmm_qa.manifest import Clip, content_id
 from lmm_qa.prompting import Prompt, load_prompt
 from lmm_qa.rater_file import ModelSource, RaterFile, identity, resolve_model
 from lmm_qa.video import DecoderPool, Frames, read_frames
+
+if TYPE_CHECKING:
+    from lmm_qa.calibrate import Calibration
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,8 @@ def _calibration(source: ModelSource, settings: RaterFile) -> tuple[Calibration 
     path = source.calibration
     if path is None:
         return None, None
+    from lmm_qa.calibrate import Calibration
+
     usual = source.settings.asked()
     if changed := [key for key, value in settings.asked().items() if value != usual[key]]:
         return None, f"{path} is for the rater's own {', '.join(changed)}, others were asked for: scores are raw"

@@ -9,6 +9,8 @@ import hashlib
 import json
 import math
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -343,6 +345,18 @@ def test_the_identity_follows_what_is_asked(model_dir: Path, adapter_dir: Path, 
     ]
     assert set(same) == {changed[0]}
     assert rater.rater_id == identity(sampling=Sampling(frames=4), views=VIEWS)
+
+
+def test_a_plan_knows_its_identity_without_the_libraries_that_rating_needs(model_dir: Path) -> None:
+    """So that a second run, which has nothing to do, says so at once."""
+    script = """
+import sys
+from lmm_qa.rater import plan_rater
+plan_rater(sys.argv[1], device="cpu").rater_id
+print(*sorted({"transformers", "peft", "scipy", "torchvision"} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", script, model_dir], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
 
 
 # --- calibration ---------------------------------------------------------------------------------------------------
