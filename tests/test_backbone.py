@@ -224,6 +224,7 @@ LAYERS: dict[str, tuple[torch.nn.Module, tuple[int, ...]]] = {
     "linear without bias, three axes": (torch.nn.Linear(24, 7, bias=False), (2, 5, 24)),
     "linear of nothing": (torch.nn.Linear(24, 7), (0, 24)),
     "linear in half precision": (torch.nn.Linear(24, 7, dtype=torch.bfloat16), (5, 24)),
+    "linear in double precision": (torch.nn.Linear(24, 7, dtype=torch.float64), (5, 24)),
     "patches": (torch.nn.Conv3d(3, 8, (2, 4, 4), stride=(2, 4, 4)), (5, 3, 2, 4, 4)),
     "patches without bias": (torch.nn.Conv3d(3, 8, (2, 4, 4), bias=False), (5, 3, 2, 4, 4)),
     "a kernel that moves": (torch.nn.Conv3d(3, 8, (2, 4, 4), stride=(2, 4, 4)), (5, 3, 4, 8, 4)),
