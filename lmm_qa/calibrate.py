@@ -7,7 +7,8 @@ al., 2018), halves being made of whole groups (persons, sources):
     r_i = |MOS_i - m(score_i)| / max(std_i, floor)      on the second half
     interval = m(score) +- q max(std, floor)            q = the ceil((n + 1) coverage)-th smallest r_i
 
-For clips that come from where the calibration clips come from, intervals hold the MOS with probability >= `coverage`.
+For clips that come from where the calibration clips come from, intervals hold the MOS with a probability of about
+`coverage`, the closer the more groups there were.
 For other generators or other persons nothing is promised: how far that goes is what `Check` measures, on groups that
 had no part in the fit.
 

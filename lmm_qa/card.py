@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
@@ -63,19 +64,13 @@ def card(name: str, rater: RaterFile, recipe: Recipe, record: dict[str, Any], ca
     """
     backbone = recipe.model.backbone
     adapter = recipe.tuning.method == "lora"
-    front = {
-        "base_model": backbone,
-        "library_name": "peft" if adapter else "transformers",
-        "pipeline_tag": "video-text-to-text",
-        "tags": ["lmm_qa", "video-quality-assessment", "talking-head", *(["lora"] if adapter else [])],
-    }
     tables = ", ".join(f"`{table.path}`" for table in recipe.data.train)
     counts = "; ".join(
         f"{split}: {count} clips of {record['groups'][split]} groups" for split, count in record["clips"].items()
     )
     quantized = f", backbone in {recipe.model.quantization}" if recipe.model.quantization else ""
     return CARD.format(
-        front=yaml.safe_dump(front, sort_keys=False),
+        front=_front(backbone, adapter),
         name=name,
         backbone=backbone,
         method=f"LoRA of rank {recipe.tuning.r}{quantized}" if adapter else "all weights",
@@ -87,7 +82,7 @@ def card(name: str, rater: RaterFile, recipe: Recipe, record: dict[str, Any], ca
         data=f"Labels: {tables}.\n{counts}.",
         left_out=" ".join(f"{one}." for one in record["left_out"]),
         fingerprint=record["data"],
-        metrics=_table(record["metrics"], record["clips"]["validation"]),
+        metrics=_table(record["metrics"], record["clips"]["validation"]) + _as_trained(recipe),
         calibration="\nScores are calibrated:\n\n" + _indented(calibration.summary()) if calibration else "",
         tuning=f"tuning    {recipe.tuning}",
         loss=f"loss      {recipe.loss}",
@@ -97,6 +92,24 @@ def card(name: str, rater: RaterFile, recipe: Recipe, record: dict[str, Any], ca
     )
 
 
+def retitled(text: str) -> str:
+    """The card of an adapter as that of the model that it was merged into: the front matter made anew."""
+    _, front, body = text.split("---\n", 2)
+    return f"---\n{_front(yaml.safe_load(front).get('base_model'), False)}---\n{body}"
+
+
+def _front(backbone: str | None, adapter: bool) -> str:
+    """Front matter; a backbone that lies in a directory, or in this package, means nothing to the hub."""
+    public = {"base_model": backbone} if backbone and re.fullmatch(r"[\w.-]+/[\w.-]+", backbone) else {}
+    front = {
+        **public,
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "video-text-to-text",
+        "tags": ["lmm_qa", "video-quality-assessment", "talking-head", *(["lora"] if adapter else [])],
+    }
+    return yaml.safe_dump(front, sort_keys=False)
+
+
 def _table(metrics: dict[str, list[float]], clips: int) -> str:
     if not metrics:
         return "Not measured: there were no validation clips, or too few."
@@ -104,6 +117,11 @@ def _table(metrics: dict[str, list[float]], clips: int) -> str:
     head = "The checkpoint that did best on these clips was taken, so new clips will do a little worse."
     title = f"On the {clips} validation clips, with 95% bootstrap intervals. {head}"
     return "\n".join([title, "", "| | value | 95% |", "| --- | --- | --- |", *rows, ""])
+
+
+def _as_trained(recipe: Recipe) -> str:
+    bits = recipe.model.quantization
+    return f"\nMeasured with the backbone in {bits}: rate with `--quantization {bits}`.\n" if bits else ""
 
 
 def _indented(text: str) -> str:

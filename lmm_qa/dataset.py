@@ -133,11 +133,13 @@ class Example:
 
     def on(self, scale: tuple[float, float]) -> Example:
         """The same opinions on another scale, worst on worst and best on best, linear between."""
+        if scale == self.scale:
+            return self
         (low, high), (new_low, new_high) = self.scale, scale
         ratio = (new_high - new_low) / (high - low)
         return replace(
             self,
-            mos=new_low + (self.mos - low) * ratio,
+            mos=min(max(new_low + (self.mos - low) * ratio, new_low), new_high),
             std=None if self.std is None else self.std * ratio,
             scale=scale,
         )

@@ -10,7 +10,9 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +30,8 @@ from lmm_qa.video import DecoderPool, Frames
 Tensors = dict[str, torch.Tensor]
 
 FEATURES = ("tokens", "deepstack")
+FORMAT = 1
+"""To be raised when what is kept, or how clips are decoded, changes."""
 
 
 class Look(NamedTuple):
@@ -67,6 +71,7 @@ class VisionStore:
             "views": [view.model_dump() for view in self.settings.views],
             "system": self.settings.prompt.system,
             "weights": self.weights,
+            "made by": [FORMAT, version("transformers")],
         }
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
         return self.folder / key[:2] / f"{key}.safetensors"
@@ -81,6 +86,8 @@ class VisionStore:
         try:
             kept = load_file(path)
         except (OSError, SafetensorError) as error:
+            with suppress(OSError):
+                path.unlink()  # torn by a machine that was lost
             raise TrainingError(
                 f"the vision features of {look.path} cannot be read from {path} ({error}): start again, and what is "
                 "missing is made anew"
@@ -100,7 +107,7 @@ class VisionStore:
         clip_input: Callable[[Frames], ClipInput],
         workers: int,
         factor: int,
-        progress: Callable[[], None],
+        progress: Callable[[int, int], object],
     ) -> None:
         """Run the vision tower over looks that are missing.
 
@@ -109,7 +116,7 @@ class VisionStore:
             clip_input: makes what the model sees of frames.
             workers: decoding processes.
             factor: patch grid, see `lmm_qa.backbone.patch_factor`.
-            progress: called after each look.
+            progress: called after each look with the number done, and that of all.
 
         Raises:
             TrainingError: a clip cannot be read, or the folder cannot be written to.
@@ -117,6 +124,7 @@ class VisionStore:
         by_sampling: dict[Sampling, list[Look]] = {}
         for look in looks:
             by_sampling.setdefault(look.sampling, []).append(look)
+        done = 0
         with DecoderPool(workers) as pool:
             for sampling, group in by_sampling.items():
                 read = pool.imap((look.path for look in group), sampling, self.settings.views, factor)
@@ -124,7 +132,8 @@ class VisionStore:
                     if isinstance(frames, ClipError):
                         raise TrainingError(f"{look.path} cannot be read any more: {frames}") from frames
                     self._keep(look, backbone, clip_input(frames))
-                    progress()
+                    done += 1
+                    progress(done, len(looks))
 
     @torch.inference_mode()
     def _keep(self, look: Look, backbone: Backbone, clip: ClipInput) -> None:

@@ -15,13 +15,13 @@ import torch
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from lmm_qa.adapters import part_of, tunable
 from lmm_qa.backbone import choose_device, choose_dtype, count_tokens, estimate_memory, load_processor, patch_factor
 from lmm_qa.dataset import load
 from lmm_qa.errors import ClipError, TrainingError
 from lmm_qa.rater_file import RaterFile
 from lmm_qa.recipe import Recipe
 from lmm_qa.samples import Clip, Collate, Passes, Samples
-from lmm_qa.train import part_of, tunable
 from lmm_qa.video import probe, view_size
 
 PROBED = 50
@@ -193,7 +193,7 @@ def _first_batch(recipe: Recipe, settings: RaterFile, processor: Any, factor: in
     except ClipError as error:
         raise TrainingError(f"the first batch cannot be read: {error}") from error
     shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch["inputs"].items())
-    mos = ", ".join(f"{value:.2f}" for value in batch["mos"].tolist())
+    mos = ", ".join(f"{value:.2f}" for value in batch["mos"])
     return f"first batch {', '.join(batch['names'])}\n            MOS {mos}\n            {shapes}"
 
 

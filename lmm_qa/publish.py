@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from lmm_qa.backbone import Backbone
+from lmm_qa.card import retitled
 from lmm_qa.errors import ModelError, UsageError
 from lmm_qa.rater import plan_rater
 from lmm_qa.rater_file import CALIBRATION_NAME, EMBEDDED_NAME, FILE_NAME, resolve_model
@@ -14,7 +14,6 @@ FILES = (
     "README.md",
     FILE_NAME,
     CALIBRATION_NAME,
-    "run.json",
     "metrics.jsonl",
     "*.safetensors",
     "*.json",
@@ -46,7 +45,8 @@ def merge(rater: Path, folder: Path) -> None:
     settings = source.settings.model_copy(update={"backbone": None, "revision": None, "backbone_weights": None})
     (folder / FILE_NAME).write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
     if (rater / "README.md").is_file():
-        shutil.copyfile(rater / "README.md", folder / "README.md")
+        text = (rater / "README.md").read_text(encoding="utf-8")
+        (folder / "README.md").write_text(retitled(text), encoding="utf-8")
     if calibration := plan_rater(rater, device="cpu").calibration:
         same = {"rater_id": plan_rater(folder, device="cpu").raw_rater_id}  # other weights, the same scores
         calibration.model_copy(update=same).write(folder)
@@ -81,8 +81,8 @@ def push(rater: Path, repository: str, *, private: bool = False) -> str:
         hub = HfApi()
         hub.create_repo(repository, private=private, exist_ok=True)
         done = hub.upload_folder(repo_id=repository, folder_path=rater, allow_patterns=list(FILES),
-                                 ignore_patterns=["checkpoints/*"])  # fmt: skip
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+                                 ignore_patterns=["checkpoints/*", "run.json"])  # fmt: skip
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise ModelError(
             f"cannot upload {rater} to {repository!r}: {error}; are you logged in (hf auth login)?"
         ) from None

@@ -18,13 +18,16 @@ from torch.utils.data import Dataset, Sampler
 from lmm_qa.backbone import join_inputs, prepare_inputs, with_question
 from lmm_qa.config import Sampling
 from lmm_qa.dataset import Example
-from lmm_qa.errors import TrainingError
+from lmm_qa.errors import ClipError, TrainingError
 from lmm_qa.features import Look, Tensors, VisionStore
 from lmm_qa.prompting import Prompt
 from lmm_qa.rater import clip_input
 from lmm_qa.rater_file import RaterFile
 from lmm_qa.recipe import Augmentation
 from lmm_qa.video import read_frames
+
+Key = int | tuple[int, int]
+"""A clip's number; in training, with the pass before it."""
 
 
 class Clip(NamedTuple):
@@ -48,13 +51,14 @@ class Sample(TypedDict):
 
 
 class Batch(TypedDict):
-    """Samples joined. Tensors of B clips."""
+    """Samples joined: B clips."""
 
     names: list[str]
     inputs: Tensors
     features: Tensors
-    mos: torch.Tensor
-    std: torch.Tensor
+    mos: list[float]
+    std: list[float]
+    """Lists, for DeepSpeed rounds all tensors that it moves."""
 
 
 class Samples(Dataset[Sample]):
@@ -96,11 +100,14 @@ class Samples(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.clips)
 
-    def __getitem__(self, key: Any) -> Sample:
+    def __getitem__(self, key: Key) -> Sample:
         clip, sampling, prompt = self._draw(key)
-        inputs, features = self._look(Look(clip.example.path, clip.content_id, sampling), prompt)
+        try:
+            inputs, features = self._look(Look(clip.example.path, clip.content_id, sampling), prompt)
+        except ClipError as error:
+            raise TrainingError(f"{clip.example.path} cannot be read any more: {error}") from error
         if (tokens := inputs["input_ids"].shape[1]) > self.limit:
-            raise TrainingError(f"{clip.example.path} takes {tokens} tokens, the model {self.limit}: {SHORTER}")
+            raise TrainingError(f"{clip.example.path} takes {tokens} tokens, the model {self.limit}: {ADVICE}")
         std = math.nan if clip.example.std is None else clip.example.std
         return Sample(name=clip.example.name, inputs=inputs, features=features, mos=clip.example.mos, std=std)
 
@@ -116,9 +123,10 @@ class Samples(Dataset[Sample]):
         count = self.augmentation.offsets
         return [self.settings.sampling.model_copy(update={"phase": (k + 0.5) / count}) for k in range(count)]
 
-    def _draw(self, key: Any) -> tuple[Clip, Sampling, Prompt]:
+    def _draw(self, key: Key) -> tuple[Clip, Sampling, Prompt]:
         prompt = self.settings.prompt
-        if self.augmentation is None:
+        if self.augmentation is None or isinstance(key, int):
+            assert self.augmentation is None and isinstance(key, int), f"{key!r} is a key of the other kind"
             return self.clips[key], self.settings.sampling, prompt
         number, index = key
         clip = self.clips[index]
@@ -138,7 +146,7 @@ class Samples(Dataset[Sample]):
         return dict(prepare_inputs(self.processor, [clip_input(frames)], prompt)), {}
 
 
-SHORTER = "look at fewer frames (rating.sampling) or at smaller views (rating.views); nothing is cut off"
+ADVICE = "look at fewer frames (rating.sampling) or at smaller views (rating.views); nothing is cut off"
 
 
 class Passes(Sampler[tuple[int, int]]):
@@ -171,6 +179,6 @@ class Collate:
             names=[sample["name"] for sample in samples],
             inputs=join_inputs(self.processor, [sample["inputs"] for sample in samples]),
             features=features,
-            mos=torch.tensor([sample["mos"] for sample in samples]),
-            std=torch.tensor([sample["std"] for sample in samples]),
+            mos=[sample["mos"] for sample in samples],
+            std=[sample["std"] for sample in samples],
         )

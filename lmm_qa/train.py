@@ -12,14 +12,12 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import time
-import warnings
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from torch import Tensor, nn
+from accelerate.utils import gather_object
+from filelock import FileLock, Timeout
+from torch import Tensor
 from transformers import (
     AutoConfig,
     EvalPrediction,
@@ -41,6 +41,7 @@ from transformers import (
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from lmm_qa import losses
+from lmm_qa.adapters import tunable
 from lmm_qa.backbone import (
     Backbone,
     as_seen,
@@ -52,15 +53,15 @@ from lmm_qa.backbone import (
 )
 from lmm_qa.calibrate import Calibration, calibrate
 from lmm_qa.card import card
-from lmm_qa.dataset import Example, Seen, Splits, Survey, check, load
+from lmm_qa.dataset import Seen, Splits, Survey, check, load
 from lmm_qa.errors import ConfigError, ScoresError, TrainingError
 from lmm_qa.features import VisionStore
 from lmm_qa.levels import LevelReading, read_levels
-from lmm_qa.metrics import agreement, bootstrap
+from lmm_qa.metrics import MIN_CLIPS, agreement, bootstrap
 from lmm_qa.rater import clip_input, plan_rater
 from lmm_qa.rater_file import EMBEDDED_NAME, FILE_NAME, RaterFile, weights_fingerprint
-from lmm_qa.recipe import Loss, Recipe, Tuning
-from lmm_qa.samples import SHORTER, Batch, Clip, Collate, Passes, Samples
+from lmm_qa.recipe import Loss, Recipe
+from lmm_qa.samples import ADVICE, Batch, Clip, Collate, Passes, Samples
 from lmm_qa.scores import Label, Pair, Score
 
 RUN_FILE = "run.json"
@@ -69,10 +70,14 @@ CHECKPOINTS = "checkpoints"
 CHOICE = "srcc_plcc"
 """Which checkpoint is best: (SRCC + PLCC) / 2; the fitted curve of the main score flatters on few clips."""
 
-MERGER = re.compile(r"merger|multi_modal_projector|connector")
-VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model)\.")
-LANGUAGE = re.compile(r"(^|\.)language_model\.")
-"""Names of a model's modules, by part; the merger often lies inside the vision tower."""
+OWNED = {
+    *("output_dir", "run_name", "seed", "report_to", "use_cpu", "disable_tqdm", "label_names", "remove_unused_columns"),
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
+    *("warmup_steps", "weight_decay", "max_grad_norm", "logging_steps", "logging_strategy", "save_strategy"),
+    *("save_steps", "eval_strategy", "eval_steps", "load_best_model_at_end", "metric_for_best_model"),
+    *("dataloader_num_workers", "dataloader_drop_last"),
+}
+"""`TrainingArguments` that follow from a recipe's own keys, or from how we train."""
 
 Say = Callable[[str], None]
 
@@ -108,74 +113,8 @@ def train(recipe: Recipe, say: Say = print) -> Outcome:
     if (finished := run.finished()) is not None:
         speak(f"{run.folder} is finished: nothing to do")
         return finished
-    backbone = run.load(state.device)
-    store = run.keep_vision(backbone, speak, state)
-    model = tunable(backbone.model, recipe)
-    trainer = run.trainer(model, backbone, store, speak)
-    checkpoint = last_checkpoint(run.folder / CHECKPOINTS)
-    speak(f"going on from {checkpoint}" if checkpoint else f"{run.steps} steps of {run.batch} clips")
-    stop = _Stop(trainer.accelerator)
-    trainer.add_callback(stop)
-    with stop:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if stop.signal is not None:
-        speak(f"interrupted at step {trainer.state.global_step} of {run.steps}: the same command goes on from there")
-        return Outcome(run.folder, {}, stop.signal)
-    return run.finish(trainer, store, speak, state)
-
-
-# --- which weights ---------------------------------------------------------------------------------------------------
-
-
-def part_of(name: str) -> str | None:
-    """The part of the model that a module or weight belongs to: language, vision or merger."""
-    if MERGER.search(name):
-        return "merger"
-    if VISION.search(name):
-        return "vision"
-    return "language" if LANGUAGE.search(name) else None
-
-
-def tuned_parts(tuning: Tuning) -> set[str]:
-    """The parts whose weights are trained."""
-    return {"language"} | {part for part in ("vision", "merger") if getattr(tuning, part)}
-
-
-def tunable(model: Any, recipe: Recipe) -> Any:
-    """The model with what is to be trained: adapters put on, or weights set free; the rest frozen."""
-    tuning, parts = recipe.tuning, tuned_parts(recipe.tuning)
-    if recipe.training.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    if tuning.method == "full":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_((part_of(name) or "language") in parts)
-        return model
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-
-    with warnings.catch_warnings():
-        # PEFT 0.21 asks by a name that transformers 5.23 has given up: nothing for our users.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        if recipe.model.quantization:
-            prepare: Any = prepare_model_for_kbit_training
-            model = prepare(model, use_gradient_checkpointing=False)
-        config = LoraConfig(
-            r=tuning.r,
-            lora_alpha=tuning.alpha,
-            lora_dropout=tuning.dropout,
-            target_modules=adapter_targets(model, parts),
-            task_type="CAUSAL_LM",
-            revision=recipe.model.revision,
-        )
-        torch.manual_seed(recipe.training.seed)
-        return get_peft_model(model, config)
-
-
-def adapter_targets(model: nn.Module, parts: set[str]) -> str:
-    """A regular expression for the linear layers of these parts, as PEFT takes it."""
-    chosen = [
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and part_of(name) in parts
-    ]
-    return "|".join(dict.fromkeys(re.sub(r"\.\d+(?=\\\.)", r".\\d+", re.escape(name)) for name in chosen))
+    with _alone(run.folder, state):
+        return run.go(speak, state)
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------
@@ -188,25 +127,32 @@ class RatingTrainer(Trainer):
         super().__init__(**options)
         self.loss, self.tokens, self.passes = loss, list(tokens), passes
         self.anchors = torch.tensor(settings.declared_scale().anchors(len(tokens)))
+        self.compute_metrics = lambda prediction: figures(prediction, self.anchors)
         self.loss_is_scaled_for_ga = False
         self.parts: dict[str, list[Tensor]] = {}
+        self.names: list[str] = []
+        """The clips of this process since the last step."""
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *_: Any, **__: Any) -> Any:
         """Over the clips of all processes, so that pairs and correlations reach across them."""
-        read = (*read_level_logits(model, inputs, self.tokens), inputs["mos"], inputs["std"])
+        self.names += inputs["names"]
+        read = (*read_level_logits(model, inputs, self.tokens), *_opinions(inputs, self.accelerator.device))
         count = self.accelerator.num_processes
         everyone = [self._from_all(values) for values in read] if count > 1 else list(read)
         loss, parts = weighted_loss(self.loss, self.anchors, *everyone)
         if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}, with the clips "
-                f"{', '.join(inputs['names'])}: lower training.learning_rate, or look at these clips"
-            )
+            raise self._not_finite("loss", float(loss.detach()), self.state.global_step + 1)
         for name, value in parts.items():
             self.parts.setdefault(name, []).append(value.detach())
         # Each process has the gradient of its own clips alone, and theirs are averaged: together, that of the loss.
         loss = loss + (count - 1) * (loss - loss.detach())
         return (loss, None) if return_outputs else loss
+
+    def _not_finite(self, what: str, value: float, step: int) -> TrainingError:
+        return TrainingError(
+            f"the {what} is {value} at step {step}, with the clips {', '.join(self.names)}: lower "
+            "training.learning_rate, or look at these clips"
+        )
 
     def _from_all(self, values: Tensor) -> Tensor:
         """The values of all processes in the order of the clips; gradients flow into our own."""
@@ -220,14 +166,17 @@ class RatingTrainer(Trainer):
         batch: Any = self._prepare_inputs(inputs)
         with torch.no_grad():
             logits, _normalizer = read_level_logits(model, batch, self.tokens)
-            targets = losses.level_targets(batch["mos"], self.anchors, self.loss.target, batch["std"])
-            return losses.cross_entropy(logits, targets), logits, batch["mos"]
+            mos, std = _opinions(batch, logits.device)
+            targets = losses.level_targets(mos, self.anchors, self.loss.target, std)
+            return losses.cross_entropy(logits, targets), logits, mos
 
     def log(self, logs: dict[str, float], *rest: Any, **named: Any) -> None:
-        """The parts of the loss beside their sum."""
-        if "loss" in logs and self.parts:
+        """The parts of the loss beside their sum. Called after each step, before it can become a checkpoint."""
+        if "loss" in logs:
+            if not (math.isfinite(logs.get("grad_norm", 0.0)) or self.args.fp16):  # fp16 scales its gradients down
+                raise self._not_finite("gradient", logs["grad_norm"], self.state.global_step)
             logs |= {name: float(torch.stack(values).mean()) for name, values in self.parts.items()}
-            self.parts = {}
+            self.parts, self.names = {}, []
         super().log(logs, *rest, **named)
 
     def _get_train_sampler(self, *_: Any) -> Passes:
@@ -235,6 +184,11 @@ class RatingTrainer(Trainer):
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0
+
+
+def _opinions(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(B,) float32 MOS, and standard deviations, NaN where there is none."""
+    return torch.tensor(batch["mos"], device=device), torch.tensor(batch["std"], device=device)
 
 
 def read_level_logits(model: Any, batch: Batch, tokens: list[int]) -> tuple[Tensor, Tensor]:
@@ -263,7 +217,13 @@ def weighted_loss(
 
 
 def figures(prediction: EvalPrediction, anchors: Tensor) -> dict[str, float]:
-    """SRCC, KRCC, PLCC and main score of predicted level logits."""
+    """SRCC, KRCC, PLCC and main score of predicted level logits.
+
+    Raises:
+        TrainingError: they are not finite.
+    """
+    if not np.isfinite(prediction.predictions).all():
+        raise TrainingError("the model's answers to validation clips are not finite: lower training.learning_rate")
     score, _ = losses.read(torch.as_tensor(prediction.predictions), anchors)
     try:
         found = agreement(score.numpy(), np.asarray(prediction.label_ids))
@@ -300,13 +260,20 @@ class _Run:
     def prepare(cls, recipe: Recipe, speak: Say, state: PartialState) -> _Run:
         """Read tables, look at all clips, and refuse what cannot work."""
         folder = recipe.training.output.expanduser()
+        named, known = recipe.training.arguments.keys(), {field.name for field in fields(TrainingArguments)}
+        if wrong := sorted(named & OWNED | named - known):
+            raise ConfigError(
+                f"training.arguments: {', '.join(wrong)} cannot be set: no TrainingArguments, or such as follow "
+                "from the recipe's own keys"
+            )
         available: Any = get_available_reporting_integrations
         if absent := set(recipe.training.report_to) - set(available()):
             raise ConfigError(
                 f"training.report_to names {', '.join(sorted(absent))}, which is not installed: install it, or leave "
                 f"it out; the curves are in {folder / CURVE_FILE} anyway"
             )
-        os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))  # not among the checkpoints
+        if "tensorboard" in recipe.training.report_to:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "tensorboard")  # not among the checkpoints
         settings = recipe.rater()
         options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": recipe.model.trust_remote_code}
         processor = load_processor(str(settings.backbone), **options)
@@ -319,12 +286,12 @@ class _Run:
         longest = _longest(processor, settings, surveys)
         limit = _limit(str(settings.backbone), options)
         if longest > limit:
-            raise TrainingError(f"a clip takes {longest} tokens, and the model {limit}: {SHORTER}")
+            raise TrainingError(f"a clip takes {longest} tokens, and the model {limit}: {ADVICE}")
         speak(f"{longest} tokens for the longest clip")
         training = recipe.training
         batch = training.batch_size * training.accumulation * state.num_processes
         steps = math.ceil(training.passes * len(clips["train"]) / batch)
-        record = _record(recipe, settings, splits, clips)
+        record = {**_record(recipe, settings, splits, clips), "batch": batch}
         if state.is_main_process:
             _begin(folder, record)
         state.wait_for_everyone()
@@ -338,6 +305,29 @@ class _Run:
         """The outcome of a run that is over."""
         recorded = json.loads((self.folder / RUN_FILE).read_text(encoding="utf-8"))
         return Outcome(self.folder, recorded["metrics"]) if "metrics" in recorded else None
+
+    def go(self, speak: Say, state: PartialState) -> Outcome:
+        """Train to the end, or to a signal."""
+        backbone = self.load(state.device)
+        store = self.keep_vision(backbone, speak, state)
+        trainer = self.trainer(tunable(backbone.model, self.recipe), backbone, store, speak)
+        checkpoint = last_checkpoint(self.folder / CHECKPOINTS, state.num_processes)
+        speak(f"going on from {checkpoint}" if checkpoint else f"{self.steps} steps of {self.batch} clips")
+        stop = _Stop(trainer.accelerator)
+        trainer.add_callback(stop)
+        try:
+            with stop:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except TrainingError as error:
+            # From a process that makes samples it comes with that one's traceback.
+            raise TrainingError(
+                str(error).strip().splitlines()[-1].removeprefix("lmm_qa.errors.TrainingError: ")
+            ) from None
+        if stop.stopped:
+            step = trainer.state.global_step
+            speak(f"interrupted at step {step} of {self.steps}: the same command goes on from there")
+            return Outcome(self.folder, {}, stop.signal)
+        return self.finish(trainer, store, speak, state)
 
     def load(self, device: torch.device) -> Backbone:
         """The backbone in the number format to train in."""
@@ -362,17 +352,15 @@ class _Run:
         if not self.keeps_vision:
             return None
         local = Path(str(self.settings.backbone))
-        weights = weights_fingerprint(local) if local.is_dir() else f"{local}@{self.settings.revision or 'main'}"
+        commit = getattr(backbone.model.config, "_commit_hash", None) or self.settings.revision
+        weights = weights_fingerprint(local) if local.is_dir() else f"{self.settings.backbone}@{commit}"
         folder = self.recipe.training.cache.expanduser() / "vision"
         store = VisionStore(folder, f"{weights} {backbone.choices['dtype'].value}", self.settings)
         looks = [look for split in self.clips for look in self.samples(split, store).looks()]
-        missing = store.missing(looks)
-        state.wait_for_everyone()  # nobody writes before all have counted
-        if missing:
-            ours = missing[state.process_index :: state.num_processes]
-            progress = _Progress(f"vision tower, kept in {folder}", len(ours), speak)
-            store.fill(ours, backbone, clip_input, self.recipe.training.workers, self.factor, progress.step)
-            state.wait_for_everyone()
+        ours = store.missing(looks[state.process_index :: state.num_processes])
+        progress = _Progress(f"vision tower, kept in {folder}", len(ours), speak)
+        store.fill(ours, backbone, clip_input, self.recipe.training.workers, self.factor, progress.to)
+        state.wait_for_everyone()
         return store
 
     def trainer(self, model: Any, backbone: Backbone, store: VisionStore | None, speak: Say) -> RatingTrainer:
@@ -380,7 +368,10 @@ class _Run:
         training, recipe = self.recipe.training, self.recipe
         # A pass goes on in the middle of a batch: all batches are full.
         passes = Passes(len(self.clips["train"]), self.steps * self.batch, training.seed)
-        every, watched = min(training.every, self.steps), bool(self.clips["validation"])
+        every, watched = min(training.every, self.steps), len(self.clips["validation"]) >= MIN_CLIPS
+        if not watched:
+            count = len(self.clips["validation"])
+            speak(f"{count} validation clips are too few to choose a checkpoint by: the last one is taken")
         precision = recipe.model.dtype or choose_dtype(str(backbone.device)).value
         schedule = {"eval_steps": every, "load_best_model_at_end": True, "metric_for_best_model": CHOICE}
         options: dict[str, Any] = {
@@ -397,7 +388,7 @@ class _Run:
             "bf16": precision == "bfloat16",
             "fp16": precision == "float16",
             "use_cpu": backbone.device.type == "cpu",
-            "logging_steps": min(10, every),
+            "logging_steps": 1,  # so that the curve does not depend on where a run was interrupted
             "save_strategy": "steps",
             "save_steps": every,
             "save_total_limit": 2,
@@ -417,7 +408,7 @@ class _Run:
             arguments = TrainingArguments(**{**options, **training.arguments})
         except (TypeError, ValueError) as error:
             raise ConfigError(f"training.arguments cannot be used: {error}") from None
-        anchors = torch.tensor(self.settings.declared_scale().anchors(len(self.tokens)))
+        arguments._n_gpu = min(arguments.n_gpu, 1)  # a process has one GPU; else Trainer takes all, by DataParallel
         trainer = RatingTrainer(
             loss=recipe.loss,
             settings=self.settings,
@@ -429,7 +420,6 @@ class _Run:
             train_dataset=self.samples("train", store),
             eval_dataset=self.samples("validation", store) if watched else None,
             processing_class=self.processor if recipe.tuning.method == "full" else None,
-            compute_metrics=lambda prediction: figures(prediction, anchors),
             callbacks=[_Curve(self.folder / CURVE_FILE, self.batch, speak)],
         )
         for callback in (PrinterCallback, ProgressCallback):
@@ -479,7 +469,8 @@ class _Run:
         speak(f"done: lmm-qa rate CLIPS --model {self.folder}")
 
     def _calibrate(self, readings: list[LevelReading], speak: Say) -> Calibration | None:
-        rater_id = plan_rater(self.folder, dtype=self.recipe.model.dtype).raw_rater_id
+        model = self.recipe.model
+        rater_id = plan_rater(self.folder, dtype=model.dtype, quantization=model.quantization).raw_rater_id
         pairs = [
             Pair(
                 Label(clip.example.name, clip.example.mos, clip.example.group),
@@ -506,28 +497,22 @@ class _Run:
 def _survey(
     splits: Splits, recipe: Recipe, settings: RaterFile, factor: int, speak: Say, state: PartialState
 ) -> dict[str, Survey]:
-    """Look at every clip; each process decodes its share, and learns of the others from what is remembered."""
+    """Look at every clip; each process decodes its share, and tells the others."""
     training = recipe.training
-    cache = training.cache.expanduser()
-
-    def look(examples: tuple[Example, ...], progress: Callable[[int, int], object] | None) -> Survey:
-        return check(examples, settings.sampling, settings.views, factor, cache=cache, workers=training.workers,
-                     progress=progress)  # fmt: skip
-
     everything = (*splits.train, *splits.validation, *splits.calibration)
     ours = everything[state.process_index :: state.num_processes]
-    first = look(ours, _Progress("reading clips", len(ours), speak).to)
-    state.wait_for_everyone()
-    if state.num_processes == 1:
-        known = dict(zip(ours, first.found, strict=True))
-        parts = {"train": splits.train, "validation": splits.validation, "calibration": splits.calibration}
-        surveys = {name: Survey(part, tuple(known[e] for e in part), 0) for name, part in parts.items()}
-    else:
-        surveys = {
-            "train": look(splits.train, None),
-            "validation": look(splits.validation, None),
-            "calibration": look(splits.calibration, None),
-        }
+    first = check(
+        ours,
+        settings.sampling,
+        settings.views,
+        factor,
+        cache=training.cache.expanduser(),
+        workers=training.workers,
+        progress=_Progress("reading clips", len(ours), speak).to,
+    )
+    known = dict(gather_object(list(zip(ours, first.found, strict=True))))
+    parts = {"train": splits.train, "validation": splits.validation, "calibration": splits.calibration}
+    surveys = {name: Survey(part, tuple(known[example] for example in part), 0) for name, part in parts.items()}
     failed = [survey for survey in surveys.values() if survey.failed]
     for survey in failed:
         speak(str(survey))
@@ -591,12 +576,13 @@ def _begin(folder: Path, record: dict[str, Any]) -> None:
     path = folder / RUN_FILE
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key in ("recipe", "rater", "data") if before.get(key) != record[key]]
+        keys = ("recipe", "rater", "data") if "metrics" in before else ("recipe", "rater", "data", "batch")
+        changed = [key for key in keys if before.get(key) != record[key]]
         if changed:
             places = [f"{place}: {old} -> {new}" for place, old, new in _differences(before, record, changed)]
             raise ConfigError(
-                f"{folder} holds a run of another recipe or other data ({'; '.join(places[:5])}): choose another "
-                "training.output, or remove the directory to begin anew"
+                f"{folder} holds a run of another recipe, other data or another number of processes "
+                f"({'; '.join(places[:5])}): choose another training.output, or remove the directory to begin anew"
             )
         return
     if folder.is_dir() and any(folder.iterdir()):
@@ -608,7 +594,7 @@ def _begin(folder: Path, record: dict[str, Any]) -> None:
 def write_text(path: Path, text: str) -> None:
     """A whole file or none."""
     partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(text.rstrip() + "\n", encoding="utf-8")
+    partial.write_text(text.rstrip() + "\n" if text else "", encoding="utf-8")
     partial.replace(path)
 
 
@@ -624,13 +610,29 @@ def _differences(before: Any, after: Any, keys: list[str]) -> list[tuple[str, An
     return found
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole: the Trainer writes its state after all else."""
+@contextmanager
+def _alone(folder: Path, state: PartialState) -> Iterator[None]:
+    """Keep other runs out of a run directory: one whose launcher was killed may live on."""
+    lock = FileLock(folder / ".lock", timeout=0)
+    if not state.is_main_process:
+        yield
+        return
+    try:
+        with lock:
+            yield
+    except Timeout:
+        raise ConfigError(f"another process is training in {folder}: wait for its end, or stop it") from None
+
+
+def last_checkpoint(folder: Path, processes: int = 1) -> Path | None:
+    """The newest checkpoint that is whole: the Trainer writes its state last, and each process that of its chance."""
+    chance = ["rng_state.pth"] if processes == 1 else [f"rng_state_{number}.pth" for number in range(processes)]
     steps = sorted((int(path.name.rpartition("-")[2]), path) for path in folder.glob("checkpoint-*"))
     for _, path in reversed(steps):
         with suppress(OSError, ValueError):
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            return path
+            if all((path / name).is_file() for name in chance):
+                return path
     return None
 
 
@@ -642,14 +644,10 @@ class _Progress:
 
     def __init__(self, what: str, total: int, speak: Say, seconds: float = 15.0) -> None:
         self.what, self.total, self.speak, self.seconds = what, total, speak, seconds
-        self.done, self.began = 0, time.monotonic()
-        self.spoke = self.began
-
-    def step(self) -> None:
-        self.to(self.done + 1, self.total)
+        self.began = self.spoke = time.monotonic()
 
     def to(self, done: int, total: int) -> None:
-        self.done, now = done, time.monotonic()
+        now = time.monotonic()
         if now - self.spoke > self.seconds or (done == total and now - self.began > self.seconds):
             self.spoke = now
             self.speak(f"{self.what}: {done} of {total}, {now - self.began:.0f} s")
@@ -666,9 +664,11 @@ class _Curve(TrainerCallback):
         """Forget what was logged after the checkpoint that the run goes on from."""
         self.began, self.first = time.monotonic(), state.global_step
         if state.is_world_process_zero and self.path.exists():
-            rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line]
-            kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= state.global_step)
-            self.path.write_text(kept, encoding="utf-8")
+            kept = []
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                with suppress(ValueError):  # a full disk may have cut one off
+                    kept += [line] if json.loads(line)["step"] <= state.global_step else []
+            write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         logs = {name: value for name, value in (logs or {}).items() if "runtime" not in name and "_per_" not in name}
@@ -678,6 +678,8 @@ class _Curve(TrainerCallback):
         row = {name.replace("eval_", "validation_"): round(value, 6) for name, value in logs.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, **row}) + "\n")
+        if "loss" in row and state.global_step % 10 and state.global_step < state.max_steps:
+            return
         shown = [name for name in row if name in SHOWN]
         text = "  ".join(f"{name.replace('validation_', '')} {row[name]:.4g}" for name in shown)
         done, seconds = state.global_step - self.first, time.monotonic() - self.began
@@ -691,11 +693,12 @@ SHOWN = ("loss", "cross_entropy", "fidelity", "plcc", "learning_rate", "validati
 
 
 class _Stop(TrainerCallback):
-    """The first SIGTERM or Ctrl-C ends the run at the next step, with a checkpoint; the second one at once."""
+    """SIGTERM and Ctrl-C end the run at the next step, with a checkpoint; a second Ctrl-C at once."""
 
     def __init__(self, accelerator: Any) -> None:
         self.accelerator = accelerator
         self.signal: int | None = None
+        self.stopped = False
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> None:
@@ -708,13 +711,15 @@ class _Stop(TrainerCallback):
             signal.signal(number, handler)
 
     def _heard(self, number: int, frame: object) -> None:
+        """Launchers and job schedulers may send SIGTERM twice, to the group and to the process."""
         self.signal = number
-        signal.signal(number, self.before[number])
+        if number == signal.SIGINT:
+            signal.signal(number, self.before[number])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         heard = torch.tensor(self.signal or 0, device=self.accelerator.device)
         if self.accelerator.num_processes > 1:
             heard = self.accelerator.gather(heard[None]).max()
         if int(heard) and state.global_step < state.max_steps:
-            self.signal = int(heard)
+            self.signal, self.stopped = int(heard), True
             control.should_save = control.should_training_stop = True

@@ -22,6 +22,7 @@ import torch
 from bench_rating import now, random_rater
 from damaged_files import SAMPLES
 
+from lmm_qa.adapters import tunable
 from lmm_qa.backbone import Backbone, patch_factor
 from lmm_qa.dataset import Example
 from lmm_qa.features import VisionStore
@@ -29,7 +30,7 @@ from lmm_qa.manifest import content_id
 from lmm_qa.rater import clip_input
 from lmm_qa.recipe import Recipe
 from lmm_qa.samples import Batch, Clip, Collate, Samples
-from lmm_qa.train import read_level_logits, tunable, weighted_loss
+from lmm_qa.train import read_level_logits, weighted_loss
 
 
 def bench(recipe: Recipe, backbone: Backbone, clips: list[Path], steps: int) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def bench(recipe: Recipe, backbone: Backbone, clips: list[Path], steps: int) -> 
             "kept": Samples(examples, settings, processor, factor, 1 << 31, store),
         }
         began = now()
-        store.fill(ways["kept"].looks(), backbone, clip_input, 2, factor, lambda: None)
+        store.fill(ways["kept"].looks(), backbone, clip_input, 2, factor, lambda *_: None)
         filled = (now() - began) / len(clips)
         model = tunable(backbone.model, recipe)
         step = stepper(model, recipe, backbone)
@@ -67,7 +68,8 @@ def bench(recipe: Recipe, backbone: Backbone, clips: list[Path], steps: int) -> 
                     report[way]["step"].append(now() - began)
                     report[way]["loss"].append(loss)
                 if backbone.device.type == "cuda":
-                    report[way]["peak_bytes"] = torch.cuda.max_memory_allocated()
+                    peak = max(report[way].get("peak_bytes", 0), torch.cuda.max_memory_allocated())
+                    report[way]["peak_bytes"] = peak
     tokens = int(batch["inputs"]["input_ids"].shape[1])
     medians = {
         way: {part: statistics.median(values[part]) for part in ("samples", "step")} for way, values in report.items()
@@ -92,7 +94,7 @@ def stepper(model: Any, recipe: Recipe, backbone: Backbone) -> Callable[[Batch],
             part |= {name: value.to(backbone.device, non_blocking=True) for name, value in part.items()}
         with autocast:
             read = read_level_logits(model, batch, tokens)
-        opinions = batch["mos"].to(backbone.device), batch["std"].to(backbone.device)
+        opinions = (torch.tensor(batch[name], device=backbone.device) for name in ("mos", "std"))
         loss, _ = weighted_loss(recipe.loss, anchors, *read, *opinions)
         loss.backward()
         optimizer.step()
@@ -104,9 +106,14 @@ def stepper(model: Any, recipe: Recipe, backbone: Backbone) -> Callable[[Batch],
 
 def table(report: dict[str, Any]) -> str:
     """For people."""
-    lines = [f"{report['tokens']} tokens a clip, batches of {report['batch']}", "", "way       step s   samples s"]
+    lines = [
+        f"{report['tokens']} tokens a clip, batches of {report['batch']}",
+        "",
+        "way       step s   samples s   peak GiB",
+    ]
     for way, seconds in report["seconds"].items():
-        lines.append(f"{way:<8} {seconds['step']:8.3f} {seconds['samples']:11.3f}")
+        peak = report["runs"][way].get("peak_bytes")
+        lines.append(f"{way:<8} {seconds['step']:8.3f} {seconds['samples']:11.3f} {peak / 2**30 if peak else 0:10.2f}")
     lines += ["", f"kept vision features: steps {report['gain']:.2f} times as fast; keeping one clip took "
               f"{report['keeping']:.3f} s, once"]  # fmt: skip
     return "\n".join(lines)

@@ -230,7 +230,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 def test_a_mapping_that_runs_off_the_scale_does_not_widen_the_intervals() -> None:
-    """One group scores far beyond what the mapping was fitted on: its MOS is the scale's end, and so is the prediction."""
+    """One group scores far beyond what the mapping was fitted on: its MOS is the scale's end, as is the prediction."""
     usual = [(1 + place / 200, 1 + place / 10, f"group {place % 8}") for place in range(40)]
     beyond = [(400.0 + place, 5.0, "beyond") for place in range(5)]
     made = [

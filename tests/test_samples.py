@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -148,7 +149,7 @@ def test_batches_hold_what_their_samples_hold(samples: Samples) -> None:
     parts = [samples[0, index] for index in range(3)]
     batch = Collate(samples.processor)(parts)
     assert batch["names"] == [clip.example.name for clip in samples.clips]
-    assert batch["mos"].tolist() == [3.0] * 3 and batch["std"].isnan().tolist() == [False, True, True]
+    assert batch["mos"] == [3.0] * 3 and [math.isnan(std) for std in batch["std"]] == [False, True, True]
     equal(batch["inputs"], join_inputs(samples.processor, [part["inputs"] for part in parts]))
     assert batch["features"] == {}
 
@@ -170,5 +171,7 @@ def test_what_is_kept_is_named_by_all_that_determines_it(tmp_path: Path) -> None
     assert store.missing([look, look._replace(path=Path("moved.mp4"))]) == [look._replace(path=Path("moved.mp4"))]
     store.path(look).parent.mkdir(parents=True)
     store.path(look).write_bytes(b"torn")
+    assert store.missing([look]) == []
     with pytest.raises(TrainingError, match=r"the vision features of a\.mp4 cannot be read from"):
         store.load(look)
+    assert store.missing([look]) == [look], "it is made anew"

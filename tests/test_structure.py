@@ -21,13 +21,14 @@ ROWS = (
     {"rater_file", "scores", "copies"},
     {"dataset"},
     {"recipe"},
-    {"backbone", "losses", "calibrate"},
+    {"adapters", "backbone", "losses", "calibrate"},
     {"card", "features"},
     {"rater", "explain"},
     {"samples"},
     {"train", "publish"},
     {"evaluate", "preview", "report", "submission"},
-    {"cli", "web", "cluster"},
+    {"cluster"},
+    {"cli", "web"},
     {"__init__", "__main__"},
 )
 """The modules, bottom to top, those that are still to be written included. One imports only from rows below its own."""
