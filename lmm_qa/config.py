@@ -6,8 +6,9 @@ Knows nothing of pixels, models or files other than the one it is asked to read.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypeGuard, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -30,11 +31,13 @@ class Settings(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            lines = [
-                f"  {'.'.join(str(part) for part in issue['loc']) or '(top level)'}: {issue['msg']}"
-                f" (received {issue['input']!r})"
-                for issue in error.errors(include_url=False)
-            ]
+            lines = []
+            for issue in error.errors(include_url=False):
+                place = ".".join(str(part) for part in issue["loc"]) or "(top level)"
+                received = "" if issue["type"] == "missing" else f" (received {_shortened(issue['input'])})"
+                lines.append(f"  {place}: {issue['msg']}{received}")
+                if issue["type"] == "extra_forbidden" and (section := _section(cls, issue["loc"][:-1])) is not cls:
+                    lines[-1] += f"; known keys there: {', '.join(section.model_fields)}"
             known = ", ".join(cls.model_fields)
             raise ConfigError("\n".join([f"{where} cannot be used:", *lines, f"  known keys: {known}"])) from None
 
@@ -53,6 +56,23 @@ class Settings(BaseModel):
         except (yaml.YAMLError, ValueError) as error:
             raise ConfigError(f"{path} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}") from None
         return cls.parse(values, str(path))
+
+
+def _shortened(value: object, length: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def _section(settings: type[BaseModel], place: Sequence[int | str]) -> type[BaseModel]:
+    """The class of the options at a place, as far as it can be followed."""
+    for part in place:
+        kind = settings.model_fields[str(part)].annotation if part in settings.model_fields else None
+        settings = next((each for each in (kind, *get_args(kind)) if _is_settings(each)), settings)
+    return settings
+
+
+def _is_settings(kind: object) -> TypeGuard[type[BaseModel]]:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 class Sampling(Settings):

@@ -222,7 +222,9 @@ def _read(path: Path) -> Any:
         text = (path if path.suffix or not packaged.is_file() else packaged).read_text(encoding="utf-8")
         values = yaml.safe_load(text)
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+        files = sorted(file.name for file in resources.files("lmm_qa.config_files").iterdir())
+        names = ", ".join(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
+        raise ConfigError(f"cannot read {path}: {error.strerror}; give a file, or one of {names}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict) or "extends" not in values:

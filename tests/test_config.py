@@ -9,6 +9,8 @@ from pydantic import ValidationError
 
 from lmm_qa.config import Sampling, View
 from lmm_qa.errors import ConfigError
+from lmm_qa.prompting import Prompt
+from lmm_qa.rater_file import RaterFile
 
 
 def test_sampling_from_text() -> None:
@@ -66,6 +68,19 @@ def test_bad_views_are_refused_with_what_was_received(text: str, complaint: str)
 def test_a_window_is_centred_inside_the_picture() -> None:
     with pytest.raises(ConfigError, match=r"center is a pair of fractions between 0 and 1, received \(0\.5, 1\.5\)"):
         View.parse({"kind": "crop", "center": [0.5, 1.5]}, "here")
+
+
+def test_a_wrong_key_in_a_section_is_told_what_that_section_knows() -> None:
+    with pytest.raises(ConfigError) as caught:
+        RaterFile.parse(
+            {"views": [{"size": 300, "sise": 1}], "sampling": {"frame": 3}, "long": "x" * 500}, "rater.json"
+        )
+    text = str(caught.value)
+    assert "views.0.sise: Extra inputs are not permitted (received 1); known keys there: kind, max_pixels" in text
+    assert "sampling.frame: Extra inputs are not permitted (received 3); known keys there: strategy, frames" in text
+    assert "x" * 70 in text and "x" * 90 not in text
+    with pytest.raises(ConfigError, match=r"question: Field required\n"):
+        Prompt.parse({"stem": "It is"}, "prompt.yaml")
 
 
 def test_every_unknown_key_is_named_with_those_that_are_known() -> None:
