@@ -22,6 +22,7 @@ from lmm_qa.errors import ClipError, LmmQaError, UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from lmm_qa.cluster import Ranks, RayRaters
     from lmm_qa.manifest import Clip
     from lmm_qa.rater import Failure, Rater, RaterPlan, Rating
     from lmm_qa.results import Row, Sink
@@ -34,6 +35,7 @@ PROGRESS_SECONDS = 30
 QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",  # idle threads of torch leave the cores to the decoding processes
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "error",
 }
@@ -49,6 +51,11 @@ class Dtype(StrEnum):
     FLOAT32 = "float32"
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
+
+
+class Engine(StrEnum):
+    LOCAL = "local"
+    RAY = "ray"
 
 
 class Mapping(StrEnum):
@@ -158,8 +165,13 @@ def rate(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with a model from the hub.")
     ] = False,
+    engine: Annotated[
+        Engine, typer.Option(help="local: this process, or those of a launcher. ray: raters on a Ray cluster.")
+    ] = Engine.LOCAL,
 ) -> None:
     """Rate clips: one score a clip, and the probabilities of the levels behind it.
+
+    Several GPUs or machines: `accelerate launch` or `torchrun`, and their processes share the clips; or `--engine ray`.
 
     **Examples**
 
@@ -168,6 +180,8 @@ def rate(
     `lmm-qa rate clips/ more/*.mp4 list.csv -o ratings.parquet`
 
     `lmm-qa rate clips/ -m Qwen/Qwen2-VL-7B-Instruct --quantization 4bit -o ratings.jsonl`
+
+    `accelerate launch --multi_gpu --num_processes 4 -m lmm_qa rate clips/ -o ratings.jsonl`
     """
     from lmm_qa.config import Sampling, View
     from lmm_qa.manifest import expand
@@ -179,8 +193,14 @@ def rate(
     chosen_sampling = Sampling.from_text(sampling) if sampling else None
     chosen_views = [View.from_text(text) for text in view] if view else None
     _quiet_libraries()
+    from lmm_qa.cluster import Ranks, RayRaters
     from lmm_qa.rater import plan_rater
 
+    ranks = Ranks.from_environment()
+    if output is None and not dry_run and (ranks.world > 1 or engine is Engine.RAY):
+        raise UsageError("rows of several processes come in no order, they need a file: -o ratings.jsonl")
+    if ranks.world > 1 and engine is Engine.RAY:
+        raise UsageError("--engine ray starts its processes itself: run it without accelerate launch or torchrun")
     plan = plan_rater(
         model,
         revision=revision,
@@ -189,16 +209,19 @@ def rate(
         sampling=chosen_sampling,
         views=chosen_views,
         quantization=quantization.value if quantization else None,
-        device=device,
+        device=ranks.device(device),
         dtype=dtype.value if dtype else None,
         trust_remote_code=trust_remote_code,
     )
-    for note in plan.notes:
-        _say(f"note: {note}")
+    if ranks.rank == 0:
+        for note in plan.notes:
+            _say(f"note: {note}")
+        if dry_run:
+            _print_plan(plan, clips, workers)
     if dry_run:
-        _print_plan(plan, clips, workers)
         return
-    run = _Run(plan, batch_size, workers, timeout)
+    raters = RayRaters(plan, workers, _say) if engine is Engine.RAY else None
+    run = _Run(raters.plan if raters else plan, ranks, raters, batch_size=batch_size, workers=workers, timeout=timeout)
     failed = run.to_file(clips, output, overwrite) if output else run.to_stdout(clips)
     if failed:
         raise typer.Exit(SOME_CLIPS_FAILED)
@@ -556,30 +579,33 @@ def main() -> None:
 
 
 class _Run:
-    """One rating run as the command does it: load late, show progress, count what failed."""
+    """One rating run as the command does it: load late, show progress, count what failed. Only rank 0 speaks."""
 
-    def __init__(self, plan: RaterPlan, batch_size: int, workers: int, timeout: float) -> None:
+    def __init__(self, plan: RaterPlan, ranks: Ranks, raters: RayRaters | None, **options: Any) -> None:
         self.plan = plan
-        self.options: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "timeout": timeout}
+        self.ranks = ranks
+        self.raters = raters
+        self.options = options
 
     def to_file(self, clips: Sequence[Clip], output: Path, overwrite: bool) -> int:
-        """Rate what the file does not hold yet. Returns the number of clips that failed."""
-        from lmm_qa.results import Sink, render_table
+        """Rate what the file does not hold yet. Returns the number of clips that failed, on rank 0."""
+        from lmm_qa.results import render_table
 
         began = time.monotonic()
-        with Sink(output, [clip.name for clip in clips], self.plan.rater_id, overwrite) as sink:
-            known = ((clip, _known(sink, clip)) for clip in clips)
-            waiting = [clip for clip, done in _progress(known, len(clips), "looked up") if not done]
-            if not waiting:
-                _say(f"nothing to do: {_count(len(clips))} rated in {output} already (--overwrite rates again)")
-                return 0
-            if sink.reused:
-                _say(f"{sink.reused} of {_count(len(clips))} rated in {output} already")
-            for result in self._results(waiting):
-                sink.write(result.to_row())
-            rows = sink.rows
-        render_table(rows, _console())
-        return _summarise(rows, len(waiting), time.monotonic() - began, f" -> {output}")
+        ranks, names = self.ranks, [clip.name for clip in clips]
+        with ranks.sink(output, names, self.plan.rater_id, overwrite) as sink:
+            share = ranks.share(clips)
+            looked_up = self._shown((_known(sink, clip) for clip in share), len(share), "looked up")
+            waiting = ranks.waiting(clips, looked_up)
+            self._say_known(len(clips), len(waiting), output)
+            if waiting:
+                written = _written(sink, self._results(ranks.taken(waiting)))
+                for _ in self._shown(ranks.settled(written, len(waiting)), len(waiting), "rated"):
+                    pass
+        if ranks.rank or not waiting:
+            return 0
+        render_table(sink.rows, _console())
+        return _summarise(sink.rows, len(waiting), time.monotonic() - began, f" -> {output}")
 
     def to_stdout(self, clips: Sequence[Clip]) -> int:
         """Rate all; a table on a terminal, JSON lines elsewhere. Returns the number of clips that failed."""
@@ -587,7 +613,7 @@ class _Run:
 
         began = time.monotonic()
         rows: list[Row] = []
-        for result in self._results(clips):
+        for result in self._shown(self._results(clips), len(clips), "rated"):
             rows.append(result.to_row())
             if not sys.stdout.isatty():
                 print_row(rows[-1], sys.stdout)
@@ -595,10 +621,31 @@ class _Run:
             render_table(rows, _console(stderr=False))
         return _summarise(rows, len(rows), time.monotonic() - began, "")
 
-    def _results(self, clips: Sequence[Clip]) -> Iterator[Rating | Failure]:
+    def _results(self, clips: Iterable[Clip]) -> Iterator[Rating | Failure]:
+        if self.raters is not None:
+            _say(f"model {self.plan.source.name} in {_count(self.raters.number, 'rater')} on a Ray cluster")
+            return self.raters.rate(clips, **self.options)
         rater = self.plan.load()
-        _describe(rater)
-        yield from _progress(rater.rate_all(clips, **self.options), len(clips), "rated")
+        if self.ranks.rank == 0:
+            _describe(rater)
+        return rater.rate_all(clips, **self.options)
+
+    def _shown(self, results: Iterable[T], total: int, verb: str) -> Iterable[T]:
+        return results if self.ranks.rank else _progress(results, total, verb)
+
+    def _say_known(self, clips: int, waiting: int, output: Path) -> None:
+        if self.ranks.rank or waiting == clips:
+            return
+        if waiting:
+            _say(f"{clips - waiting} of {_count(clips)} rated in {output} already")
+        else:
+            _say(f"nothing to do: {_count(clips)} rated in {output} already (--overwrite rates again)")
+
+
+def _written(sink: Sink, results: Iterable[Rating | Failure]) -> Iterator[None]:
+    for result in results:
+        sink.write(result.to_row())
+        yield
 
 
 def _known(sink: Sink, clip: Clip) -> bool:
@@ -713,7 +760,7 @@ def _console(stderr: bool = True) -> Console:
 
 
 def _quiet_libraries() -> None:
-    """Their progress bars and advice are not for the people who use this command."""
+    """Their progress bars, advice and busy waiting are not for the people who use this command."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -11,6 +11,7 @@ that is None from one that is not there: both are None when read back, as is a d
 from __future__ import annotations
 
 import csv
+import glob
 import io
 import json
 import os
@@ -48,16 +49,22 @@ class Sink:
     (.csv, .parquet). When the block ends well, the file holds one row for each clip of the run, in the order of the
     run; before them stand the rows of clips that earlier runs rated and this run did not ask for. It is replaced in
     one step. When the block ends with an exception, or the process dies, all rows stay and the next run goes on.
+
+    Where several processes write the rows of one run, each has a sink of its own. That of rank 0 is the one described
+    here: it is entered before the others, calls `gather` after they were left, and is left last. The others write
+    shards beside the file. Those of a run that died are taken up by the next one, however many processes it has.
     """
 
-    def __init__(self, path: Path, clips: Sequence[str], rater_id: str, overwrite: bool = False) -> None:
+    def __init__(self, path: Path, clips: Sequence[str], rater_id: str, overwrite: bool = False, rank: int = 0) -> None:
         """
         Args:
             path: the file; its suffix (one of `OUTPUT_SUFFIXES`) says in which form. Missing folders are made.
             clips: the names of all clips of this run, in order, no two the same.
             rater_id: what rates them. Ratings of another rater, or of this one before it was calibrated, are neither
                 reused nor mixed in.
-            overwrite: forget what the file holds, whatever it is. It stays until the first new row is there.
+            overwrite: forget what the file holds, whatever it is. It stays until the first new row is there; shards
+                that a run left go at once.
+            rank: which of the processes that write rows of this run.
 
         Raises:
             UsageError: the suffix is none of the three.
@@ -66,8 +73,12 @@ class Sink:
         self.rater_id = rater_id
         self.reused = 0
         """How many clips were answered by rows of earlier runs."""
+        self.written = 0
+        """How many rows this process has stored."""
+        self.rank = rank
         self._form = output_form(path)
-        self._growing = self.path if self._form == ".jsonl" else journal(self.path)
+        self._journal = [] if self._form == ".jsonl" else [journal(self.path)]
+        self._growing = shard(self.path, rank) if rank else (*self._journal, self.path)[0]
         self._stream: io.FileIO | None = None
         self._clips = dict.fromkeys(clips)
         self._overwrite = overwrite
@@ -94,11 +105,14 @@ class Sink:
         """Read what earlier runs left.
 
         Raises:
-            ResultsError: the file cannot be read or written, is none of ours, or holds ratings of another rater.
+            ResultsError: the file cannot be read or written, is none of ours, or holds ratings of another rater; or
+                another run is writing shards of it.
         """
         _check_writable(self.path)
+        left = [] if self.rank else self._shards()
         if not self._overwrite:
-            self._read_earlier()
+            self._read_earlier(left)
+        _remove(left)
         return self
 
     def __exit__(
@@ -111,7 +125,7 @@ class Sink:
         """
         if self._stream is not None:
             self._stream.close()
-        if kind is None:
+        if kind is None and not self.rank:
             self._finish()
 
     def resume(self, clip: str, content_id: str) -> Row | None:
@@ -142,6 +156,34 @@ class Sink:
         """
         if row["clip"] not in self._clips:
             raise ValueError(f"{row['clip']!r} is not among the clips of this run")
+        self._store(row)
+        self._rows[row["clip"]] = row
+        self.written += 1
+
+    def gather(self, written: int) -> None:
+        """Take in the rows that the other ranks wrote: all their sinks are closed, and what they resumed is rated.
+
+        Args:
+            written: the sum of their `written`.
+
+        Raises:
+            ResultsError: there are more rows or fewer; all shards stay.
+        """
+        shards = self._shards()
+        rows = [row for path in shards for row in _read(path, ".jsonl")]
+        if len(rows) != written:
+            raise ResultsError(
+                f"the shards beside {self.path} hold {len(rows)} rows, the other ranks wrote {written}: all ranks need "
+                "one file system, and no other run may write this file; the same command goes on from here"
+            )
+        for row in rows:
+            self.write(row)
+        for clip, row in self._earlier.items():
+            if clip in self._clips and row.get("error") is None:
+                self._rows.setdefault(clip, row)
+        _remove(shards)
+
+    def _store(self, row: Row) -> None:
         line = f"{to_json(row)}\n".encode()
         try:
             if self._stream is None:
@@ -149,18 +191,27 @@ class Sink:
             _append(self._stream, line)
         except OSError as error:
             raise _failure("write", self._growing, error) from None
-        self._rows[row["clip"]] = row
         if self._growing == self.path:
             self._stored.append(row)
 
-    def _read_earlier(self) -> None:
+    def _shards(self) -> list[Path]:
+        """The files of other ranks beside this one, none of them being written."""
+        shards = sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.rank*.partial.jsonl"))
+        for path in shards:
+            try:
+                with io.FileIO(path, "r+") as stream:
+                    _lock(stream, self.path)
+            except OSError as error:
+                raise _failure("read", path, error) from None
+        return shards
+
+    def _read_earlier(self, shards: Sequence[Path]) -> None:
         try:
             stored = _read(self.path, self._form) if _has_content(self.path) else []
-            beside = self._growing != self.path and _has_content(self._growing)
-            started = _read(self._growing, ".jsonl") if beside else []
+            beside = {path: _read(path, ".jsonl") for path in (*self._journal, *shards) if _has_content(path)}
         except ResultsError as error:
             raise ResultsError(f"{error}; name another file, or replace it with --overwrite") from None
-        for path, rows in ((self.path, stored), (self._growing, started)):
+        for path, rows in {self.path: stored, **beside}.items():
             if any(column not in row for row in rows for column in OUR_COLUMNS):
                 raise ResultsError(
                     f"{path} exists and does not hold ratings (columns {', '.join(OUR_COLUMNS)}): "
@@ -172,8 +223,11 @@ class Sink:
                     f"this one is {self.rater_id}): name another file, or replace it with --overwrite"
                 )
         self._stored = stored
-        self._earlier = {row["clip"]: row for row in (*stored, *started)}
+        self._earlier = {row["clip"]: row for rows in (stored, *beside.values()) for row in rows}
         self._rated = {row["content_id"]: row for row in self._earlier.values() if row.get("error") is None}
+        for path in shards:
+            for row in beside.get(path, ()):
+                self._store(row)
 
     def _open(self) -> io.FileIO:
         """Open what grows, cut off a row that was being written when an earlier run died, and keep other runs out."""
@@ -198,9 +252,7 @@ class Sink:
         if rows != self._stored:
             write_rows(self.path, rows)
             self._stored = rows
-        if self._growing != self.path:
-            with suppress(OSError):
-                self._growing.unlink(missing_ok=True)
+        _remove(self._journal)
 
 
 def output_form(path: Path) -> str:
@@ -217,6 +269,11 @@ def output_form(path: Path) -> str:
 def journal(path: Path) -> Path:
     """Where the rows of a run that is still going are kept, for forms that cannot grow by a row."""
     return path.with_name(f"{path.name}.partial.jsonl")
+
+
+def shard(path: Path, rank: int) -> Path:
+    """Where a rank above 0 keeps its rows of a run that is still going."""
+    return path.with_name(f"{path.name}.rank{rank}.partial.jsonl")
 
 
 # --- whole files -----------------------------------------------------------------------------------------------------
@@ -509,6 +566,12 @@ def _check_writable(path: Path) -> None:
         raise ResultsError(f"cannot write {path}: it is {'a folder' if path.is_dir() else 'no regular file'}")
     if not os.access(path.parent, os.W_OK):
         raise ResultsError(f"cannot write {path}: its folder may not be written to")
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def _has_content(path: Path) -> bool:
