@@ -13,8 +13,8 @@ In one run, on the same clips, frames, pixels and weights, in turns, the median 
 
 No path can be faster than the slower one of the last two; where the model runs on the CPU, they share its cores, and
 none can take less processor time than both together. Processor time is also what other work on the machine disturbs
-less. Besides, where the time of a clip goes, one stage after the other in one process. DIR holds config.json and
-the files of tokenizer and processor; no weights are needed.
+less. Set OMP_WAIT_POLICY=PASSIVE, as `lmm-qa rate` does. Besides, where the time of a clip goes, one stage after the
+other in one process. DIR holds config.json and the files of tokenizer and processor; no weights are needed.
 """
 
 from __future__ import annotations
