@@ -188,10 +188,7 @@ def _first_batch(recipe: Recipe, settings: RaterFile, processor: Any, factor: in
     clips = [Clip(example.on(settings.scale), str(example.path)) for example in examples]
     samples = Samples(clips, settings, processor, factor, 1 << 31, None, recipe.augmentation, recipe.training.seed)
     keys = list(Passes(len(clips), min(recipe.training.batch_size, len(clips)), recipe.training.seed))
-    try:
-        batch = Collate(processor)([samples[key] for key in keys])
-    except ClipError as error:
-        raise TrainingError(f"the first batch cannot be read: {error}") from error
+    batch = Collate(processor)([samples[key] for key in keys])
     shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch["inputs"].items())
     mos = ", ".join(f"{value:.2f}" for value in batch["mos"])
     return f"first batch {', '.join(batch['names'])}\n            MOS {mos}\n            {shapes}"

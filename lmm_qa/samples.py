@@ -105,7 +105,7 @@ class Samples(Dataset[Sample]):
         try:
             inputs, features = self._look(Look(clip.example.path, clip.content_id, sampling), prompt)
         except ClipError as error:
-            raise TrainingError(f"{clip.example.path} cannot be read any more: {error}") from error
+            raise TrainingError(f"{clip.example.path} cannot be read: {error}") from error
         if (tokens := inputs["input_ids"].shape[1]) > self.limit:
             raise TrainingError(f"{clip.example.path} takes {tokens} tokens, the model {self.limit}: {ADVICE}")
         std = math.nan if clip.example.std is None else clip.example.std

@@ -188,7 +188,7 @@ def test_a_video_that_is_broken_is_named(recipe: Callable[..., Recipe], tmp_path
     write_clip(tmp_path / "whole.mp4", frames=12)
     (tmp_path / "cut.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes()[:-3000])
     (tmp_path / "labels.csv").write_text("clip,mos\nwhole.mp4,3\ncut.mp4,2\n")
-    with pytest.raises(TrainingError, match=r"the first batch cannot be read: .*cut\.mp4"):
+    with pytest.raises(TrainingError, match=r"cut\.mp4 cannot be read: "):
         preview(recipe(data__root=str(tmp_path)))
 
 
