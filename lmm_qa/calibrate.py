@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Sequence
-from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, NamedTuple, Self
@@ -31,6 +29,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from scipy.optimize import isotonic_regression
 
+from lmm_qa.atomic import replacing
 from lmm_qa.config import Settings
 from lmm_qa.errors import ConfigError, ScoresError
 from lmm_qa.metrics import Floats, Logistic4, checked, fit_logistic4
@@ -271,15 +270,11 @@ class Calibration(Settings):
         if not folder.is_dir():
             raise ConfigError(f"{folder} is no directory: give the rater directory whose ratings these are")
         path = folder / CALIBRATION_NAME
-        beside = folder / f".{CALIBRATION_NAME}.{os.getpid()}.tmp"
         try:
-            beside.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            os.replace(beside, path)
+            with replacing(path) as beside:
+                beside.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"cannot write {path}: {error.strerror or error}") from None
-        finally:
-            with suppress(OSError):
-                beside.unlink(missing_ok=True)
         return path
 
 

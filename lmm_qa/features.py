@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from lmm_qa.atomic import replacing
 from lmm_qa.backbone import Backbone, ClipInput, prepare_inputs, vision_features, without_question
 from lmm_qa.config import Sampling
 from lmm_qa.errors import ClipError, TrainingError
@@ -146,12 +146,9 @@ class VisionStore:
         inputs["slots"] = torch.tensor([clip.slots[name] for name in SLOTS], dtype=torch.float64)
         kept = {name: value.cpu().contiguous() for name, value in {**inputs, **seen}.items()}
         path = self.path(look)
-        beside = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(kept, beside)
-            os.replace(beside, path)
+            with replacing(path) as beside:
+                save_file(kept, beside)
         except (OSError, SafetensorError) as error:
             raise TrainingError(f"cannot keep vision features in {self.folder}: {error}") from None
-        finally:
-            beside.unlink(missing_ok=True)

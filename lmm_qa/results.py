@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self, TextIO
 
+from lmm_qa.atomic import replacing
 from lmm_qa.errors import ResultsError, UsageError
 
 if TYPE_CHECKING:
@@ -304,20 +305,16 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """
     write: dict[str, Callable[[BinaryIO, Sequence[Row]], None]]
     write = {".jsonl": _write_jsonl, ".csv": _write_csv, ".parquet": _write_parquet}
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(beside, "wb") as file:
-            write[output_form(path)](file, rows)
-            file.flush()
-            os.fsync(file.fileno())
-        if path.exists():
-            shutil.copymode(path, beside)
-        os.replace(beside, path)
+        with replacing(path) as beside:
+            with open(beside, "wb") as file:
+                write[output_form(path)](file, rows)
+                file.flush()
+                os.fsync(file.fileno())
+            if path.exists():
+                shutil.copymode(path, beside)
     except OSError as error:
         raise _failure("write", path, error) from None
-    finally:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
 
 
 def to_json(row: Row) -> str:

@@ -4,12 +4,11 @@ order of the organisers' list. Every listed clip has its score, or there is no s
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
+from lmm_qa.atomic import replacing
 from lmm_qa.errors import ScoresError, UsageError
 from lmm_qa.scores import Score, match
 
@@ -59,13 +58,8 @@ def write_submission(path: Path, text: str) -> None:
     entry.compress_type = zipfile.ZIP_DEFLATED
     entry.create_system = 3  # Unix, wherever it is made
     entry.external_attr = 0o644 << 16
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with zipfile.ZipFile(beside, "w") as archive:
+        with replacing(path) as beside, zipfile.ZipFile(beside, "w") as archive:
             archive.writestr(entry, text.encode())
-        os.replace(beside, path)
     except OSError as error:
         raise ScoresError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)

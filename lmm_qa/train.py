@@ -42,6 +42,7 @@ from transformers.integrations.integration_utils import get_available_reporting_
 
 from lmm_qa import losses
 from lmm_qa.adapters import tunable
+from lmm_qa.atomic import replacing
 from lmm_qa.backbone import (
     Backbone,
     as_seen,
@@ -593,9 +594,8 @@ def _begin(folder: Path, record: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """A whole file or none."""
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(text.rstrip() + "\n" if text else "", encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as beside:
+        beside.write_text(text.rstrip() + "\n" if text else "", encoding="utf-8")
 
 
 def _differences(before: Any, after: Any, keys: list[str]) -> list[tuple[str, Any, Any]]:

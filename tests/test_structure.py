@@ -13,7 +13,7 @@ import lmm_qa
 PACKAGE = Path(lmm_qa.__file__).parent
 
 ROWS = (
-    {"errors"},
+    {"errors", "atomic"},
     {"levels", "metrics", "config"},
     {"prompting", "face"},
     {"video", "degrade"},
