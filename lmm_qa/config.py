@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self, TypeGuard, get_args
+from typing import Annotated, Literal, Self, TypeGuard, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lmm_qa.errors import ConfigError
 
@@ -73,6 +73,16 @@ def _section(settings: type[BaseModel], place: Sequence[int | str]) -> type[Base
 
 def _is_settings(kind: object) -> TypeGuard[type[BaseModel]]:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _rising(ends: tuple[float, float]) -> tuple[float, float]:
+    if not ends[0] < ends[1]:
+        raise ValueError(f"low must be below high, received {list(ends)}")
+    return ends
+
+
+ScaleEnds = Annotated[tuple[float, float], AfterValidator(_rising)]
+"""MOS of the worst and of the best quality: a scale that is declared, as an option."""
 
 
 class Sampling(Settings):

@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from lmm_qa.config import Sampling, Settings, View
+from lmm_qa.config import Sampling, ScaleEnds, Settings, View
 from lmm_qa.errors import ClipError, LmmQaError, ManifestError, UsageError
 from lmm_qa.manifest import CLIP_COLUMNS, VIDEO_SUFFIXES, content_id
 from lmm_qa.scores import GROUP_COLUMN, LABEL_SUFFIXES, SCORE_COLUMNS, group_folds
@@ -57,7 +57,7 @@ class Table(Settings):
     videos: str = "."
     """Folder of the clips, relative to `Data.root`. A name without the suffix of a video gets that of the one video
     there that is otherwise called so. Default: `Data.root` itself."""
-    scale: tuple[float, float]
+    scale: ScaleEnds
     """MOS of the worst and of the best clip that people could give: declared, never inferred. No default."""
     clip: str | None = None
     """Column that names the clip, or holds it as a video that is a file. Default: the first of
@@ -70,13 +70,6 @@ class Table(Settings):
     """Column of the number of opinions; cells may be empty. Default: there is none."""
     group: str | None = None
     """Column that says which clips must stay together. Default: `group`, where there is one. See `Example.group`."""
-
-    @field_validator("scale")
-    @classmethod
-    def _valid_scale(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not value[0] < value[1]:
-            raise ValueError(f"low must be below high, received {list(value)}")
-        return value
 
 
 class Data(Settings):

@@ -20,12 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lmm_qa.atomic import replacing
-from lmm_qa.backbone import Backbone, ClipInput, prepare_inputs, vision_features, without_question
+from lmm_qa.backbone import Backbone, ClipInput, patch_factor, prepare_inputs, vision_features, without_question
 from lmm_qa.config import Sampling
 from lmm_qa.errors import ClipError, TrainingError
 from lmm_qa.prompting import SLOTS
+from lmm_qa.rater import clip_input
 from lmm_qa.rater_file import RaterFile
-from lmm_qa.video import DecoderPool, Frames
+from lmm_qa.video import DecoderPool
 
 Tensors = dict[str, torch.Tensor]
 
@@ -104,18 +105,14 @@ class VisionStore:
         self,
         looks: Sequence[Look],
         backbone: Backbone,
-        clip_input: Callable[[Frames], ClipInput],
         workers: int,
-        factor: int,
         progress: Callable[[int, int], object],
     ) -> None:
         """Run the vision tower over looks that are missing.
 
         Args:
             backbone: loaded, on its device.
-            clip_input: makes what the model sees of frames.
             workers: decoding processes.
-            factor: patch grid, see `lmm_qa.backbone.patch_factor`.
             progress: called after each look with the number done, and that of all.
 
         Raises:
@@ -124,7 +121,7 @@ class VisionStore:
         by_sampling: dict[Sampling, list[Look]] = {}
         for look in looks:
             by_sampling.setdefault(look.sampling, []).append(look)
-        done = 0
+        factor, done = patch_factor(backbone.processor) or 1, 0
         with DecoderPool(workers) as pool:
             for sampling, group in by_sampling.items():
                 read = pool.imap((look.path for look in group), sampling, self.settings.views, factor)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
 from collections import Counter, defaultdict
@@ -69,8 +68,7 @@ def preview(recipe: Recipe) -> str:
     dtype = recipe.model.dtype or choose_dtype(device.value).value
     model = _empty(backbone, options, recipe)
     lines += _parameter_lines(model)
-    frozen = not (recipe.tuning.vision or recipe.tuning.merger)
-    kept = frozen and factor is not None and training.keep_vision is not False
+    kept = recipe.keeps_vision(factor is not None)
     cost = _cost(model, recipe, int(median(tokens)), dtype, kept)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = estimate_memory(backbone, 1, dtype, recipe.model.quantization, **options).weights
@@ -84,8 +82,7 @@ def preview(recipe: Recipe) -> str:
         f"{_gigabytes(training.batch_size * cost.memory)}"
     )
     processes = PartialState().num_processes
-    batch = training.batch_size * training.accumulation * processes
-    steps = math.ceil(training.passes * len(present) / batch)
+    batch, steps = training.clips_a_step(processes), training.steps(len(present), processes)
     speed = _matrix_speed(device.value, dtype) * UTILISATION
     seconds = cost.operations * training.batch_size * training.accumulation / speed
     lines.append(
@@ -103,7 +100,7 @@ def preview(recipe: Recipe) -> str:
         lines.append(
             f"disk        about {_gigabytes(disk)} of vision features in {cache}, where {_gigabytes(free)} are free"
         )
-    lines.append(_first_batch(recipe, settings, processor, factor or 1, present))
+    lines.append(_first_batch(recipe, settings, processor, present))
     return "\n".join(lines)
 
 
@@ -183,10 +180,10 @@ def _matrix_speed(device: str, dtype: str) -> float:
     return best
 
 
-def _first_batch(recipe: Recipe, settings: RaterFile, processor: Any, factor: int, examples: list[Any]) -> str:
+def _first_batch(recipe: Recipe, settings: RaterFile, processor: Any, examples: list[Any]) -> str:
     """Decode what the first step sees."""
     clips = [Clip(example.on(settings.scale), str(example.path)) for example in examples]
-    samples = Samples(clips, settings, processor, factor, 1 << 31, None, recipe.augmentation, recipe.training.seed)
+    samples = Samples(clips, settings, processor, 1 << 31, None, recipe.augmentation, recipe.training.seed)
     keys = list(Passes(len(clips), min(recipe.training.batch_size, len(clips)), recipe.training.seed))
     batch = Collate(processor)([samples[key] for key in keys])
     shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch["inputs"].items())

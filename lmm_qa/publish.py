@@ -8,18 +8,9 @@ from lmm_qa.backbone import Backbone
 from lmm_qa.card import retitled
 from lmm_qa.errors import ModelError, UsageError
 from lmm_qa.rater import plan_rater
-from lmm_qa.rater_file import CALIBRATION_NAME, EMBEDDED_NAME, FILE_NAME, resolve_model
+from lmm_qa.rater_file import EMBEDDED_NAME, FILE_NAME, resolve_model
 
-FILES = (
-    "README.md",
-    FILE_NAME,
-    CALIBRATION_NAME,
-    "metrics.jsonl",
-    "*.safetensors",
-    "*.json",
-    "*.jinja",
-    "*.txt",
-)
+FILES = ("README.md", "metrics.jsonl", "*.safetensors", "*.json", "*.jinja", "*.txt")
 """What of a run directory is given away: no checkpoints."""
 
 

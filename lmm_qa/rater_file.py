@@ -13,9 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from lmm_qa.config import Sampling, Settings, View
+from lmm_qa.config import Sampling, ScaleEnds, Settings, View
 from lmm_qa.errors import ModelError, UsageError
 from lmm_qa.levels import Scale
 from lmm_qa.prompting import DEFAULT_PROMPT, Prompt, load_prompt
@@ -47,19 +47,12 @@ class RaterFile(Settings):
     backbone_weights: str | None = None
     """Fingerprint of the backbone that the adapter was made for, where that lies in a directory; must still be it."""
     prompt: Prompt = Field(default_factory=lambda: load_prompt(DEFAULT_PROMPT))
-    scale: tuple[float, float] = (1.0, 5.0)
+    scale: ScaleEnds = (1.0, 5.0)
     """MOS of the worst and of the best level: declared, never inferred."""
     sampling: Sampling = Sampling()
     views: tuple[View, ...] = Field((View(),), min_length=1)
     training: dict[str, Any] | None = None
     """For people: data and its fingerprint, figures, versions. Does not change a score."""
-
-    @field_validator("scale")
-    @classmethod
-    def _valid_scale(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not value[0] < value[1]:
-            raise ValueError(f"low must be below high, received {list(value)}")
-        return value
 
     def declared_scale(self) -> Scale:
         """The scale as an object with anchors."""

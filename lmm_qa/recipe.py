@@ -5,6 +5,7 @@ Single values can be changed without editing the file, as `training.learning_rat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, model_validator
 
-from lmm_qa.config import Sampling, Settings, View
+from lmm_qa.config import Sampling, ScaleEnds, Settings, View
 from lmm_qa.dataset import Data
 from lmm_qa.errors import ConfigError
 from lmm_qa.prompting import Prompt, load_prompt
@@ -44,7 +45,7 @@ class Rating(Settings):
 
     prompt: str | Prompt | None = None
     """Name in `prompts/`, a YAML file, or the prompt itself."""
-    scale: tuple[float, float] | None = None
+    scale: ScaleEnds | None = None
     """MOS of the worst and of the best level; by default that of the training tables, which must then agree."""
     sampling: Sampling | None = None
     """Which frames."""
@@ -152,6 +153,14 @@ class Training(Settings):
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Further `transformers.TrainingArguments`, by their own names."""
 
+    def clips_a_step(self, processes: int) -> int:
+        """On all devices."""
+        return self.batch_size * self.accumulation * processes
+
+    def steps(self, clips: int, processes: int) -> int:
+        """Of a run over so many training clips."""
+        return math.ceil(self.passes * clips / self.clips_a_step(processes))
+
 
 class Recipe(Settings):
     """A training run, whole."""
@@ -188,6 +197,20 @@ class Recipe(Settings):
         for change in changes:
             _change(values, change)
         return cls.parse(values, str(path))
+
+    def keeps_vision(self, patch_grid: bool) -> bool:
+        """Whether vision features are kept.
+
+        Args:
+            patch_grid: whether the backbone is of a family with one, see `lmm_qa.backbone.patch_factor`.
+
+        Raises:
+            ConfigError: they are asked for, and the family has none.
+        """
+        if self.training.keep_vision and not patch_grid:
+            raise ConfigError("training.keep_vision: this family of models has no patch grid; leave the key out")
+        frozen = not (self.tuning.vision or self.tuning.merger)
+        return frozen and patch_grid and self.training.keep_vision is not False
 
     @property
     def scale(self) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from lmm_qa.backbone import join_inputs, prepare_inputs, with_question
+from lmm_qa.backbone import join_inputs, patch_factor, prepare_inputs, with_question
 from lmm_qa.config import Sampling
 from lmm_qa.dataset import Example
 from lmm_qa.errors import ClipError, TrainingError
@@ -72,7 +72,6 @@ class Samples(Dataset[Sample]):
         clips: Sequence[Clip],
         settings: RaterFile,
         processor: Any,
-        factor: int,
         limit: int,
         store: VisionStore | None,
         augmentation: Augmentation | None = None,
@@ -82,7 +81,7 @@ class Samples(Dataset[Sample]):
         Args:
             clips: in an order that does not change from run to run.
             settings: how the rater asks, and what it looks at.
-            processor, factor: of the backbone; see `lmm_qa.backbone.patch_factor`.
+            processor: of the backbone.
             limit: tokens that the model can take.
             store: kept vision features; without one, frames are read from the clips.
             augmentation: for training alone.
@@ -91,7 +90,7 @@ class Samples(Dataset[Sample]):
         self.clips = clips
         self.settings = settings
         self.processor = processor
-        self.factor = factor
+        self.factor = patch_factor(processor) or 1
         self.limit = limit
         self.store = store
         self.augmentation = augmentation

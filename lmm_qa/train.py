@@ -59,7 +59,7 @@ from lmm_qa.errors import ConfigError, ScoresError, TrainingError
 from lmm_qa.features import VisionStore
 from lmm_qa.levels import LevelReading, read_levels
 from lmm_qa.metrics import MIN_CLIPS, agreement, bootstrap
-from lmm_qa.rater import clip_input, plan_rater
+from lmm_qa.rater import plan_rater
 from lmm_qa.rater_file import EMBEDDED_NAME, FILE_NAME, RaterFile, weights_fingerprint
 from lmm_qa.recipe import Loss, Recipe
 from lmm_qa.samples import ADVICE, Batch, Clip, Collate, Passes, Samples
@@ -245,7 +245,6 @@ class _Run:
     settings: RaterFile
     """The rater.json to be."""
     processor: Any
-    factor: int
     clips: Mapping[str, tuple[Clip, ...]]
     """train, validation and calibration."""
     record: dict[str, Any]
@@ -279,28 +278,23 @@ class _Run:
         options: dict[str, Any] = {"revision": settings.revision, "trust_remote_code": recipe.model.trust_remote_code}
         processor = load_processor(str(settings.backbone), **options)
         tokens = level_tokens(processor, settings.prompt, len(settings.views))
-        factor = patch_factor(processor)
         splits = load(recipe.data, recipe.training.seed)
         speak(str(splits))
-        surveys = _survey(splits, recipe, settings, factor or 1, speak, state)
-        clips = {name: _readable(survey, recipe, settings.scale) for name, survey in surveys.items()}
+        surveys = _survey(splits, recipe, settings, patch_factor(processor) or 1, speak, state)
+        clips = {name: _readable(survey, settings.scale) for name, survey in surveys.items()}
         longest = _longest(processor, settings, surveys)
         limit = _limit(str(settings.backbone), options)
         if longest > limit:
             raise TrainingError(f"a clip takes {longest} tokens, and the model {limit}: {ADVICE}")
         speak(f"{longest} tokens for the longest clip")
-        training = recipe.training
-        batch = training.batch_size * training.accumulation * state.num_processes
-        steps = math.ceil(training.passes * len(clips["train"]) / batch)
+        batch = recipe.training.clips_a_step(state.num_processes)
+        steps = recipe.training.steps(len(clips["train"]), state.num_processes)
         record = {**_record(recipe, settings, splits, clips), "batch": batch}
         if state.is_main_process:
             _begin(folder, record)
         state.wait_for_everyone()
-        frozen = not (recipe.tuning.vision or recipe.tuning.merger)
-        keeps = (frozen and factor is not None) if training.keep_vision is None else training.keep_vision
-        if keeps and factor is None:
-            raise ConfigError("training.keep_vision: this family of models has no patch grid; leave the key out")
-        return cls(recipe, folder, settings, processor, factor or 1, clips, record, batch, steps, keeps, tokens, limit)
+        keeps = recipe.keeps_vision(patch_factor(processor) is not None)
+        return cls(recipe, folder, settings, processor, clips, record, batch, steps, keeps, tokens, limit)
 
     def finished(self) -> Outcome | None:
         """The outcome of a run that is over."""
@@ -346,7 +340,7 @@ class _Run:
         """The clips of a split, with variations for training alone."""
         augmentation = self.recipe.augmentation if split == "train" else None
         settings, seed = self.settings, self.recipe.training.seed
-        return Samples(self.clips[split], settings, self.processor, self.factor, self.limit, store, augmentation, seed)
+        return Samples(self.clips[split], settings, self.processor, self.limit, store, augmentation, seed)
 
     def keep_vision(self, backbone: Backbone, speak: Say, state: PartialState) -> VisionStore | None:
         """Fill the store, each process its share."""
@@ -360,7 +354,7 @@ class _Run:
         looks = [look for split in self.clips for look in self.samples(split, store).looks()]
         ours = store.missing(looks[state.process_index :: state.num_processes])
         progress = _Progress(f"vision tower, kept in {folder}", len(ours), speak)
-        store.fill(ours, backbone, clip_input, self.recipe.training.workers, self.factor, progress.to)
+        store.fill(ours, backbone, self.recipe.training.workers, progress.to)
         state.wait_for_everyone()
         return store
 
@@ -526,7 +520,7 @@ def _survey(
     return surveys
 
 
-def _readable(survey: Survey, recipe: Recipe, scale: tuple[float, float]) -> tuple[Clip, ...]:
+def _readable(survey: Survey, scale: tuple[float, float]) -> tuple[Clip, ...]:
     both = zip(survey.examples, survey.found, strict=True)
     clips = tuple(Clip(example.on(scale), found.content_id) for example, found in both if isinstance(found, Seen))
     if survey.examples and not clips:

@@ -23,11 +23,10 @@ from bench_rating import now, random_rater
 from damaged_files import SAMPLES
 
 from lmm_qa.adapters import tunable
-from lmm_qa.backbone import Backbone, patch_factor
+from lmm_qa.backbone import Backbone
 from lmm_qa.dataset import Example
 from lmm_qa.features import VisionStore
 from lmm_qa.manifest import content_id
-from lmm_qa.rater import clip_input
 from lmm_qa.recipe import Recipe
 from lmm_qa.samples import Batch, Clip, Collate, Samples
 from lmm_qa.train import read_level_logits, weighted_loss
@@ -36,18 +35,17 @@ from lmm_qa.train import read_level_logits, weighted_loss
 def bench(recipe: Recipe, backbone: Backbone, clips: list[Path], steps: int) -> dict[str, Any]:
     """Seconds a step on both ways, and peak memory on a GPU."""
     settings, processor = recipe.rater(), backbone.processor
-    factor = patch_factor(processor) or 1
     with tempfile.TemporaryDirectory() as folder:
         store = VisionStore(Path(folder), "bench", settings)
         examples = [
             Clip(Example(p.name, p, 1 + n % 5, None, None, p, (1, 5)), content_id(p)) for n, p in enumerate(clips)
         ]
         ways = {
-            "pixels": Samples(examples, settings, processor, factor, 1 << 31, None),
-            "kept": Samples(examples, settings, processor, factor, 1 << 31, store),
+            "pixels": Samples(examples, settings, processor, 1 << 31, None),
+            "kept": Samples(examples, settings, processor, 1 << 31, store),
         }
         began = now()
-        store.fill(ways["kept"].looks(), backbone, clip_input, 2, factor, lambda *_: None)
+        store.fill(ways["kept"].looks(), backbone, 2, lambda *_: None)
         filled = (now() - began) / len(clips)
         model = tunable(backbone.model, recipe)
         step = stepper(model, recipe, backbone)

@@ -112,7 +112,7 @@ def samples(family_dir: Callable[[str], Path], clips_dir: Path) -> Samples:
     settings = RaterFile(prompt=PROMPT, sampling=Sampling(frames=4), views=(View(max_pixels=56 * 56),))
     files = sorted(clips_dir.glob("*.mp4"))[:3]
     clips = [Clip(Example(file.name, file, 3.0, None, None, file, (1, 5)), file.name) for file in files]
-    return Samples(clips, settings, processor, 28, 10_000, None, Augmentation(paraphrases=0.5, offsets=3), seed=4)
+    return Samples(clips, settings, processor, 10_000, None, Augmentation(paraphrases=0.5, offsets=3), seed=4)
 
 
 def test_a_sample_depends_on_seed_pass_and_clip_alone(samples: Samples) -> None:
