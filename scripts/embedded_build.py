@@ -25,6 +25,10 @@ from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGen
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
+from lmm_qa.defects import VISIBLE, questions
+from lmm_qa.explain import Finding, explanation_prompt, facts, opening, sentence
+from lmm_qa.prompting import load_prompt
+
 CONFIGS = Path(__file__).parent.parent / "configs"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
            "<|video_pad|>"]  # fmt: skip
@@ -41,13 +45,13 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(size: int) -> Qwen2Tokenizer:
-    """A byte-level BPE of the Qwen kind, trained on configs/embedded_corpus.txt."""
+    """A byte-level BPE of the Qwen kind, trained on configs/embedded_corpus.txt and all that is asked and answered."""
     plain = Tokenizer(models.BPE())
     plain.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer  # Qwen's own splitting
     trainer = trainers.BpeTrainer(
         vocab_size=size - len(SPECIAL), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    plain.train_from_iterator((CONFIGS / "embedded_corpus.txt").read_text(encoding="utf-8").splitlines(), trainer)
+    plain.train_from_iterator(corpus(), trainer)
     trained = json.loads(plain.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=trained["vocab"],
@@ -59,6 +63,20 @@ def build_tokenizer(size: int) -> Qwen2Tokenizer:
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
+
+
+def corpus() -> list[str]:
+    """The corpus, the prompts (ten times, since each is one line of what is read most) and sentences of the grammar."""
+    lines = (CONFIGS / "embedded_corpus.txt").read_text(encoding="utf-8").splitlines()
+    rating = load_prompt("talking_head")
+    prompts = [rating, *questions().values(), explanation_prompt(rating, ())]
+    lines += 10 * [f"{prompt.question}\n{prompt.stem} {word}" for prompt in prompts for word in prompt.levels]
+    draw = random.Random(0)
+    for _ in range(400):
+        found = [Finding(name, 1.0, ((0.5, 2.0),)) for name in draw.sample(VISIBLE, draw.randint(0, 3))]
+        text = sentence(found, VISIBLE, draw, [draw.random() for _ in found])
+        lines.append(f"{facts(found)}\n{opening(rating, draw.choice(rating.levels))}{text}")
+    return lines
 
 
 def build_processor(tokenizer: Qwen2Tokenizer) -> Qwen2VLProcessor:
@@ -148,20 +166,39 @@ def frequency_basis(patches: np.ndarray, width: int) -> torch.Tensor:
     return torch.from_numpy(weights.astype(np.float32))
 
 
+def carry_over(model: Qwen2VLForConditionalGeneration, tokenizer: Qwen2Tokenizer, start: Path) -> None:
+    """Weights of an earlier model of the same sizes; a token keeps its embedding where both vocabularies have it."""
+    before = Qwen2VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+    known = Qwen2Tokenizer.from_pretrained(start).get_vocab()
+    old, new = before.get_input_embeddings().weight, model.get_input_embeddings().weight
+    state = before.state_dict()
+    with torch.no_grad():
+        new.copy_(old.mean(0) + 0.02 * torch.randn_like(new))
+        for token, number in tokenizer.get_vocab().items():
+            if token in known:
+                new[number] = old[known[token]]
+    state = {name: value for name, value in state.items() if "embed_tokens" not in name and "lm_head" not in name}
+    model.load_state_dict(state, strict=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--config", type=Path, default=CONFIGS / "embedded.yaml")
+    parser.add_argument("--start", type=Path, help="weights of an earlier model to go on from, in place of new ones")
     args = parser.parse_args()
     recipe = yaml.safe_load(args.config.read_text())
     torch.manual_seed(recipe["seed"])
     tokenizer = build_tokenizer(recipe["vocabulary"])
     model = Qwen2VLForConditionalGeneration(build_config(recipe, tokenizer))
-    with torch.no_grad():
-        model.model.visual.patch_embed.proj.weight.copy_(
-            frequency_basis(training_patches(args.data), recipe["vision"]["embed_dim"])
-        )
+    if args.start:
+        carry_over(model, tokenizer, args.start)
+    else:
+        with torch.no_grad():
+            model.model.visual.patch_embed.proj.weight.copy_(
+                frequency_basis(training_patches(args.data), recipe["vision"]["embed_dim"])
+            )
     model.save_pretrained(args.out)
     build_processor(tokenizer).save_pretrained(args.out)
     count = sum(parameter.numel() for parameter in model.parameters())

@@ -1,10 +1,12 @@
 """Prepare the training data of the embedded model: clean clips in, damaged copies with labels out.
 
-    python scripts/embedded_data.py --clips CLIPS --out data/embedded
+    python scripts/embedded_data.py --clips CLIPS --portraits PORTRAITS --out data/embedded
 
-CLIPS holds video files and an `index.csv` with columns `clip` and `split` (train / val / test). From each clip a few
-segments are cut (random window, random size). Each segment is damaged in known ways; what is stored of a damaged copy
-is what the rater will look at, its views, so that training reads pixels and decodes nothing.
+CLIPS holds video files and an `index.csv` with columns `clip` and `split` (train / val / test). From each clip of train
+and val a few segments are cut (random window in time, space and size). PORTRAITS (may be left out) holds pictures and
+an `index.csv` with columns `image` and `repository`; each becomes a train segment under a slow camera, with a face that
+does not move, unless its repository gave clips to val or test. Each segment is damaged in known ways; what is stored of
+a damaged copy is what the rater will look at, its views, so that training reads pixels and decodes nothing.
 
 Labels run from 0 to 1 (mapped to the declared scale in training) and come from `lmm_qa.reference`: VMAF on the frames
 that are looked at, stated curves where VMAF cannot judge, times the ceiling of the source itself.
@@ -26,66 +28,75 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lmm_qa.degrade import TEMPORAL, Pixels
+from lmm_qa.degrade import COMPRESSION, DAMAGES, Pixels
 from lmm_qa.face import find_face
 from lmm_qa.reference import ceiling, make_copy
 
-FRAMES = 48  # frames of a segment
+SHORT, LONG = 48, 250  # frames of a segment: about two seconds, up to ten
 FPS = 25.0
 PAIRS = 6  # moments looked at, two frames each
 CROP, WHOLE_PIXELS, FACTOR = 224, 168 * 168, 28
 
-RECIPE: tuple[tuple[str, ...], ...] = (
-    (),
-    ("blur",), ("blur",), ("blur",),
-    ("rescale",), ("rescale",),
-    ("noise",), ("noise",), ("noise",),
-    ("h264",), ("h264",), ("h264",),
-    ("h265",), ("vp9",),
-    ("jpeg",), ("jpeg",),
-    ("stall",), ("stall",), ("stall",),
-    ("drop",),
-    ("blur", "noise"),
-    ("rescale", "h264"),
-    ("h264", "stall"),
-)  # fmt: skip
+MAIN = ("blur", "rescale", "noise", "jpeg", "h264", "stall")
+"""Causes that get two copies of a segment."""
 
-EACH_FRAME = {"blur", "rescale", "noise", "jpeg"}
+SLOW = ("h265", "vp9", "av1", "motion_blur")
+"""Causes that long segments go without, as they take a second for each of theirs."""
+
+EACH_FRAME = {"blur", "rescale", "noise", "jpeg", "banding", "overexposure", "underexposure", "colour_cast"}
 """Causes for which the frames that are not looked at need not be made."""
 
 
 @dataclass(frozen=True)
 class Job:
-    clip: Path
+    source: Path
     split: str
     segment: int
     out: Path
+    still: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.clip.stem}--{self.segment}"
+        return f"{self.source.stem}--{self.segment}"
+
+
+def recipe(rng: np.random.Generator, long: bool) -> list[list[tuple[str, float]]]:
+    """The damages of each copy: none, every cause (the main ones twice, mild and strong), and six random pairs."""
+    causes = [cause for cause in DAMAGES if not (long and cause in SLOW)]
+    copies: list[list[tuple[str, float]]] = [[]]
+    for cause in causes:
+        shares = 2 if cause in MAIN else 1
+        copies += [[(cause, (share + float(rng.uniform())) / shares)] for share in range(shares)]
+    while len(copies) % 40 and len(copies) < 40:
+        one, other = (str(cause) for cause in rng.choice(causes, 2, replace=False))
+        if not {one, other} <= set(COMPRESSION):
+            copies.append([(one, float(rng.uniform(0.2, 0.9))), (other, float(rng.uniform(0.2, 0.9)))])
+    return copies
 
 
 def read_segment(job: Job, rng: np.random.Generator) -> tuple[Pixels, float]:
-    """A random window of the clip in time, space and size: (48, H, W, 3) frames and the source's ceiling."""
+    """A random window of the clip in time, space and size: (frames, H, W, 3) and the source's ceiling."""
     import av
 
-    with av.open(str(job.clip)) as container:
+    with av.open(str(job.source)) as container:
         total = sum(1 for _ in container.decode(video=0))
         stream = container.streams.video[0]
-        bits = 8 * job.clip.stat().st_size / max(total * stream.width * stream.height, 1)
+        bits = 8 * job.source.stat().st_size / max(total * stream.width * stream.height, 1)
         limit = ceiling(stream.height, stream.width, bits)
-        start = int(rng.integers(0, max(total - FRAMES, 0) + 1))
+        wanted = int(rng.integers(SHORT, min(total, LONG) + 1)) if job.segment % 2 and total > SHORT else SHORT
+        start = int(rng.integers(0, max(total - wanted, 0) + 1))
         container.seek(0)
         frames: list[Pixels] = []
         for number, frame in enumerate(container.decode(video=0)):
-            if start <= number < start + FRAMES:
+            if start <= number < start + wanted:
                 frames.append(frame.to_ndarray(format="rgb24"))
-    while len(frames) < FRAMES:  # shorter clips swing back and forth: time goes on without a cut
+    while len(frames) < wanted:  # shorter clips swing back and forth: time goes on without a cut
         frames += frames[-2:0:-1] or frames
-    frames = frames[:FRAMES]
+    frames = frames[:wanted]
     height, width = frames[0].shape[:2]
     shrink = min(1.0, float(rng.uniform(256, 800)) / min(height, width)) if job.segment else 1.0
+    if len(frames) > SHORT:
+        shrink = min(shrink, 400 / min(height, width))  # long segments are small, so that they are done in time
     size = (round(width * shrink), round(height * shrink))
     if shrink < 1:
         bicubic = Image.Resampling.BICUBIC
@@ -98,10 +109,31 @@ def read_segment(job: Job, rng: np.random.Generator) -> tuple[Pixels, float]:
     return np.stack(frames)[:, top : top + window, left : left + window].copy(), limit
 
 
-def sampled() -> list[int]:
+def pan_portrait(job: Job, rng: np.random.Generator) -> tuple[Pixels, float]:
+    """A picture under a camera that drifts and zooms slowly: (48, H, W, 3) frames and the ceiling of the picture."""
+    picture = Image.open(job.source).convert("RGB")
+    side = min(picture.size)
+    out = int(rng.integers(320, 600))
+    place, speed = rng.uniform(0.3, 0.7, 2), rng.normal(0, 0.03, 2)
+    zoom, growth = float(rng.uniform(0.75, 0.92)), float(rng.normal(0, 0.03))
+    frames = []
+    for number in range(SHORT):
+        now = number / SHORT
+        half = side * min(zoom + growth * now, 1.0) / 2
+        x, y = (
+            float(np.clip((spot + pace * now) * length, half, length - half))
+            for spot, pace, length in zip(place, speed, picture.size, strict=True)
+        )
+        frames.append(
+            np.asarray(picture.resize((out, out), Image.Resampling.BICUBIC, (x - half, y - half, x + half, y + half)))
+        )
+    return np.stack(frames), ceiling(side, side, 1.0)
+
+
+def sampled(frames: int) -> list[int]:
     """Frame numbers of the pairs: middles of equal shares, two frames apart (0.08 s at 25 frames a second)."""
-    middles = [int((moment + 0.5) * FRAMES / PAIRS) for moment in range(PAIRS)]
-    return [number for middle in middles for number in (middle, min(middle + 2, FRAMES - 1))]
+    middles = [int((moment + 0.5) * frames / PAIRS) for moment in range(PAIRS)]
+    return [number for middle in middles for number in (middle, min(middle + 2, frames - 1))]
 
 
 def views(frames: Pixels) -> tuple[Pixels, Pixels]:
@@ -122,16 +154,12 @@ def prepare(job: Job) -> list[dict[str, object]]:
     if rows_file.exists():
         return list(json.loads(rows_file.read_text()))
     rng = np.random.default_rng(zlib.crc32(job.name.encode()))
-    source, limit = read_segment(job, rng)
-    looked_at, face = sampled(), find_face(source)
+    source, limit = pan_portrait(job, rng) if job.still else read_segment(job, rng)
+    looked_at, face = sampled(len(source)), find_face(source)
     rows: list[dict[str, object]] = []
-    for number, causes in enumerate(RECIPE):
-        strengths = [float(rng.uniform(0, 1)) for _ in causes]
-        if len(causes) == 1:  # spread the strengths of one cause over the range
-            same = [index for index, other in enumerate(RECIPE) if other == causes]
-            strengths = [(same.index(number) + float(rng.uniform(0, 1))) / len(same)]
+    for number, damages in enumerate(recipe(rng, len(source) > SHORT)):
         seed = int(rng.integers(2**31))
-        damages = list(zip(causes, strengths, strict=True))
+        causes = [cause for cause, _ in damages]
         if set(causes) <= EACH_FRAME:
             copy = make_copy(source[looked_at], damages, seed, fps=FPS)
             pictures = copy.frames
@@ -144,9 +172,9 @@ def prepare(job: Job) -> list[dict[str, object]]:
         np.save(job.out / f"{name}.crop.npy", crop)
         rows.append(
             {
-                "name": name, "source": job.clip.name, "split": job.split, "segment": job.name, "causes": causes,
-                "strengths": strengths, "vmaf": copy.vmaf, "ceiling": limit, "quality": copy.quality * limit,
-                "timed": bool(set(causes) & set(TEMPORAL)),
+                "name": name, "source": job.source.name, "split": job.split, "segment": job.name, "still": job.still,
+                "duration": len(source) / FPS, "causes": causes, "strengths": [strength for _, strength in damages],
+                "vmaf": copy.vmaf, "ceiling": limit, "quality": copy.quality * limit,
             }
         )  # fmt: skip
     partial = rows_file.with_suffix(".tmp")
@@ -158,19 +186,28 @@ def prepare(job: Job) -> list[dict[str, object]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, required=True)
+    parser.add_argument("--portraits", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--segments", type=int, default=3, help="segments of each training clip (2 of the others)")
+    parser.add_argument("--segments", type=int, default=2, help="segments of each clip; every second one is longer")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     with (args.clips / "index.csv").open(newline="") as file:
-        index = [(args.clips / row["clip"], row["split"]) for row in csv.DictReader(file)]
+        index = list(csv.DictReader(file))
     args.out.mkdir(parents=True, exist_ok=True)
     jobs = [
-        Job(clip, split, segment, args.out)
+        Job(args.clips / row["clip"], row["split"], segment, args.out)
         for segment in range(args.segments)
-        for clip, split in index
-        if split == "train" or segment < 2
+        for row in index
+        if row["split"] != "test"
     ]
+    if args.portraits:
+        held_out = {row["repository"].partition("/")[2].partition("_")[0] for row in index if row["split"] != "train"}
+        with (args.portraits / "index.csv").open(newline="") as file:
+            jobs += [
+                Job(args.portraits / row["image"], "train", 0, args.out, still=True)
+                for row in csv.DictReader(file)
+                if row["repository"].partition("/")[2].partition("_")[0] not in held_out
+            ]
     # A fixed shuffle inside each round: a training that starts early sees all splits and sources.
     jobs.sort(key=lambda job: (job.segment, zlib.crc32(job.name.encode())))
     with ProcessPoolExecutor(args.workers) as pool:

@@ -4,10 +4,14 @@
 
 Phases (configs/embedded.yaml): `vision` teaches the vision tower alone, with heads that are thrown away, to read from
 each 28 x 28 region its frequency energies, its motion and what the damage did to it, and from all regions together the
-score, the causes and their strengths; `joint` trains the whole model through the prompt, the level words as targets;
-`full` goes on with the geometry used for rating; `adapter` keeps the vision features and trains a LoRA on the language
-model. Each phase is saved to OUT/<phase> and skipped when that is there; inside a phase a checkpoint is
-written every few minutes and a killed run goes on from it. Every 300 steps a line goes to OUT/log.jsonl.
+score, the causes and their strengths; `joint` trains the whole model through the prompt: the level words, closed
+questions on the defects, and sentences that explain; `full` goes on with the geometry used for rating; `adapter` keeps
+the vision features and trains a LoRA on the language model. Each phase is saved to OUT/<phase> and skipped when that
+is there; inside a phase a checkpoint is written every few minutes and a killed run goes on from it. Every 150 steps a
+line goes to OUT/log.jsonl.
+
+A sample's questions share its prefix, as in rating: [videos] [score] [question] ... [explanation], each part seeing the
+videos and itself alone, all at the same positions.
 """
 
 from __future__ import annotations
@@ -33,16 +37,30 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention, apply_rotary_pos_emb_vision
 
+from lmm_qa.defects import BY_NAME, questions, truth
 from lmm_qa.degrade import DAMAGES, TEMPORAL
+from lmm_qa.explain import Finding, explanation_prompt, sentence
 from lmm_qa.levels import LEVELS
-from lmm_qa.prompting import load_prompt
+from lmm_qa.prompting import Prompt, load_prompt
 
 CAUSES = tuple(DAMAGES)
+KINDS = ("whole", "crop")
 PATCH, MERGED = 14, 28
 CHECKPOINT_SECONDS = 240
 DENSE = 11  # targets a merged token: 6 bands, motion in 2 bands, brightness, and loss and structure against the source
+ASKED = 5  # closed questions a sample
+VISIBLE_LOSS = 0.05  # a damage that costs less of the quality is neither asserted nor denied
+TIMED = ("stall", "buffering", "bitrate_switch", "lips")  # defects of which the words say when
 AUTOCAST = torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def known_defects(row: dict[str, Any]) -> dict[str, bool | None]:
+    """What is known of a copy; a damage that nobody sees is not asked for, nor the lips of a photograph."""
+    known = truth(zip(row["causes"], row["strengths"], strict=True))
+    if len(row["causes"]) == 1 and row["quality"] > (1 - VISIBLE_LOSS) * row["ceiling"]:
+        known = {name: None if there else there for name, there in known.items()}
+    return known | ({"lips": None} if row["still"] else {})
 
 
 @dataclass(frozen=True)
@@ -52,6 +70,7 @@ class Batch:
     quality: Tensor  # (B,) in [0, 1]
     causes: Tensor  # (B, len(CAUSES)) strength, 0 where absent (an absent cause and strength 0 look alike)
     spatial: Tensor  # (B,) 1 where every frame shows the moment of the source's frame
+    rows: list[dict[str, Any]]
 
 
 class Copies:
@@ -60,6 +79,7 @@ class Copies:
     def __init__(self, folder: Path, split: str) -> None:
         self.folder, self.split = folder, split
         self.rows: list[dict[str, Any]] = []
+        self.sizes: dict[str, tuple[tuple[int, ...], ...]] = {}
         self.refresh()
 
     def refresh(self) -> None:
@@ -69,8 +89,18 @@ class Copies:
         self.rows = [row for row in self.rows if row["segment"] in self.clean]
         by_source: dict[str, list[dict[str, Any]]] = {}
         for row in self.rows:
+            row["known"] = known_defects(row)
             by_source.setdefault(row["source"], []).append(row)
         self.by_source = list(by_source.values())
+
+    def shapes(self, row: dict[str, Any]) -> tuple[tuple[int, ...], ...]:
+        """(frames, height, width, 3) of each view."""
+        if row["segment"] not in self.sizes:
+            clean = self.clean[row["segment"]]
+            self.sizes[row["segment"]] = tuple(
+                np.load(self.folder / f"{clean}.{kind}.npy", mmap_mode="r").shape for kind in KINDS
+            )
+        return self.sizes[row["segment"]]
 
     def window(self, row: dict[str, Any], kind: str, side: int, pairs: list[int], draw: random.Random) -> list[Any]:
         damaged = np.load(self.folder / f"{row['name']}.{kind}.npy", mmap_mode="r")
@@ -83,21 +113,25 @@ class Copies:
         cut = [clip[frames, top : top + tall, left : left + wide][:, :, ::flip] for clip in (damaged, clean)]
         return [torch.from_numpy(np.ascontiguousarray(part)) for part in cut]
 
-    def batch(self, size: int, side: int, pairs: int, kinds: tuple[str, ...], draw: random.Random) -> Batch:
-        """Samples drawn evenly over the sources; all windows of a view have one shape (odd ones are drawn again)."""
-        views: list[list[Tensor]] = [[] for _ in kinds]
-        clean: list[list[Tensor]] = [[] for _ in kinds]
-        rows: list[dict[str, Any]] = []
-        while len(rows) < size:
-            row = draw.choice(draw.choice(self.by_source))
+    def batch(self, size: int, sides: dict[str, int], pairs: int, draw: random.Random) -> Batch:
+        """Samples drawn evenly over the sources; all windows of a view have one shape, that of the first drawn."""
+
+        def cut(row: dict[str, Any]) -> list[tuple[int, ...]]:
+            shapes = dict(zip(KINDS, self.shapes(row), strict=True))
+            return [tuple(min(side, edge) // MERGED for edge in shapes[kind][1:3]) for kind, side in sides.items()]
+
+        rows = [draw.choice(draw.choice(self.by_source))]
+        alike = [[row for row in copies if cut(row) == cut(rows[0])] for copies in self.by_source]
+        alike = [copies for copies in alike if copies]
+        rows += [draw.choice(draw.choice(alike)) for _ in range(size - 1)]
+        views: list[list[Tensor]] = [[] for _ in sides]
+        clean: list[list[Tensor]] = [[] for _ in sides]
+        for row in rows:
             chosen = sorted(draw.sample(range(6), pairs))
-            windows = [self.window(row, kind, side, chosen, draw) for kind in kinds]
-            if rows and any(window[0].shape != view[0].shape for window, view in zip(windows, views, strict=True)):
-                continue
-            rows.append(row)
-            for view, source, window in zip(views, clean, windows, strict=True):
-                view.append(window[0])
-                source.append(window[1])
+            for number, (kind, side) in enumerate(sides.items()):
+                window = self.window(row, kind, side, chosen, draw)
+                views[number].append(window[0])
+                clean[number].append(window[1])
         strengths = torch.zeros(size, len(CAUSES))
         for number, row in enumerate(rows):
             for cause, strength in zip(row["causes"], row["strengths"], strict=True):
@@ -108,6 +142,7 @@ class Copies:
             quality=torch.tensor([row["quality"] for row in rows]).to(DEVICE),
             causes=strengths.to(DEVICE),
             spatial=torch.tensor([float(not set(row["causes"]) & set(TEMPORAL)) for row in rows]).to(DEVICE),
+            rows=rows,
         )
 
 
@@ -191,42 +226,127 @@ def attend_in_one_call(self: VisionAttention, hidden_states: Tensor, cu_seqlens:
     pictures = len(cu_seqlens) - 1
     q, k, v = self.qkv(hidden_states).reshape(len(hidden_states), 3, self.num_heads, -1).unbind(1)
     q, k = apply_rotary_pos_emb_vision(q, k, *position_embeddings)
-    q, k, v = (each.unflatten(0, (pictures, -1)).transpose(1, 2) for each in (q, k, v))
-    mixed = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+    q, k, v = (each.unflatten(0, (pictures, -1)).transpose(1, 2).to(v.dtype) for each in (q, k, v))
+    # On a CPU in bfloat16, at a hundred patches, the backward pass of the fused kernel takes three times as long.
+    mixed = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1).to(v.dtype) @ v
     return self.proj(mixed.transpose(1, 2).flatten(0, 1).flatten(1))
 
 
 VisionAttention.forward = attend_in_one_call
 
 
+@dataclass(frozen=True)
+class Part:
+    """What comes after the videos: a question, the begin of its answer, and what should follow."""
+
+    ids: list[int]
+    wanted: list[int]  # the answer's tokens, of which the last `len(wanted)` ids but one are the context; score: none
+
+
 class Prefill:
-    """The rating prompt as token ids for a given geometry, and where the level words stand in the vocabulary."""
+    """The prompts as token ids, and where the level words stand in the vocabulary."""
 
     def __init__(self, base: Path) -> None:
-        prompt = load_prompt("talking_head")
+        self.prompt = load_prompt("talking_head")
         self.processor = AutoProcessor.from_pretrained(base)
         tokenizer = self.processor.tokenizer
         self.video = tokenizer.convert_tokens_to_ids("<|video_pad|>")
-        chat = self.processor.apply_chat_template(prompt.messages(2), tokenize=False, add_generation_prompt=True)
-        self.ids = tokenizer(chat + prompt.stem)["input_ids"]
-        self.levels = [tokenizer(" " + word)["input_ids"][0] for word in prompt.levels]
+        self.end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+        self.levels = [self.word(" " + level) for level in self.prompt.levels]
+        self.prefix = self.split(self.prompt)[0]
+        self.score = Part(self.split(self.prompt)[1], [])
+        self.asked = {
+            name: [Part(self.split(prompt)[1], [self.word(" " + answer)]) for answer in prompt.levels]
+            for name, prompt in questions().items()
+        }
         self.positions: dict[tuple[Any, ...], Tensor] = {}
 
-    def inputs(self, model: Any, grids: list[Tensor]) -> dict[str, Tensor]:
-        """Input ids and three-dimensional positions for a batch in which each view has one grid."""
-        sizes = [tuple(grid[0].tolist()) for grid in grids]
+    def word(self, text: str) -> int:
+        (token,) = self.processor.tokenizer(text)["input_ids"]
+        return int(token)
+
+    def split(self, prompt: Prompt, more: str = "") -> tuple[list[int], list[int]]:
+        """Ids up to the last video, and after it."""
+        chat = self.processor.apply_chat_template(prompt.messages(2), tokenize=False, add_generation_prompt=True)
+        before, mark, after = (chat + prompt.stem + more).rpartition("<|video_pad|>")
+        tokenizer = self.processor.tokenizer
+        return tokenizer(before + mark)["input_ids"], tokenizer(after)["input_ids"]
+
+    def explanation(self, row: dict[str, Any], draw: random.Random) -> Part:
+        """A sentence of the grammar on one copy, after its level."""
+        there = [name for name, known in row["known"].items() if known]
+        strength = {
+            name: max(
+                s for cause, s in zip(row["causes"], row["strengths"], strict=True) if cause in BY_NAME[name].causes
+            )
+            for name in there
+        }
+        there.sort(key=lambda name: -strength[name])
+        found = []
+        for name in there:
+            first = 0.0 if name == "buffering" else draw.uniform(0, 8)
+            when = ((first, first + draw.uniform(0.3, 5)),) if name in TIMED and draw.random() < 0.85 else ()
+            found.append(Finding(name, 1.0, when))
+        denied = [name for name, known in row["known"].items() if known is False]
+        text = sentence(found, denied, draw, [strength[name] for name in there])
+        level = self.prompt.levels[round(row["quality"] * (len(LEVELS) - 1))]
+        _, context = self.split(explanation_prompt(self.prompt, found), f" {level}")
+        said = [*self.processor.tokenizer(text)["input_ids"], self.end]
+        return Part(context + said[:-1], said)
+
+    def parts(self, row: dict[str, Any], draw: random.Random, explained: bool) -> list[Part]:
+        """The score, and some closed questions (what is there first) or the words, which are as long."""
+        there = [name for name, known in row["known"].items() if known]
+        absent = [name for name, known in row["known"].items() if known is False]
+        asked = draw.sample(there, min(len(there), 3))
+        asked += draw.sample(absent, min(len(absent), ASKED - len(asked)))
+        if explained:
+            return [self.score, self.explanation(row, draw)]
+        return [self.score, *(self.asked[name][bool(row["known"][name])] for name in asked)]
+
+    def inputs(self, model: Any, shapes: list[tuple[int, ...]], parts: list[list[Part]]) -> dict[str, Tensor]:
+        """Ids, positions and mask of a batch in which each view has one shape, (T, H, W, 3).
+
+        `at`: (n, 2) places (sample, position) whose next token is to be `wanted`; `scores`: (B,) positions.
+        """
+        sizes = [(shape[0] // 2, shape[1] // PATCH, shape[2] // PATCH) for shape in shapes]
         counts = iter([math.prod(size) // 4 for size in sizes])
-        ids = [copy for token in self.ids for copy in [token] * (next(counts) if token == self.video else 1)]
-        row = torch.tensor([ids])
+        ids = [copy for token in self.prefix for copy in [token] * (next(counts) if token == self.video else 1)]
         key = tuple(sizes)
         if key not in self.positions:
+            row = torch.tensor([ids])
             kinds = (row == self.video).int() * 2
             self.positions[key], _ = model.get_rope_index(row, kinds, video_grid_thw=torch.tensor(sizes))
-        batch = len(grids[0])
-        return {
-            "input_ids": row.expand(batch, -1).to(DEVICE),
-            "position_ids": self.positions[key].expand(3, batch, -1).to(DEVICE),
-        }
+        prefix = self.positions[key]  # (3, 1, P)
+        after, length = int(prefix.max()) + 1, len(ids)
+        longest = max(sum(len(part.ids) for part in each) for each in parts)
+        batch, total = len(parts), length + longest
+        tokens = torch.full((batch, total), self.end)
+        tokens[:, :length] = torch.tensor(ids)
+        positions = torch.full((3, batch, total), after)
+        positions[:, :, :length] = prefix
+        segment = torch.full((batch, total), -1)
+        segment[:, :length] = 0
+        at, wanted = [], []
+        for number, each in enumerate(parts):
+            start = length
+            for index, part in enumerate(each):
+                stop = start + len(part.ids)
+                tokens[number, start:stop] = torch.tensor(part.ids)
+                positions[:, number, start:stop] = after + torch.arange(len(part.ids))
+                segment[number, start:stop] = index + 1
+                at += [(number, stop - len(part.wanted) + offset) for offset in range(len(part.wanted))]
+                wanted += part.wanted
+                start = stop
+        seen = (segment[:, None] == 0) | (segment[:, None] == segment[:, :, None])
+        mask = seen & torch.ones(total, total, dtype=torch.bool).tril()
+        found = {
+            "input_ids": tokens, "position_ids": positions, "mask": mask[:, None],
+            "at": torch.tensor(at), "wanted": torch.tensor(wanted),
+            "scores": torch.tensor([length + len(self.score.ids) - 1] * batch),
+            "answers": torch.tensor([len(part.wanted) == 1 for each in parts for part in each for _ in part.wanted]),
+        }  # fmt: skip
+        return {name: value.to(DEVICE) for name, value in found.items()}
 
 
 def vision_tokens(model: Any, views: list[Tensor]) -> list[Tensor]:
@@ -239,21 +359,32 @@ def vision_tokens(model: Any, views: list[Tensor]) -> list[Tensor]:
     return tokens
 
 
-def next_word(core: Any, prefill: Prefill, views: list[Tensor], tokens: list[Tensor]) -> Tensor:
-    """(B, vocabulary) float32 logits at the stem's end, the level words first, worst level first.
+def next_words(core: Any, prefill: Prefill, inputs: dict[str, Tensor], tokens: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """float32 logits: (B, vocabulary) at the end of the rating prompt, the level words first, worst level first; and
+    (n, vocabulary) at the places of the other answers.
 
     `core` is the Qwen2VLModel (which PEFT changes in place): its language model is called with the vision tokens put in
     place, as its own forward does.
     """
-    grids = [torch.tensor([[v.shape[1] // 2, v.shape[2] // PATCH, v.shape[3] // PATCH]] * len(v)) for v in views]
-    inputs = prefill.inputs(core, grids)
     embeds = core.get_input_embeddings()(inputs["input_ids"])
     place = (inputs["input_ids"] == prefill.video)[..., None]
     embeds = embeds.masked_scatter(place, torch.cat(tokens, 1).to(embeds.dtype))
-    hidden = core.language_model(inputs_embeds=embeds, position_ids=inputs["position_ids"], use_cache=False)
-    logits = (hidden.last_hidden_state[:, -1] @ core.get_input_embeddings().weight.T).float()
-    others = [word for word in range(logits.shape[1]) if word not in prefill.levels]
-    return logits[:, prefill.levels + others]
+    hidden = core.language_model(
+        inputs_embeds=embeds, position_ids=inputs["position_ids"], attention_mask={"full_attention": inputs["mask"]},
+        use_cache=False,
+    ).last_hidden_state  # fmt: skip
+    words = core.get_input_embeddings().weight.T
+    scores = (hidden[torch.arange(len(hidden)), inputs["scores"]] @ words).float()
+    others = [word for word in range(scores.shape[1]) if word not in prefill.levels]
+    answers = (hidden[inputs["at"][:, 0], inputs["at"][:, 1]] @ words).float()
+    return scores[:, prefill.levels + others], answers
+
+
+def answer_loss(logits: Tensor, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropies of the closed questions, and of the words of explanations (0 where there are none)."""
+    each = F.cross_entropy(logits, inputs["wanted"], reduction="none")
+    closed = inputs["answers"]
+    return each[closed].mean(), each[~closed].mean() if (~closed).any() else torch.zeros((), device=DEVICE)
 
 
 def level_loss(vocabulary: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
@@ -344,39 +475,49 @@ def train_heads_and_model(name: str, phase: dict[str, Any], out: Path, data: Pat
     train, val, targets = Copies(data, "train"), Copies(data, "val"), DenseTargets()
     clock = Clock(name, phase, out, {"model": model if spoken else model.model.visual, "heads": heads})
     began, first = time.monotonic(), clock.step
+
+    def run(batch: Batch, draw: random.Random) -> tuple[Tensor, dict[str, float], Tensor, Tensor, dict[str, Tensor]]:
+        tokens = vision_tokens(model, batch.views)
+        loss, guess = head_loss(heads, tokens, batch, targets)
+        losses = {"heads": loss}
+        answers, inputs = torch.empty(0), {}
+        if spoken:
+            parts = [prefill.parts(row, draw, explained=number % 4 == 0) for number, row in enumerate(batch.rows)]
+            inputs = prefill.inputs(model.model, [tuple(view.shape[1:]) for view in batch.views], parts)
+            scores, answers = next_words(model.model, prefill, inputs, tokens)
+            losses["levels"], guess = level_loss(scores, batch.quality)
+            losses["closed"], losses["words"] = answer_loss(answers, inputs)
+            loss = 0.5 * loss + losses["levels"] + 3 * losses["closed"] + 0.3 * losses["words"]
+        return loss, {key: round(value.item(), 4) for key, value in losses.items()}, guess, answers, inputs
+
     for step in clock:
         model.train()
         draw = seed_of(name, step)
-        kinds = ("whole", "crop") if spoken else (draw.choice(("whole", "crop", "crop")),)
-        batch = train.batch(phase["batch"], phase["crop"], phase["pairs"], kinds, draw)
+        sides = phase["sides"] if spoken else {kind: 112 for kind in [draw.choice(("whole", "crop", "crop"))]}
+        batch = train.batch(phase["batch"], sides, phase["pairs"], draw)
         with AUTOCAST:
-            tokens = vision_tokens(model, batch.views)
-            loss, _ = head_loss(heads, tokens, batch, targets)
-            parts = {"heads": loss.item()}
-            if spoken:
-                words, _ = level_loss(next_word(model.model, prefill, batch.views, tokens), batch.quality)
-                parts["levels"] = words.item()
-                loss = 0.5 * loss + words
+            loss, parts, _, _, _ = run(batch, draw)
         clock.update(loss)
         if step % 50 == 0:
             train.refresh()
         if step % 150 == 0 or step == clock.steps - 1:
             model.eval()
             guesses: list[float] = []
-            truth: list[float] = []
+            truths: list[float] = []
+            right: list[bool] = []
             with torch.no_grad(), AUTOCAST:
-                for number in range(4 if spoken else 8):
+                for number in range(256 // phase["batch"]):
                     check = seed_of("val", number)
-                    kinds = ("whole", "crop") if spoken else ("crop",)
-                    held = val.batch(min(phase["batch"], 32), phase["crop"], phase["pairs"], kinds, check)
-                    tokens = vision_tokens(model, held.views)
-                    guess = head_loss(heads, tokens, held, targets)[1]
-                    if spoken:
-                        guess = level_loss(next_word(model.model, prefill, held.views, tokens), held.quality)[1]
+                    held = val.batch(phase["batch"], phase.get("sides", {"crop": 112}), phase["pairs"], check)
+                    _, _, guess, answers, inputs = run(held, check)
                     guesses += guess.tolist()
-                    truth += held.quality.tolist()
+                    truths += held.quality.tolist()
+                    if spoken:
+                        closed = inputs["answers"]
+                        right += (answers.argmax(-1) == inputs["wanted"])[closed].tolist()
             rate = (step + 1 - first) * phase["batch"] / (time.monotonic() - began)
-            clock.log(**parts, val_srcc=round(float(spearmanr(guesses, truth)[0]), 4), samples_per_s=round(rate, 1),
+            clock.log(**parts, val_srcc=round(float(spearmanr(guesses, truths)[0]), 4),
+                      val_answers=round(sum(right) / max(len(right), 1), 4), samples_per_s=round(rate, 1),
                       copies=len(train.rows))  # fmt: skip
 
 
@@ -418,13 +559,18 @@ def train_adapter(phase: dict[str, Any], lora: dict[str, Any], out: Path, data: 
     tuned = get_peft_model(model, config)
     clock = Clock("adapter", phase, out, {"model": tuned})
 
-    def run(shapes: str, chosen: list[tuple[dict[str, Any], list[Tensor]]]) -> tuple[Tensor, Tensor, Tensor]:
-        views = [torch.empty(len(chosen), *shape, device="meta") for shape in json.loads(shapes)]
+    def run(
+        shapes: str, chosen: list[tuple[dict[str, Any], list[Tensor]]], draw: random.Random, words: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor]:
         tokens = [torch.stack([sample[1][view] for sample in chosen]).float().to(DEVICE) for view in range(2)]
         quality = torch.tensor([sample[0]["quality"] for sample in chosen]).to(DEVICE)
+        parts = [prefill.parts(row, draw, words and number % 4 == 0) for number, (row, _) in enumerate(chosen)]
+        inputs = prefill.inputs(model.model, json.loads(shapes), parts)
         with AUTOCAST:
-            logits = next_word(model.model, prefill, views, tokens)
-        return *level_loss(logits, quality), quality
+            scores, answers = next_words(model.model, prefill, inputs, tokens)
+        loss, guess = level_loss(scores, quality)
+        closed, spoken = answer_loss(answers, inputs)
+        return loss + 3 * closed + 0.3 * spoken, guess, quality
 
     names = list(groups["train"])
     sizes = [len(groups["train"][name]) for name in names]
@@ -432,7 +578,7 @@ def train_adapter(phase: dict[str, Any], lora: dict[str, Any], out: Path, data: 
         tuned.train()
         draw = seed_of("adapter", step)
         shapes = draw.choices(names, sizes)[0]
-        loss, _, _ = run(shapes, draw.choices(groups["train"][shapes], k=phase["batch"]))
+        loss, _, _ = run(shapes, draw.choices(groups["train"][shapes], k=phase["batch"]), draw)
         clock.update(loss)
         if step % 200 == 0 or step == clock.steps - 1:
             tuned.eval()
@@ -441,11 +587,17 @@ def train_adapter(phase: dict[str, Any], lora: dict[str, Any], out: Path, data: 
             with torch.no_grad():
                 for shapes, samples in groups["val"].items():
                     for start in range(0, len(samples), 32):
-                        _, guess, quality = run(shapes, samples[start : start + 32])
+                        _, guess, quality = run(shapes, samples[start : start + 32], seed_of("val", start), words=False)
                         guesses += guess.tolist()
                         truth += quality.tolist()
             clock.log(loss=loss.item(), val_srcc=round(float(spearmanr(guesses, truth)[0]), 4))
     tuned.save_pretrained(out / "adapter")
+
+
+def fitting(state: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a state that have the shapes of the module: heads of an earlier list of causes."""
+    ours = module.state_dict()
+    return {name: value for name, value in state.items() if name in ours and ours[name].shape == value.shape}
 
 
 def main() -> None:
@@ -454,6 +606,7 @@ def main() -> None:
     parser.add_argument("--init", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--config", type=Path, default=Path(__file__).parent.parent / "configs" / "embedded.yaml")
+    parser.add_argument("--skip", nargs="*", default=[], help="phases that the first weights have been through")
     args = parser.parse_args()
     recipe = yaml.safe_load(args.config.read_text())
     torch.manual_seed(recipe["seed"])
@@ -462,11 +615,16 @@ def main() -> None:
     before = args.init
     heads = Heads(recipe["text"]["hidden_size"]).to(DEVICE)
     for name, phase in recipe["phases"].items():
+        if name in args.skip:
+            continue
         folder = args.out / name
         if not folder.exists():
             model = AutoModelForImageTextToText.from_pretrained(before, dtype=torch.float32).to(DEVICE)
             if (before / "heads.pt").exists():
-                heads.load_state_dict(torch.load(before / "heads.pt", map_location=DEVICE, weights_only=True))
+                heads.load_state_dict(
+                    fitting(torch.load(before / "heads.pt", map_location=DEVICE, weights_only=True), heads),
+                    strict=False,
+                )
             if name == "adapter":
                 train_adapter(phase, recipe["lora"], args.out, args.data, model, prefill)
             else:
