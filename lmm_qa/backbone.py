@@ -1,4 +1,4 @@
-"""The LMM with its processor and adapter: views of clips in, level logits out, in one prefill.
+"""The LMM with its processor and adapter: views of clips in, level logits out, in one prefill; words, too.
 
 Works with every image-text-to-text model of transformers whose processor takes videos. What the Qwen-VL family has in
 common is used where it is there (a patch grid, so that views keep their own sizes); other families resize as their own
@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +24,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from lmm_qa.errors import LevelTokenError, ModelError
+from lmm_qa.errors import ConfigError, LevelTokenError, ModelError
 from lmm_qa.prompting import Prompt
 
 if TYPE_CHECKING:
@@ -206,9 +208,17 @@ class Backbone:
         Raises:
             ModelError: they are not finite, as happens in float16 with models that were not made for it.
         """
-        tokens = torch.tensor(self.level_tokens(prompt, len(clips[0].views)), device=self.device)
         prepared = (prepare_inputs(self.processor, batch, prompt).to(self.device) for batch in self.batches(clips))
         logits = torch.cat([self.last_logits(inputs) for inputs in prepared])
+        return self.level_logits(logits, prompt, len(clips[0].views))
+
+    def level_logits(self, logits: torch.Tensor, prompt: Prompt, videos: int) -> list[LevelLogits]:
+        """Those of the prompt's levels, out of (B, vocabulary) logits at the end of its stem.
+
+        Raises:
+            ModelError: they are not finite.
+        """
+        tokens = torch.tensor(self.level_tokens(prompt, videos), device=logits.device)
         normalizers = torch.logsumexp(logits, dim=-1)
         if not (torch.isfinite(normalizers).all() and torch.isfinite(logits[:, tokens]).all()):
             raise ModelError(
@@ -237,9 +247,212 @@ class Backbone:
         Returns:
             (B, vocabulary) float32 logits of the next word.
         """
-        with Products() if self.device.type == "cpu" else nullcontext():
-            logits: torch.Tensor = self.model(**inputs, logits_to_keep=1, use_cache=False).logits
+        logits: torch.Tensor = self._forward(**inputs, logits_to_keep=1, use_cache=False).logits
         return logits[:, -1].float()
+
+    def _forward(self, **inputs: Any) -> Any:
+        with Products() if self.device.type == "cpu" else nullcontext():
+            return self.model(**inputs)
+
+    def prefill(self, clips: Sequence[ClipInput], system: str | None = None) -> Prefill:
+        """Look at clips once, to ask many things about each: the vision tower and all tokens before a question.
+
+        Args:
+            system: system message of the prompts to come.
+        """
+        return Prefill(self, clips, system)
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """Within this context the base model speaks, not the adapter; a model without one stays as it is.
+
+        A `Prefill` keeps what one of the two saw: make it and use it on the same side.
+        """
+        disabled: AbstractContextManager[None] = getattr(self.model, "disable_adapter", nullcontext)()
+        return disabled
+
+    @property
+    def shares_prefills(self) -> bool:
+        """Whether questions about a clip can share what comes before them: the family has a patch grid, and all that
+        its layers keep is keys and values of every token."""
+        from transformers.cache_utils import DynamicCache, DynamicLayer
+
+        kept = DynamicCache(config=self.model.config).layers  # a sliding window and a running state have other classes
+        return patch_factor(self.processor) is not None and all(type(layer) is DynamicLayer for layer in kept)
+
+    @torch.inference_mode()
+    def begin(self, inputs: Mapping[str, torch.Tensor]) -> tuple[Context, torch.Tensor]:
+        """One prefill of prepared inputs on the model's device that can be gone on from.
+
+        Returns:
+            The context, and (B, vocabulary) float32 logits of the next word.
+        """
+        output = self._forward(**inputs, logits_to_keep=1, use_cache=True)
+        context = Context(output.past_key_values, inputs["attention_mask"].bool(), self._next_position(inputs))
+        return context, output.logits[:, -1].float()
+
+    def _next_position(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """(B, 1) position of a word that comes after prepared inputs.
+
+        M-RoPE counts fewer positions in a video than it has tokens. What a model keeps of that (`rope_deltas`) is off
+        where inputs end in a video of more moments than it is wide: words go on from its width.
+        """
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        if not hasattr(base.model, "get_rope_index"):
+            return inputs["attention_mask"].sum(dim=1, keepdim=True)
+        longer = {name: functional.pad(inputs[name], (0, 1), value=int(name == "attention_mask")) for name in SEQUENCES}
+        positions: torch.Tensor = base.model.get_rope_index(**{**inputs, **longer})[0]
+        return positions[0, :, -1:]
+
+    @torch.inference_mode()
+    def go_on(self, context: Context, branches: Sequence[Sequence[Sequence[int]]]) -> torch.Tensor:
+        """Go on from a context with token sequences that do not see each other, and keep them in it.
+
+        They pass through the model as one sequence with a mask, so that the context is not copied for each. After more
+        than one, nothing can go on from there.
+
+        Args:
+            branches: for each of B clips the same number N of sequences.
+
+        Returns:
+            (B, N, vocabulary) float32 logits of the word after each.
+        """
+        widths = [max(map(len, each)) for each in zip(*branches, strict=True)]
+        # Padded on the left: a branch ends at the same place for all clips. Steps below 0 are padding.
+        padded = [[pair for tokens, width in zip(row, widths, strict=True)
+                   for pair in enumerate([0] * (width - len(tokens)) + [*tokens], len(tokens) - width)]
+                  for row in branches]  # fmt: skip
+        step, ids = torch.tensor(padded, device=self.device).unbind(-1)
+        ends = torch.tensor(widths, device=self.device).cumsum(0)
+        real = torch.cat((context.real, step >= 0), dim=1)
+        inputs = {"input_ids": ids, "position_ids": context.position + step, "logits_to_keep": ends - 1}
+        if len(widths) == 1:
+            output = self._forward(**inputs, attention_mask=real, past_key_values=context.cache)
+        else:
+            branch = torch.repeat_interleave(ends.diff(prepend=ends.new_zeros(1)))
+            apart = (branch[:, None] == branch).tril()
+            visible = functional.pad(apart, (context.real.shape[1], 0), value=True) & real[:, None]
+            with self._masked_attention():
+                output = self._forward(**inputs, attention_mask=visible[:, None], past_key_values=context.cache)
+        context.real, context.position = real, context.position + step[:, -1:] + 1
+        logits: torch.Tensor = output.logits
+        return logits.float()
+
+    @contextmanager
+    def _masked_attention(self) -> Iterator[None]:
+        """PyTorch's attention: flash-attn knows no masks but padding."""
+        usual = self.model.config._attn_implementation
+        if usual != "sdpa":
+            self.model.set_attn_implementation("sdpa")
+        try:
+            yield
+        finally:
+            if usual != "sdpa":
+                self.model.set_attn_implementation(usual)
+
+
+@dataclass
+class Context:
+    """What a model keeps of B token sequences, to go on from."""
+
+    cache: Any
+    """Keys and values: a cache of transformers."""
+    real: torch.Tensor
+    """(B, tokens) bool; False is padding."""
+    position: torch.Tensor
+    """(B, 1) position of the next token."""
+
+
+class Prefill:
+    """Clips that a model has looked at, to ask it many things about each. Made by `Backbone.prefill`.
+
+    Nothing that is asked changes it. Where no prefill can be shared (see `Backbone.shares_prefills`), the model looks
+    anew for each question, with the same results.
+    """
+
+    def __init__(self, backbone: Backbone, clips: Sequence[ClipInput], system: str | None) -> None:
+        self.backbone = backbone
+        self.clips = clips
+        self.system = system
+        batches = backbone.batches(clips) if backbone.shares_prefills else []
+        self._begun = [(batch, self._begin(batch)) for batch in batches]
+
+    def _begin(self, clips: Sequence[ClipInput]) -> Context:
+        any_prompt, videos = Prompt(system=self.system, question="?", stem="?"), len(clips[0].views)
+        processor = self.backbone.processor
+        inputs = prepare_inputs(processor, clips, any_prompt).to(self.backbone.device)
+        return self.backbone.begin(without_question(processor, inputs, any_prompt, videos, {}))[0]
+
+    def ask(self, prompts: Sequence[Prompt]) -> list[list[LevelLogits]]:
+        """Several questions about each clip.
+
+        Returns:
+            For each clip one `LevelLogits` a prompt: those that `Backbone.read` gives.
+
+        Raises:
+            ConfigError: a prompt's system message is not the one that the clips were looked at with.
+            ModelError: see `Backbone.read`.
+        """
+        self._check(prompts)
+        if not self._begun:
+            columns = [self.backbone.read(self.clips, prompt) for prompt in prompts]
+        else:
+            logits = torch.cat([
+                self.backbone.go_on(deepcopy(begun), [[self._tokens(clip, each) for each in prompts] for clip in batch])
+                for batch, begun in self._begun
+            ])  # fmt: skip
+            videos = len(self.clips[0].views)
+            columns = [self.backbone.level_logits(logits[:, number], prompt, videos)
+                       for number, prompt in enumerate(prompts)]  # fmt: skip
+        return [list(row) for row in zip(*columns, strict=True)]
+
+    def continue_texts(self, prompts: Sequence[Prompt], max_tokens: int) -> list[str]:
+        """Go on from the stem of a prompt a clip, greedily, to the end of the answer or for `max_tokens`.
+
+        Args:
+            prompts: one a clip; their levels play no part.
+
+        Returns:
+            What follows each stem, from the space between on.
+
+        Raises:
+            ConfigError: see `ask`.
+        """
+        self._check(prompts)
+        asked = iter(zip(self.clips, prompts, strict=True))
+        answers: list[list[int]] = []
+        if not self._begun:
+            for clip, prompt in asked:
+                inputs = prepare_inputs(self.backbone.processor, [clip], prompt).to(self.backbone.device)
+                answers += self._write(*self.backbone.begin(inputs), max_tokens)
+        for batch, begun in self._begun:
+            context = deepcopy(begun)
+            questions = [[self._tokens(*pair)] for pair in islice(asked, len(batch))]
+            answers += self._write(context, self.backbone.go_on(context, questions)[:, 0], max_tokens)
+        tokenizer = self.backbone.processor.tokenizer
+        return [text_after(tokenizer, prompt.stem, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    def _write(self, context: Context, logits: torch.Tensor, max_tokens: int) -> list[list[int]]:
+        """The likeliest token again and again, for all clips of a context; `logits` are those of the first."""
+        configured: Any = self.backbone.model.generation_config.eos_token_id
+        ends = configured if isinstance(configured, list) else [configured]
+        stops = {self.backbone.processor.tokenizer.eos_token_id, *ends}
+        written: list[list[int]] = [[token] for token in logits.argmax(dim=-1).tolist()]
+        while len(written[0]) < max_tokens and any(stops.isdisjoint(row) for row in written):
+            logits = self.backbone.go_on(context, [[row[-1:]] for row in written])[:, 0]
+            for row, token in zip(written, logits.argmax(dim=-1).tolist(), strict=True):
+                row.append(token)
+        return [list(takewhile(lambda token: token not in stops, row)) for row in written]
+
+    def _tokens(self, clip: ClipInput, prompt: Prompt) -> list[int]:
+        return _question_tokens(self.backbone.processor, prompt, len(clip.views), clip.slots)
+
+    def _check(self, prompts: Sequence[Prompt]) -> None:
+        for prompt in prompts:
+            if prompt.system != self.system:
+                raise ConfigError(
+                    f"the question {prompt.question!r} has the system message {prompt.system!r}, but the clips were "
+                    f"looked at with {self.system!r}: make a prefill for it"
+                )
 
 
 class Products(TorchFunctionMode):
@@ -387,9 +600,9 @@ def join_inputs(processor: Any, clips: Sequence[Mapping[str, torch.Tensor]]) -> 
 def without_question(
     processor: Any, inputs: Mapping[str, torch.Tensor], prompt: Prompt, videos: int, slots: dict[str, float]
 ) -> dict[str, torch.Tensor]:
-    """One clip's prepared inputs up to the end of its last video; `with_question` adds what comes after it again.
+    """Prepared inputs up to the end of the last video; `with_question` adds what comes after it again.
 
-    For families with a patch grid.
+    For families with a patch grid; of several clips together, where the question has no slots.
     """
     tail = len(_question_tokens(processor, prompt, videos, slots))
     return {name: value[:, :-tail] if name in SEQUENCES else value for name, value in inputs.items()}
@@ -418,6 +631,13 @@ def _question_tokens(processor: Any, prompt: Prompt, videos: int, slots: dict[st
     """What comes after the last video: a special token, so that it is split into tokens by itself."""
     text = prompt_text(processor, prompt, videos, slots).rpartition(processor.video_token)[2]
     return list(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def text_after(tokenizer: Any, stem: str, answer: Sequence[int]) -> str:
+    """The answer in words; decoded with the stem, without which some tokenizers drop the space between."""
+    begun = tokenizer(stem, add_special_tokens=False)["input_ids"]
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
+    return str(decode([*begun, *answer])).removeprefix(decode(begun))
 
 
 def vision_features(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

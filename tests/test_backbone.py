@@ -5,6 +5,7 @@ Small models with random weights behind the published tokenizers and processors:
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 import scipy.special
 import torch
-from backbones import FAMILIES, conversation_inputs, published
+from backbones import FAMILIES, add_adapter, conversation_inputs, published
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.video_utils import VideoMetadata
 
@@ -34,9 +35,11 @@ from lmm_qa.backbone import (
     load_processor,
     patch_factor,
     prepare_inputs,
+    text_after,
 )
-from lmm_qa.errors import LevelTokenError, ModelError
+from lmm_qa.errors import ConfigError, LevelTokenError, ModelError
 from lmm_qa.prompting import Prompt, load_prompt
+from lmm_qa.rater_file import EMBEDDED
 
 QWEN = tuple(family for family in FAMILIES if family.startswith("qwen"))
 PROMPT = load_prompt("talking_head")
@@ -275,6 +278,204 @@ def test_numbers_that_are_not_finite_are_an_error(family_dir: Callable[[str], Pa
         backbone.model.lm_head.weight[0] = torch.nan
     with pytest.raises(ModelError, match="in float32, the model gives numbers that are not finite"):
         backbone.read([clip(backbone, (2, 2))], PROMPT)
+
+
+# --- many questions on one prefill, and words ----------------------------------------------------------------------
+
+
+CLOSED = Prompt(question="Is the picture blurred?", stem="The answer is", levels=("no", "yes"))
+QUESTIONS = (
+    PROMPT,
+    CLOSED,
+    Prompt(
+        question="In {seconds:.2f} s, does it stand still?",
+        stem="It stands still:",
+        levels=("never", "often", "always"),
+    ),
+    load_prompt("qalign"),
+)
+ONE_SYSTEM = Prompt(question=CLOSED.question, stem=CLOSED.stem, levels=CLOSED.levels, system=SLOTS.system)
+VIEWS = [((2, 2), (2, 2)), ((6, 5), (4, 4)), ((3, 4), (2, 3))]
+
+
+@pytest.fixture(params=["one by one", "together"])
+def grouping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clips as a CPU gets them, and as a GPU does."""
+    if request.param == "together":
+        monkeypatch.setattr(Backbone, "batches", lambda self, clips: [clips])
+
+
+def unlike_clips(backbone: Backbone) -> list[ClipInput]:
+    """Of different sizes and durations: their prefills and their questions have different lengths."""
+    return [clip(backbone, *views, seed=seed, step=40 * seed + 1) for seed, views in enumerate(VIEWS)]
+
+
+@pytest.mark.usefixtures("grouping")
+def test_questions_on_one_prefill_read_as_on_their_own(backbone: Backbone) -> None:
+    clips = unlike_clips(backbone)
+    for system, prompts in {None: QUESTIONS, SLOTS.system: (SLOTS, ONE_SYSTEM)}.items():
+        prefill = backbone.prefill(clips, system)
+        answers = prefill.ask(prompts)
+        assert [len(row) for row in answers] == [len(prompts)] * 3
+        for number, prompt in enumerate(prompts):
+            for row, alone in zip(answers, (backbone.read([one], prompt)[0] for one in clips), strict=True):
+                assert_same_reading(row[number], alone, 2e-5)
+        for (again,), row in zip(prefill.ask(prompts[-1:]), answers, strict=True):
+            assert_same_reading(again, row[-1], 2e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_vision_tower_runs_once_for_all_questions(family: str, load: Callable[[str], Backbone]) -> None:
+    backbone = load(family)
+    clips, looks = unlike_clips(backbone), []
+    tower = next(part for name, part in backbone.model.named_modules() if name.endswith(("visual", "vision_tower")))
+    hook = tower.register_forward_hook(lambda *_: looks.append(1))
+    try:
+        prefill = backbone.prefill(clips)
+        prefill.ask(QUESTIONS)
+        prefill.continue_texts([PROMPT] * 3, 2)
+    finally:
+        hook.remove()
+    assert backbone.shares_prefills == (family in QWEN)
+    assert len(looks) == 3 if family in QWEN else len(looks) == 3 * len(QUESTIONS) + 3
+
+
+def generated(backbone: Backbone, one: ClipInput, prompt: Prompt, **options: Any) -> list[int]:
+    """What transformers writes after the stem of a conversation that it has not seen before."""
+    inputs = through_the_chat_template(backbone.processor, one, prompt)
+    (whole,) = backbone.model.generate(**inputs, do_sample=False, **options).tolist()
+    return list(whole[inputs["input_ids"].shape[1] :])
+
+
+@pytest.mark.usefixtures("grouping")
+def test_words_are_those_of_generate(backbone: Backbone) -> None:
+    clips, prompts = unlike_clips(backbone), [PROMPT, QUESTIONS[2], CLOSED]
+    prefill = backbone.prefill(clips)
+    before = prefill.ask(QUESTIONS)
+    texts = prefill.continue_texts(prompts, 12)
+    written = [generated(backbone, *pair, max_new_tokens=12) for pair in zip(clips, prompts, strict=True)]
+    assert len({token for row in written for token in row}) > 5, "a model that always says the same tells nothing"
+    assert texts == [backbone.processor.tokenizer.decode(row) for row in written]
+    for row, again in zip(before, prefill.ask(QUESTIONS), strict=True):
+        for one, other in zip(row, again, strict=True):
+            assert one.logits.tolist() == other.logits.tolist(), "writing changed the prefill"
+
+
+@pytest.mark.parametrize("where", ["generation config", "list in the generation config", "tokenizer"])
+def test_words_end_where_the_answer_does(
+    where: str, load: Callable[[str], Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load("qwen2_vl")
+    clips = unlike_clips(backbone)
+    monkeypatch.setattr(Backbone, "batches", lambda self, clips: [clips])
+    prefill, tokenizer = backbone.prefill(clips), backbone.processor.tokenizer
+    stop = generated(backbone, clips[0], PROMPT, max_new_tokens=10)[4]
+    if where == "tokenizer":
+        monkeypatch.setattr(type(tokenizer), "eos_token_id", stop, raising=False)
+    else:
+        ends = stop if where == "generation config" else [stop, 5]
+        monkeypatch.setattr(backbone.model.generation_config, "eos_token_id", ends)
+    written = [generated(backbone, one, PROMPT, max_new_tokens=10, eos_token_id=stop, pad_token_id=0) for one in clips]
+    assert sorted(len(row) for row in written) == [5, 10, 10], "one answer ends before the others"
+    assert written[0].pop() == stop
+    assert prefill.continue_texts([PROMPT] * 3, 10) == [tokenizer.decode(row) for row in written]
+
+
+def test_the_space_before_the_first_word_is_kept() -> None:
+    """Also where the tokenizer drops it at the beginning of a text, as those of Llama do."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(
+        models.WordLevel({"\u2581It": 0, "\u2581is": 1, "\u2581blurred": 2, ".": 3, "?": 4}, unk_token="?")
+    )
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    assert tokenizer.decode([2, 3]) == "blurred."
+    assert text_after(tokenizer, "It is", [2, 3]) == " blurred."
+
+
+def test_a_question_with_another_system_message_is_refused(load: Callable[[str], Backbone]) -> None:
+    prefill = load("qwen2_vl").prefill([clip(load("qwen2_vl"), (2, 2))], SLOTS.system)
+    message = r"'Is the picture blurred\?' has the system message None, but .* looked at with 'You are strict.'"
+    with pytest.raises(ConfigError, match=message):
+        prefill.ask([SLOTS, CLOSED])
+    with pytest.raises(ConfigError, match=message):
+        prefill.continue_texts([CLOSED], 2)
+
+
+def test_a_sliding_window_shares_no_prefill(family_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(family_dir("qwen2_vl"), tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    config["text_config"] |= {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1,
+                              "layer_types": ["full_attention", "sliding_attention"]}  # fmt: skip
+    file.write_text(json.dumps(config))
+    backbone = Backbone.load(str(tmp_path / "model"), device="cpu", dtype="float32")
+    assert not backbone.shares_prefills
+    one = clip(backbone, (3, 4))
+    for prompt, answer in zip(QUESTIONS, backbone.prefill([one]).ask(QUESTIONS)[0], strict=True):
+        assert_same_reading(answer, backbone.read([one], prompt)[0], 2e-5)
+
+
+def test_attention_that_knows_no_masks_is_replaced_for_the_questions(family_dir: Callable[[str], Path]) -> None:
+    """Eager attention stands for flash-attn here: it adds a mask of truths to its scores."""
+    backbone = Backbone.load(str(family_dir("qwen3_vl")), device="cpu", dtype="float32")
+    one = clip(backbone, (2, 3))
+    expected = [backbone.read([one], prompt)[0] for prompt in QUESTIONS]
+    backbone.model.set_attn_implementation("eager")
+    for answer, reading in zip(backbone.prefill([one]).ask(QUESTIONS)[0], expected, strict=True):
+        assert_same_reading(answer, reading, 2e-5)
+    assert backbone.model.config._attn_implementation == "eager"
+    assert backbone.model.config.text_config._attn_implementation == "eager"
+
+
+def test_answers_that_are_not_finite_are_an_error(family_dir: Callable[[str], Path]) -> None:
+    backbone = Backbone.load(str(family_dir("qwen2_vl")), device="cpu", dtype="float32")
+    with torch.no_grad():
+        backbone.model.lm_head.weight[backbone.level_tokens(CLOSED, 1)[0]] = torch.inf
+    with pytest.raises(ModelError, match="in float32, the model gives numbers that are not finite"):
+        backbone.prefill([clip(backbone, (2, 2))]).ask(QUESTIONS)
+
+
+# PEFT 0.21 asks transformers 5.23 by a name that it has given up.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("family", QWEN)
+def test_the_adapter_or_the_base_speaks(
+    family: str, load: Callable[[str], Backbone], family_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    base = load(family)
+    adapter = add_adapter(family_dir(family), tmp_path / "adapter")
+    tuned = Backbone.load(str(family_dir(family)), adapter=adapter, device="cpu", dtype="float32")
+    one = clip(base, (2, 3), (4, 2), step=40)
+    (ours,) = tuned.prefill([one]).ask(QUESTIONS)
+    with tuned.without_adapter(), base.without_adapter():
+        within = tuned.prefill([one])
+        (plain,), said = within.ask(QUESTIONS), within.continue_texts([PROMPT], 12)
+        assert said == base.prefill([one]).continue_texts([PROMPT], 12)
+    assert tuned.prefill([one]).continue_texts([PROMPT], 12) != said
+    for prompt, adapted, unadapted in zip(QUESTIONS, ours, plain, strict=True):
+        assert_same_reading(adapted, tuned.read([one], prompt)[0], 2e-5)
+        assert_same_reading(unadapted, base.read([one], prompt)[0], 2e-5)
+        assert np.abs(adapted.logits - unadapted.logits).max() > 0.05
+
+
+@pytest.mark.skipif(not any(EMBEDDED.glob("*.safetensors")), reason=f"no embedded model at {EMBEDDED}")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_embedded_model_answers_on_one_prefill_as_on_many() -> None:
+    from lmm_qa import Rater
+
+    backbone, prompts = Rater.from_pretrained(device="cpu").backbone, (PROMPT, CLOSED)
+    clips = [clip(backbone, (6, 6), (8, 8), frames=12), clip(backbone, (8, 5), (8, 8), frames=10, seed=1)]
+    prefill = backbone.prefill(clips)
+    for one, answers in zip(clips, prefill.ask(prompts), strict=True):
+        for prompt, answer in zip(prompts, answers, strict=True):
+            assert_same_reading(answer, backbone.read([one], prompt)[0], 2e-5)
+    texts = prefill.continue_texts(prompts, 12)
+    assert texts == [
+        backbone.processor.tokenizer.decode(generated(backbone, *pair, max_new_tokens=12), skip_special_tokens=True)
+        for pair in zip(clips, prompts, strict=True)
+    ]
 
 
 # --- level tokens ----------------------------------------------------------------------------------------------------
