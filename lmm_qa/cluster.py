@@ -85,7 +85,9 @@ class Ranks:
         return f"cuda:{int(os.environ.get('LOCAL_RANK', self.rank)) % torch.cuda.device_count()}"
 
     @contextmanager
-    def sink(self, path: Path, clips: Sequence[str], rater_id: str, overwrite: bool) -> Iterator[Sink]:
+    def sink(
+        self, path: Path, clips: Sequence[str], rater_id: str, overwrite: bool, needs: Sequence[str] = ()
+    ) -> Iterator[Sink]:
         """A `lmm_qa.results.Sink` for the rows of this rank; that of rank 0 ends with the rows of all.
 
         Raises:
@@ -94,7 +96,7 @@ class Ranks:
         """
         ours = f"{rater_id} {len(clips)} {hashlib.sha256(json.dumps(clips).encode()).hexdigest()[:16]}"
         if self.rank == 0:
-            with Sink(path, clips, rater_id, overwrite) as sink:
+            with Sink(path, clips, rater_id, overwrite, needs=needs) as sink:
                 self._store.set("run", ours)
                 yield sink
                 while self._store.add("closed", 0) < self.world - 1:
@@ -106,7 +108,7 @@ class Ranks:
                 f"rank {self.rank} would rate other clips, or with another rater, than rank 0 (rater, number and hash "
                 f"of the clips are {ours} here, {first} there): all need the same command, files and kind of GPU"
             )
-        with Sink(path, clips, rater_id, overwrite, self.rank) as sink:
+        with Sink(path, clips, rater_id, overwrite, self.rank, needs) as sink:
             yield sink
         self._store.add("written", sink.written)
         self._store.add("closed", 1)

@@ -20,9 +20,6 @@ from lmm_qa.config import Settings
 from lmm_qa.errors import ConfigError
 from lmm_qa.prompting import Prompt
 
-FILE_NAME = "defects.json"
-"""What a rater directory says of its defect questions: a `DefectCalibration`."""
-
 
 @dataclass(frozen=True)
 class Defect:
@@ -278,12 +275,18 @@ def _prompts(file: Path) -> dict[str, Prompt]:
 
 
 class Logistic(Settings):
-    """How one defect's answer is read: P = sigmoid(slope * log-odds + intercept)."""
+    """How the answer on one defect is read: P = sigmoid(slope * log-odds + measured * m + intercept)."""
 
     slope: float = Field(1.0, gt=0)
+    """Of the log-odds of yes against no."""
+    measured: float = Field(0.0, ge=0)
+    """Of m: 1 where the decoder, which sees every frame, found the defect; -1 where it did not; 0 where it was not
+    looked for."""
     intercept: float = 0.0
+    threshold: float = Field(0.5, gt=0, lt=1)
+    """P from which on the defect is said to be there."""
     average_precision: float | None = Field(None, ge=0, le=1)
-    """On the held-out data that it was fitted on."""
+    """On the held-out data that all this was fitted on."""
 
 
 class DefectCalibration(Settings):
@@ -299,26 +302,32 @@ class DefectCalibration(Settings):
             raise ValueError(f"no such defects: {', '.join(sorted(unknown))}; known: {', '.join(VISIBLE)}")
         return self
 
-    def probability(self, name: str, log_odds: float) -> float | None:
-        """Calibrated P(yes) from the log-odds of yes against no; None where this defect is not judged."""
+    def probability(self, name: str, log_odds: float, measured: float = 0.0) -> float | None:
+        """Calibrated P(yes); None where this defect is not judged. Arguments: see `Logistic`."""
         if (how := self.defects.get(name)) is None:
             return None
-        return 1 / (1 + math.exp(-min(max(how.slope * log_odds + how.intercept, -60.0), 60.0)))
+        z = how.slope * log_odds + how.measured * measured + how.intercept
+        return 1 / (1 + math.exp(-min(max(z, -60.0), 60.0)))
 
 
-UNCALIBRATED = DefectCalibration(defects=dict.fromkeys(VISIBLE, Logistic()))
-"""Every visible defect, as the model says: for models that nobody has calibrated."""
+MEASURED = ("stall", "buffering", "jerkiness", "bitrate_switch")
+"""Defects in time, which `lmm_qa.trace` looks for in every frame; the model sees a few."""
+
+UNCALIBRATED = DefectCalibration(
+    defects={name: Logistic(measured=3.0 if name in MEASURED else 0.0) for name in VISIBLE}
+)
+"""For models that nobody has calibrated: every visible defect, as the model says and the decoder found."""
 
 
-def read_calibration(directory: Path | None) -> DefectCalibration | None:
-    """The calibration in a rater directory; None where there is none.
+def read_calibration(file: Path | None) -> DefectCalibration:
+    """The calibration of a rater, or that of raters without one.
 
     Raises:
-        ConfigError: it says something that it may not say.
+        ConfigError: the file says something that it may not say.
     """
-    if directory is None or not (directory / FILE_NAME).exists():
-        return None
+    if file is None:
+        return UNCALIBRATED
     try:
-        return DefectCalibration.read(directory / FILE_NAME)
+        return DefectCalibration.read(file)
     except ConfigError as error:
         raise ConfigError(f"{error}\nfit it again, or remove it to read the answers as they are") from None

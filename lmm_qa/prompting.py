@@ -22,6 +22,9 @@ SLOTS = ("seconds", "fps", "frames", "width", "height")
 
 DEFAULT_PROMPT = "talking_head"
 
+OTHER_FILES = ("defects", "explanation")
+"""Files in `prompts/` that ask for something else than a level."""
+
 
 class Prompt(Settings):
     """One way to ask for a quality level."""
@@ -95,7 +98,8 @@ def _check_question(what: str, question: str) -> None:
 def prompt_names() -> list[str]:
     """Names of the prompts that come with the package."""
     files = resources.files("lmm_qa.prompt_files").iterdir()
-    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+    names = {file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml")}
+    return sorted(names.difference(OTHER_FILES))
 
 
 def load_prompt(name_or_path: str | Path) -> Prompt:

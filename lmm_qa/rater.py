@@ -4,31 +4,79 @@
     rater.rate("clip.mp4").score             # a float on rater.settings.scale
 
 `Rater.rate_all` is the same for many clips: decoding in worker processes, batches through the model, one result a
-clip, in order, an error where a clip cannot be rated.
+clip, in order, an error where a clip cannot be rated. `Details` asks for more than the score: which defects the clip
+has, why in words, how the score goes over time.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import product, tee
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import numpy as np
 import torch
 
-from lmm_qa.backbone import Backbone, ClipInput, Dtype, Quantization, choose_device, choose_dtype, patch_factor
+from lmm_qa.backbone import (
+    Backbone,
+    ClipInput,
+    Dtype,
+    LevelLogits,
+    Quantization,
+    choose_device,
+    choose_dtype,
+    patch_factor,
+)
 from lmm_qa.config import Sampling, View
+from lmm_qa.defects import UNCALIBRATED, questions, read_calibration
 from lmm_qa.errors import ClipError, ConfigError, ModelError, UsageError
+from lmm_qa.explain import explain, explanation_prompt, opening
 from lmm_qa.levels import LevelReading, read_levels
 from lmm_qa.manifest import Clip, content_id
+from lmm_qa.profile import STEP, WINDOW, Profile, Timeline, read_profile, read_timeline
 from lmm_qa.prompting import Prompt, load_prompt
 from lmm_qa.rater_file import ModelSource, RaterFile, identity, resolve_model
-from lmm_qa.video import DecoderPool, Frames, read_frames
+from lmm_qa.trace import Trace
+from lmm_qa.video import DecoderPool, Frames, Windows, read_frames, read_windows
 
 if TYPE_CHECKING:
     from lmm_qa.calibrate import Calibration
+
+
+Speaker = Literal["adapter", "base"]
+
+MAX_WORDS = 96
+"""Tokens of an explanation: three clauses and what is good, in the vocabulary of the embedded model."""
+
+WINDOWS_AT_ONCE = 8
+"""Windows of a timeline that go through the model together."""
+
+Seen = Frames | Windows
+"""What was read of a clip: the sampled frames; or those of each window too."""
+
+
+@dataclass(frozen=True)
+class Details:
+    """What is asked of a clip besides its score."""
+
+    defects: bool = False
+    """The defect profile: a closed question for each defect, all on one prefill."""
+    explanation: bool = False
+    """Why, in words; brings the profile along."""
+    timeline: bool = False
+    """The score over time: windows of `lmm_qa.profile.WINDOW` seconds, each a rating of its own."""
+    speaker: Speaker = "adapter"
+    """Whose the words and the answers on defects are, where the rater has an adapter. The score is the adapter's."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those of a row that are filled by this."""
+        profile = ("defects", "found") if self.defects or self.explanation else ()
+        return (*profile, *(["explanation"] if self.explanation else ()), *(["timeline"] if self.timeline else ()))
 
 
 @dataclass(frozen=True)
@@ -73,6 +121,14 @@ class Rating:
     rater_id: str
     seconds: float
     """Seconds that the model spent on this clip (its share of the batch)."""
+    profile: Profile | None = None
+    """Which defects it has; None unless asked for, see `Details`."""
+    explanation: str | None = None
+    """Why, in words; None unless asked for."""
+    explained_by: str | None = None
+    """`model`; or why its words may not be shown, and those of the grammar are (see `lmm_qa.explain`)."""
+    timeline: Timeline | None = None
+    """The score over time; None unless asked for."""
 
     def to_row(self) -> dict[str, Any]:
         """The rating as plain data, one column a key."""
@@ -103,6 +159,12 @@ class Rating:
             "prompt": self.prompt,
             "rater_id": self.rater_id,
             "seconds": round(self.seconds, 4),
+            "defects": self.profile.defects if self.profile else None,
+            "found": [one.to_row() for one in self.profile.found] if self.profile else None,
+            "defect_mass": self.profile.mass if self.profile else None,
+            "explanation": self.explanation,
+            "explained_by": self.explained_by,
+            "timeline": self.timeline.to_row() if self.timeline else None,
             "error": None,
         }
 
@@ -122,7 +184,8 @@ class Failure:
         empty = dict.fromkeys(
             (
                 *("score", "raw_score", "interval", "calibration", "scale", "level", "probabilities", "std"),
-                *("level_mass", "frames", "video", "adapter", "prompt"),
+                *("level_mass", "frames", "video", "adapter", "prompt", "seconds"),
+                *("defects", "found", "defect_mass", "explanation", "explained_by", "timeline"),
             )
         )
         return {
@@ -131,7 +194,6 @@ class Failure:
             **empty,
             "model": self.model,
             "rater_id": self.rater_id,
-            "seconds": None,
             "error": {"class": type(self.error).__name__, "message": str(self.error)},
         }
 
@@ -255,6 +317,7 @@ class Rater:
         self.source = plan.source
         self.settings = plan.settings
         self.calibration = plan.calibration
+        self.defect_calibration = read_calibration(plan.source.defects)
         self.raw_rater_id = plan.raw_rater_id
         self.rater_id = plan.rater_id
         self.factor = patch_factor(backbone.processor) or 1
@@ -310,7 +373,7 @@ class Rater:
             trust_remote_code=trust_remote_code,
         ).load()
 
-    def rate(self, path: str | Path) -> Rating:
+    def rate(self, path: str | Path, details: Details = Details()) -> Rating:
         """Rate one clip, in this process.
 
         Raises:
@@ -319,13 +382,15 @@ class Rater:
         """
         clip = Clip(Path(path), str(path), "argument")
         content = content_id(clip.path)
-        frames = read_frames(path, self.settings.sampling, self.settings.views, self.factor)
-        return self._rate_batch([(clip, content, frames)])[0]
+        looks = (clip.path, self.settings.sampling, self.settings.views, self.factor)
+        seen = read_windows(*looks, WINDOW, STEP) if details.timeline else read_frames(*looks)
+        return self._rate_batch([(clip, content, seen)], details)[0]
 
     def rate_all(
         self,
         clips: Iterable[str | Path | Clip],
         *,
+        details: Details = Details(),
         batch_size: int = 4,
         workers: int = 2,
         timeout: float = 60.0,
@@ -334,6 +399,7 @@ class Rater:
 
         Args:
             clips: paths, or entries of a manifest.
+            details: what is asked besides the score.
             batch_size: clips that go through the model together.
             workers: decoding processes.
             timeout: seconds that decoding one clip may take.
@@ -346,41 +412,103 @@ class Rater:
             raise UsageError(f"batch_size must be positive, received {batch_size}")
         named = (clip if isinstance(clip, Clip) else Clip(Path(clip), str(clip), "argument") for clip in clips)
         ours, theirs = tee(named)
-        settings = self.settings
+        paths = (clip.path for clip in theirs)
+        looks = (self.settings.sampling, self.settings.views, self.factor)
         with DecoderPool(workers, timeout) as pool:
-            decoded = pool.imap((clip.path for clip in theirs), settings.sampling, settings.views, self.factor)
-            waiting: list[tuple[Clip, str | None, Frames | ClipError]] = []
-            for clip, frames in zip(ours, decoded, strict=True):
-                waiting.append((clip, *_with_content(clip, frames)))
+            decoded: Iterator[Seen | ClipError]
+            decoded = pool.imap_windows(paths, *looks, WINDOW, STEP) if details.timeline else pool.imap(paths, *looks)
+            waiting: list[tuple[Clip, str | None, Seen | ClipError]] = []
+            for clip, seen in zip(ours, decoded, strict=True):
+                waiting.append((clip, *_with_content(clip, seen)))
                 # Failures wait only for the clips before them.
-                if sum(isinstance(entry[2], Frames) for entry in waiting) in (0, batch_size):
-                    yield from self._settle(waiting)
+                if sum(not isinstance(entry[2], ClipError) for entry in waiting) in (0, batch_size):
+                    yield from self._settle(waiting, details)
                     waiting = []
-            yield from self._settle(waiting)
+            yield from self._settle(waiting, details)
 
-    def _settle(self, waiting: Sequence[tuple[Clip, str | None, Frames | ClipError]]) -> Iterator[Rating | Failure]:
+    def _settle(
+        self, waiting: Sequence[tuple[Clip, str | None, Seen | ClipError]], details: Details
+    ) -> Iterator[Rating | Failure]:
         """Results for clips that are read or failed, in order."""
-        good = [(clip, content, frames) for clip, content, frames in waiting if content and isinstance(frames, Frames)]
-        ratings = iter(self._rate_batch(good))
-        for clip, content, frames in waiting:
-            if isinstance(frames, Frames):
-                yield next(ratings)
+        good = [(clip, content, seen) for clip, content, seen in waiting if content and not isinstance(seen, ClipError)]
+        ratings = iter(self._rate_batch(good, details))
+        for clip, content, seen in waiting:
+            if isinstance(seen, ClipError):
+                yield Failure(clip.name, content, seen, self.source.name, self.rater_id)
             else:
-                yield Failure(clip.name, content, frames, self.source.name, self.rater_id)
+                yield next(ratings)
 
-    def _rate_batch(self, clips: Sequence[tuple[Clip, str, Frames]]) -> list[Rating]:
+    def _rate_batch(self, clips: Sequence[tuple[Clip, str, Seen]], details: Details) -> list[Rating]:
         """One prefill for all; then each clip's level logits become its score."""
         if not clips:
             return []
         began = time.perf_counter()
-        logits = self.backbone.read([clip_input(frames) for _, _, frames in clips], self.settings.prompt)
-        scale = self.settings.declared_scale()
-        readings = [read_levels(each.logits, each.log_normalizer, scale) for each in logits]
+        looked_at = [seen.whole if isinstance(seen, Windows) else seen for _, _, seen in clips]
+        inputs = [clip_input(frames) for frames in looked_at]
+        nothing: list[None] = [None] * len(clips)
+        profiles: Sequence[Profile | None] = nothing
+        texts: Sequence[str | None] = nothing
+        if details.defects or details.explanation:
+            logits, profiles, texts = self._ask(inputs, [frames.trace for frames in looked_at], details)
+        else:
+            logits = self.backbone.read(inputs, self.settings.prompt)
+        readings = [self._reading(each) for each in logits]
+        timelines = [self._timeline(seen) if isinstance(seen, Windows) else None for _, _, seen in clips]
         seconds = (time.perf_counter() - began) / len(clips)
-        return [
-            self._rating(clip, content, frames, reading, seconds)
-            for (clip, content, frames), reading in zip(clips, readings, strict=True)
+        ratings = [
+            replace(self._rating(clip, content, frames, reading, seconds), profile=profile, timeline=timeline)
+            for (clip, content, _), frames, reading, profile, timeline in zip(
+                clips, looked_at, readings, profiles, timelines, strict=True
+            )
         ]
+        return [_explained(rating, text, self.settings.prompt) for rating, text in zip(ratings, texts, strict=True)]
+
+    def _reading(self, logits: LevelLogits) -> LevelReading:
+        return read_levels(logits.logits, logits.log_normalizer, self.settings.declared_scale())
+
+    def _ask(
+        self, inputs: Sequence[ClipInput], traces: Sequence[Trace | None], details: Details
+    ) -> tuple[list[LevelLogits], list[Profile], list[str | None]]:
+        """Level logits, profile and words of each clip, all on one prefill (two, where the base speaks)."""
+        prompt, backbone = self.settings.prompt, self.backbone
+        base = details.speaker == "base" and self.source.adapter is not None
+        calibration = UNCALIBRATED if base else self.defect_calibration
+        asked = {name: _of(question, prompt) for name, question in questions().items() if name in calibration.defects}
+        logits = backbone.read(inputs, prompt) if base else []
+        with backbone.without_adapter() if base else nullcontext():
+            prefill = backbone.prefill(inputs, prompt.system)
+            answers = prefill.ask([*asked.values(), prompt])
+            logits = logits or [each[-1] for each in answers]
+            profiles = [
+                read_profile(dict(zip(asked, map(_yes, each), strict=False)), calibration, trace)
+                for each, trace in zip(answers, traces, strict=True)
+            ]
+            texts: list[str | None] = [None] * len(inputs)
+            if details.explanation:
+                levels = [prompt.levels[self._reading(each).level] for each in logits]
+                begun = [
+                    explanation_prompt(prompt, profile.found).model_copy(update={"stem": opening(prompt, level)})
+                    for profile, level in zip(profiles, levels, strict=True)
+                ]
+                texts = [*prefill.continue_texts(begun, MAX_WORDS)]
+        return logits, profiles, texts
+
+    def _timeline(self, windows: Windows) -> Timeline:
+        """A rating of each window; raw, since a calibration is for whole clips, then calibrated as the score is."""
+        logits = [
+            each
+            for start in range(0, len(windows), WINDOWS_AT_ONCE)
+            for each in self.backbone.read(
+                [clip_input(windows[number]) for number in range(start, min(start + WINDOWS_AT_ONCE, len(windows)))],
+                self.settings.prompt,
+            )
+        ]
+        readings = [self._reading(each) for each in logits]
+        if self.calibration:
+            scores = [self.calibration.apply(reading.score, reading.std)[0] for reading in readings]
+        else:
+            scores = [reading.score for reading in readings]
+        return read_timeline(windows.spans, scores, self.settings.scale)
 
     def _rating(self, clip: Clip, content: str, frames: Frames, reading: LevelReading, seconds: float) -> Rating:
         prompt = self.settings.prompt
@@ -396,7 +524,7 @@ class Rater:
             probabilities=dict(zip(prompt.levels, reading.probabilities, strict=True)),
             std=reading.std,
             level_mass=reading.mass,
-            frames=replace(frames, views=()),
+            frames=replace(frames, views=(), trace=None),
             model=self.source.name,
             adapter=str(self.source.adapter) if self.source.adapter else None,
             prompt=f"{prompt.question} {prompt.stem}",
@@ -425,9 +553,31 @@ def clip_input(frames: Frames) -> ClipInput:
     return ClipInput(frames.views, frames.seconds, info.duration, slots)
 
 
-def _with_content(clip: Clip, frames: Frames | ClipError) -> tuple[str | None, Frames | ClipError]:
+def _of(question: Prompt, prompt: Prompt) -> Prompt:
+    """A question under the system message of the rating prompt, so that both share a prefill."""
+    return question.model_copy(update={"system": prompt.system})
+
+
+def _yes(answer: LevelLogits) -> tuple[float, float]:
+    """Log-odds of yes against no, and the share of the vocabulary's probability that both hold."""
+    no, yes = (float(logit) for logit in answer.logits)
+    return yes - no, float(np.exp(np.logaddexp(no, yes) - answer.log_normalizer))
+
+
+def _explained(rating: Rating, text: str | None, prompt: Prompt) -> Rating:
+    """The rating with its words, where there are some."""
+    if text is None or rating.profile is None:
+        return rating
+    profile, begun = rating.profile, opening(prompt, rating.level)
+    words, objection = explain(
+        text, rating.level, prompt.levels, profile.found, profile.denied, rating.content_id, begun
+    )
+    return replace(rating, explanation=words, explained_by=objection or "model")
+
+
+def _with_content(clip: Clip, seen: Seen | ClipError) -> tuple[str | None, Seen | ClipError]:
     """The clip's content id; a file that can no longer be read is an error, decoded or not."""
     try:
-        return content_id(clip.path), frames
+        return content_id(clip.path), seen
     except ClipError as error:
-        return None, frames if isinstance(frames, ClipError) else error
+        return None, seen if isinstance(seen, ClipError) else error

@@ -22,6 +22,7 @@ from lmm_qa.prompting import DEFAULT_PROMPT, Prompt, load_prompt
 
 FILE_NAME = "rater.json"
 CALIBRATION_NAME = "calibration.json"
+DEFECTS_NAME = "defects.json"
 EMBEDDED = Path(__file__).parent / "embedded" / "adapter"
 """The rater that ships with the package."""
 EMBEDDED_NAME = "embedded"
@@ -91,6 +92,8 @@ class ModelSource:
     """What was assumed because nothing said so; to be told to the user."""
     calibration: Path | None = None
     """calibration.json, where the rater has one."""
+    defects: Path | None = None
+    """defects.json, where the rater has one: see `lmm_qa.defects.DefectCalibration`."""
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
@@ -129,8 +132,8 @@ def resolve_model(model: str | Path | None = None, revision: str | None = None) 
     if file := _from_hub(str(model), FILE_NAME, revision):
         settings = RaterFile.read(file)
         backbone, version = (settings.backbone, settings.revision) if settings.backbone else (str(model), revision)
-        calibration = _from_hub(str(model), CALIBRATION_NAME, revision)
-        return ModelSource(str(model), backbone, version, None, settings, None, calibration)
+        calibration, defects = (_from_hub(str(model), name, revision) for name in (CALIBRATION_NAME, DEFECTS_NAME))
+        return ModelSource(str(model), backbone, version, None, settings, None, calibration, defects)
     note = "no rater.json: default prompt, scale [1, 5], 8 uniform frames, whole view of at most 448 x 448 pixels"
     return ModelSource(str(model), str(model), revision, None, RaterFile(), note)
 
@@ -203,8 +206,9 @@ def _from_directory(folder: Path, name: str) -> ModelSource:
             f"{folder} was tuned on other weights than those that now lie in {backbone}: put the former ones back, or "
             "tune again"
         )
-    calibration = folder / CALIBRATION_NAME if (folder / CALIBRATION_NAME).is_file() else None
-    return ModelSource(name, backbone or str(folder), revision, adapter, settings, note, calibration)
+    files = (folder / CALIBRATION_NAME, folder / DEFECTS_NAME)
+    calibration, defects = (file if file.is_file() else None for file in files)
+    return ModelSource(name, backbone or str(folder), revision, adapter, settings, note, calibration, defects)
 
 
 def read_adapter_base(adapter: Path) -> tuple[str, str | None]:

@@ -56,7 +56,15 @@ class Sink:
     shards beside the file. Those of a run that died are taken up by the next one, however many processes it has.
     """
 
-    def __init__(self, path: Path, clips: Sequence[str], rater_id: str, overwrite: bool = False, rank: int = 0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        clips: Sequence[str],
+        rater_id: str,
+        overwrite: bool = False,
+        rank: int = 0,
+        needs: Sequence[str] = (),
+    ) -> None:
         """
         Args:
             path: the file; its suffix (one of `OUTPUT_SUFFIXES`) says in which form. Missing folders are made.
@@ -66,6 +74,7 @@ class Sink:
             overwrite: forget what the file holds, whatever it is. It stays until the first new row is there; shards
                 that a run left go at once.
             rank: which of the processes that write rows of this run.
+            needs: columns that a row must have filled to be reused.
 
         Raises:
             UsageError: the suffix is none of the three.
@@ -83,6 +92,7 @@ class Sink:
         self._stream: io.FileIO | None = None
         self._clips = dict.fromkeys(clips)
         self._overwrite = overwrite
+        self._needs = needs
         self._stored: list[Row] = []
         """What the file at `path` holds at this moment."""
         self._earlier: dict[str, Row] = {}
@@ -180,9 +190,12 @@ class Sink:
         for row in rows:
             self.write(row)
         for clip, row in self._earlier.items():
-            if clip in self._clips and row.get("error") is None:
+            if clip in self._clips and self._complete(row):
                 self._rows.setdefault(clip, row)
         _remove(shards)
+
+    def _complete(self, row: Row) -> bool:
+        return row.get("error") is None and all(row.get(column) is not None for column in self._needs)
 
     def _store(self, row: Row) -> None:
         line = f"{to_json(row)}\n".encode()
@@ -225,7 +238,7 @@ class Sink:
                 )
         self._stored = stored
         self._earlier = {row["clip"]: row for rows in (stored, *beside.values()) for row in rows}
-        self._rated = {row["content_id"]: row for row in self._earlier.values() if row.get("error") is None}
+        self._rated = {row["content_id"]: row for row in self._earlier.values() if self._complete(row)}
         for path in shards:
             for row in beside.get(path, ()):
                 self._store(row)
@@ -644,6 +657,27 @@ def render_table(rows: Sequence[Row], console: Console, limit: int = 40) -> None
 
 
 _RIGHT: dict[str, Any] = {"justify": "right", "no_wrap": True}
+
+
+def render_explanations(rows: Sequence[Row], console: Console) -> None:
+    """Print for people what was found in each clip, and why it is rated so."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    bars = BARS if console.encoding.lower().startswith("utf") else ASCII_BARS
+    for row in rows:
+        console.print(Text(str(row["clip"]), style="bold"), highlight=False)
+        if error := row.get("error"):
+            console.print(Padding(Text(f"{error.get('class')}: {error.get('message')}", style="red"), (0, 0, 1, 2)))
+            continue
+        console.print(Padding(Text(f"{_number(row['score'], 2)}  {row['explanation']}"), (0, 0, 0, 2)))
+        for one in row["found"]:
+            place = one["place"] + "".join(f", {first:.1f}-{last:.1f} s" for first, last in one["seconds"] or ())
+            bar = _bar(one["probability"], bars) * 8
+            console.print(Padding(f"{one['defect']:<16}{bar} {one['probability']:.2f}  {place}", (0, 0, 0, 4)))
+        unjudged = [name for name, probability in row["defects"].items() if probability is None]
+        if unjudged:
+            console.print(Padding(Text(f"not judged: {', '.join(unjudged)}", style="dim"), (0, 0, 1, 4)))
 
 
 def _line(row: Row, bars: str, intervals: bool) -> list[Text]:

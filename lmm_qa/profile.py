@@ -1,0 +1,139 @@
+"""The defect profile of a clip: what the model answered to the closed questions, and what the decoder measured.
+
+A model sees a few frames of a clip; the decoder sees all of them. So whether and when a picture stands, or is poorer
+for a while, is measured (`lmm_qa.trace`), and goes into the probability of these defects beside the model's answer.
+Knows nothing of models or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+
+from lmm_qa.defects import DEFECTS, DefectCalibration
+from lmm_qa.explain import Finding
+from lmm_qa.trace import Span, Trace
+
+SLOW, UNEVEN = 18.0, 0.35
+"""Different pictures a second below which, and unevenness above which, movement is jerky (see `lmm_qa.trace.pace`)."""
+
+WINDOW, STEP = 2.0, 0.5
+"""Seconds of a timeline's windows, and from one to the next."""
+
+LOW = 0.1
+"""Share of the scale by which a window lies below the clip's median, to be one that pulls the score down."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What is wrong with a clip."""
+
+    defects: dict[str, float | None]
+    """P(yes) of each defect, in the order of `lmm_qa.defects.DEFECTS`; None: not judged."""
+    found: tuple[Finding, ...]
+    """Those that are said to be there, the likeliest first."""
+    log_odds: dict[str, float]
+    """Of yes against no, as the model answered."""
+    measured: dict[str, float]
+    """1 where the decoder found a defect, -1 where not; of those that it looks for."""
+    mass: float
+    """Share of the vocabulary's probability on yes and no, mean over the questions. Near 0, the model cannot answer."""
+
+    @property
+    def denied(self) -> list[str]:
+        """Names of the defects that were judged, and are not there."""
+        found = {one.defect for one in self.found}
+        return [name for name, probability in self.defects.items() if probability is not None and name not in found]
+
+
+def read_profile(
+    answers: Mapping[str, tuple[float, float]], calibration: DefectCalibration, trace: Trace | None
+) -> Profile:
+    """Read the answers on one clip.
+
+    Args:
+        answers: for each question, the log-odds of yes against no, and the share of the vocabulary that both hold.
+        calibration: how they become probabilities.
+        trace: of the clip; None where not every frame was decoded.
+    """
+    spans = _moments(trace) if trace else {}
+    measured = {name: 1.0 if there else -1.0 for name, there in spans.items()}
+    defects = {
+        defect.name: calibration.probability(defect.name, answers[defect.name][0], measured.get(defect.name, 0.0))
+        if defect.name in answers
+        else None
+        for defect in DEFECTS
+    }
+    found = [
+        Finding(name, probability, tuple(spans.get(name) or ()))
+        for name, probability in defects.items()
+        if probability is not None and probability >= calibration.defects[name].threshold
+    ]
+    return Profile(
+        defects,
+        tuple(sorted(found, key=lambda one: -one.probability)),
+        {name: odds for name, (odds, _) in answers.items()},
+        measured,
+        sum(mass for _, mass in answers.values()) / max(len(answers), 1),
+    )
+
+
+def _moments(trace: Trace) -> dict[str, list[Span]]:
+    """When each defect that can be measured shows; an empty list where it does not."""
+    from lmm_qa.trace import buffering, pace, stalls, switches
+
+    first = buffering(trace)
+    rhythm = pace(trace)
+    jerky = rhythm.rate < SLOW or rhythm.uneven > UNEVEN
+    return {
+        "stall": stalls(trace),
+        "buffering": [first] if first else [],
+        "jerkiness": [(0.0, trace.duration)] if jerky else [],
+        "bitrate_switch": switches(trace),
+    }
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The score over time."""
+
+    window: float
+    """Seconds that each score is about."""
+    seconds: tuple[float, ...]
+    """The middle of each window."""
+    scores: tuple[float, ...]
+    """On the rater's scale."""
+    low: tuple[Span, ...]
+    """Seconds that pull the score down: where windows lie `LOW` of the scale below the median."""
+
+    def to_row(self) -> dict[str, object]:
+        """As plain data."""
+        return {
+            "window": self.window,
+            "seconds": [round(moment, 2) for moment in self.seconds],
+            "scores": [round(score, 4) for score in self.scores],
+            "low": [[round(moment, 2) for moment in span] for span in self.low],
+        }
+
+
+def read_timeline(spans: Sequence[Span], scores: Sequence[float], scale: tuple[float, float]) -> Timeline:
+    """Put the windows' scores together.
+
+    Args:
+        spans: seconds from and to of each window, in order.
+        scores: of each.
+        scale: MOS of the worst and of the best level.
+    """
+    middles = [(first + last) / 2 for first, last in spans]
+    limit = median(scores) - LOW * (scale[1] - scale[0])
+    edges = [spans[0][0], *((a + b) / 2 for a, b in pairwise(middles)), spans[-1][1]]
+    low: list[Span] = []
+    for number, score in enumerate(scores):
+        if score < limit:
+            if low and low[-1][1] == edges[number]:
+                low[-1] = (low[-1][0], edges[number + 1])
+            else:
+                low.append((edges[number], edges[number + 1]))
+    return Timeline(spans[0][1] - spans[0][0], tuple(middles), tuple(scores), tuple(low))

@@ -1,0 +1,111 @@
+"""python -m pytest tests/test_explain.py"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmm_qa.defects import VISIBLE
+from lmm_qa.explain import (
+    MAX_NAMED,
+    Finding,
+    explain,
+    explanation_prompt,
+    facts,
+    mentions,
+    objection,
+    opening,
+    sentence,
+)
+from lmm_qa.levels import LEVELS
+from lmm_qa.prompting import Prompt, load_prompt
+
+findings = st.lists(
+    st.builds(
+        Finding,
+        st.sampled_from(VISIBLE),
+        st.floats(0.5, 1),
+        st.sampled_from([(), ((1.2, 2.0),), ((0.0, 0.5), (3.0, 4.25))]),
+    ),
+    max_size=MAX_NAMED,
+    unique_by=lambda one: one.defect,
+)
+RATING = load_prompt("talking_head")
+
+
+@given(findings, st.sampled_from(LEVELS), st.integers(0, 10**6), st.booleans())
+def test_the_grammar_says_what_was_found_and_nothing_else(
+    found: list[Finding], level: str, seed: int, strengths: bool
+) -> None:
+    draw, names = random.Random(seed), {one.defect for one in found}
+    text = sentence(found, set(VISIBLE) - names, draw, [draw.random() for _ in found] if strengths else ())
+    whole = opening(RATING, level) + text
+    assert mentions(whole) == names
+    assert objection(whole, level, LEVELS, names, VISIBLE) is None
+    assert "  " not in whole
+    assert "{" not in whole
+    assert whole.endswith(".")
+
+
+def test_sentences_have_variety_and_depend_on_the_draw_alone() -> None:
+    found = [Finding("blur", 0.9), Finding("stall", 0.8, ((1.2, 2.0),))]
+    said = {sentence(found, ["colour", "noise"], random.Random(seed)) for seed in range(200)}
+    assert len(said) > 60
+    assert sentence(found, ["noise"], random.Random(3)) == sentence(found, ["noise"], random.Random(3))
+    timed = sum("from 1.2 to 2.0 s" in text for text in said)
+    assert timed == len(said), "where a time is known, it is said"
+
+
+def test_facts() -> None:
+    assert facts([]) == "none"
+    found = [Finding("blur", 0.9), Finding("stall", 0.8, ((1.24, 2.0), (4.0, 5.5))), Finding("seam", 0.7)]
+    assert facts(found) == "blur; stall from 1.2 to 2.0 s and from 4.0 to 5.5 s; face seam"
+    assert facts([*found, Finding("noise", 0.6)]) == facts(found), "no more than are named"
+
+
+def test_the_question_carries_the_facts_and_the_system_message() -> None:
+    prompt = Prompt(system="You rate.", question="How good?", stem="It is", levels=("bad", "good"))
+    asked = explanation_prompt(prompt, [Finding("blur", 0.9)])
+    (system, user) = asked.messages(1)
+    assert system["content"][0]["text"] == "You rate."
+    assert "Defects found: blur." in user["content"][-1]["text"]
+    assert opening(prompt, "good") == "It is good"
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("The picture is blurry and noisy.", {"blur", "noise"}),
+        ("There is no blur, and no noise either.", set()),
+        ("Free of compression, but the brightness flickers.", {"flicker"}),
+        ("The clip freezes twice without warning.", {"stall"}),
+        ("Not blurred. It is blurred later.", {"blur"}),
+        ("Visible blocking artefacts around the mouth.", {"compression"}),
+        ("The face is sharp and the colours are natural.", set()),
+        ("The bit-rate drops.", {"bitrate_switch"}),
+    ],
+)
+def test_mentions(text: str, names: set[str]) -> None:
+    assert mentions(text) == names
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("The quality of this video is fair: the picture is blurred.", None),
+        ("The quality of this video is fair: it looks excellent though blurred.", "excellent"),
+        ("The quality of this video is fair: noise covers the blurred picture.", "noise"),
+        ("The quality of this video is fair, and so on.", "none of the defects"),
+        ("The quality of this video is fair: the picture is blurred and", "end"),
+    ],
+)
+def test_words_that_contradict_the_rating_are_not_shown(text: str, why: str | None) -> None:
+    said = objection(text, "fair", LEVELS, ["blur"], VISIBLE)
+    assert said is None if why is None else why in str(said)
+    begun = "The quality of this video is fair"
+    shown, reason = explain(text.removeprefix(begun), "fair", LEVELS, [Finding("blur", 0.9)], ["noise"], "id", begun)
+    assert reason == said
+    assert shown == text if why is None else objection(shown, "fair", LEVELS, ["blur"], VISIBLE) is None

@@ -1,0 +1,39 @@
+"""python -m pytest tests/test_profile.py"""
+
+from __future__ import annotations
+
+import pytest
+from scipy.special import expit
+
+from lmm_qa.defects import DEFECTS, DefectCalibration, Logistic
+from lmm_qa.profile import read_profile, read_timeline
+
+
+def test_answers_become_a_profile() -> None:
+    calibration = DefectCalibration(
+        defects={"blur": Logistic(), "noise": Logistic(threshold=0.9), "seam": Logistic(intercept=2.0)}
+    )
+    answers = {"seam": (0.0, 0.6), "noise": (1.0, 0.8), "blur": (3.0, 1.0), "mouth": (9.0, 1.0)}
+    profile = read_profile(answers, calibration, None)
+    assert list(profile.defects) == [defect.name for defect in DEFECTS]
+    assert profile.defects["blur"] == pytest.approx(expit(3.0))
+    assert profile.defects["seam"] == pytest.approx(expit(2.0))
+    assert profile.defects["mouth"] is None, "the calibration does not know it"
+    assert profile.defects["lip_sync"] is None
+    assert [one.defect for one in profile.found] == ["blur", "seam"], (
+        "the likeliest first; noise is below its threshold"
+    )
+    assert profile.denied == ["noise"]
+    assert profile.mass == pytest.approx(0.85)
+    assert profile.measured == {}
+
+
+def test_a_timeline_says_which_seconds_pull_the_score_down() -> None:
+    spans = [(0.0, 2.0), (1.0, 3.0), (2.0, 4.0), (3.0, 5.0), (4.0, 6.0)]
+    timeline = read_timeline(spans, [4.0, 4.1, 2.0, 2.5, 4.2], (1, 5))
+    assert timeline.seconds == (1.0, 2.0, 3.0, 4.0, 5.0)
+    assert timeline.low == ((2.5, 4.5),), "from half way to the windows that are well"
+    assert timeline.to_row()["low"] == [[2.5, 4.5]]
+    assert read_timeline(spans, [3.0, 3.1, 2.9, 3.0, 3.0], (1, 5)).low == ()
+    assert read_timeline(spans, [1.0, 3.1, 2.9, 3.0, 1.0], (1, 5)).low == ((0.0, 1.5), (4.5, 6.0))
+    assert read_timeline([(0.0, 1.5)], [2.0], (1, 5)).low == (), "one window has nothing to compare with"
