@@ -13,7 +13,8 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -305,7 +306,8 @@ def vp9(clip: _Clip, strength: float, rng: np.random.Generator) -> Damaged:
 def av1(clip: _Clip, strength: float, rng: np.random.Generator) -> Damaged:
     """AV1 at constant rate factor 15 to 63, its picture shrunk by up to 3, as for low rates it is."""
     os.environ.setdefault("SVT_LOG", "1")  # errors only: it writes a page to stderr for each clip
-    return _shrunk_and_encoded(clip, strength, "libsvtav1", {"preset": "9", "svtav1-params": "lp=1"})
+    with _usual_priority():
+        return _shrunk_and_encoded(clip, strength, "libsvtav1", {"preset": "9", "svtav1-params": "lp=1"})
 
 
 def bitrate_switch(clip: _Clip, strength: float, rng: np.random.Generator) -> Damaged:
@@ -445,6 +447,19 @@ def _shrunk_and_encoded(clip: _Clip, strength: float, codec: str, options: dict[
     frames = _resized(clip.frames, small)
     decoded = _transcode(frames, codec, {**options, "crf": f"{round(15 + 48 * strength)}"}, clip.fps)
     return clip.changed(_resized(decoded, (width, height)))
+
+
+@contextmanager
+def _usual_priority() -> Iterator[None]:
+    """Where it may (as root), SVT-AV1 makes the thread that calls it a real-time one, and leaves it so."""
+    if not hasattr(os, "sched_getscheduler"):
+        yield
+        return
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
 
 
 _SMALLEST_ENCODED = 64

@@ -14,7 +14,7 @@ from statistics import median
 
 from lmm_qa.defects import DEFECTS, DefectCalibration
 from lmm_qa.explain import Finding
-from lmm_qa.trace import Span, Trace
+from lmm_qa.trace import Span, Trace, buffering, pace, stalls, switches
 
 SLOW, UNEVEN = 18.0, 0.35
 """Different pictures a second below which, and unevenness above which, movement is jerky (see `lmm_qa.trace.pace`)."""
@@ -82,8 +82,6 @@ def read_profile(
 
 def _moments(trace: Trace) -> dict[str, list[Span]]:
     """When each defect that can be measured shows; an empty list where it does not."""
-    from lmm_qa.trace import buffering, pace, stalls, switches
-
     first = buffering(trace)
     rhythm = pace(trace)
     jerky = rhythm.rate < SLOW or rhythm.uneven > UNEVEN

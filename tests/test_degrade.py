@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -368,3 +369,10 @@ def test_a_file_can_be_written(numbered: Pixels, tmp_path: Path) -> None:
         pictures = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     assert [picture.shape for picture in pictures] == [(94, 122, 3)] * 24
     assert [read_number(picture[:93, :121]) for picture in pictures] == list(range(24))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getscheduler"), reason="this system has no scheduling policies to ask for")
+def test_an_encoder_does_not_keep_the_processor(numbered: Pixels) -> None:
+    before = os.sched_getscheduler(0)
+    damage(numbered, "av1", 0.5)
+    assert os.sched_getscheduler(0) == before, "SVT-AV1 makes itself a real-time process where it may"

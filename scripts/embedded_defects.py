@@ -1,0 +1,210 @@
+"""Does the embedded model find the defects, and name them? Calibrate its answers on held-out clips, or judge them.
+
+    lmm-qa degrade VAL_CLIPS -o val/labels.jsonl --causes stall,buffering,drop,jitter,bitrate_switch,mouth_freeze
+    python scripts/embedded_defects.py fit --copies data/embedded --labels val/labels.jsonl -o defects.json
+
+    lmm-qa degrade TEST_CLIPS -o test/labels.jsonl --strengths 0.35,0.75 --pairs 4
+    python scripts/embedded_defects.py judge --labels test/labels.jsonl -o report.json
+
+`fit`: a logistic function a defect (Platt, 1999), by maximum likelihood, and the threshold of the best F1: on the
+prepared copies of the split `val` (scripts/embedded_data.py); on files for what the decoder measures in every frame.
+Defects that no damage makes are left out, and so not judged.
+
+`judge`: average precision of each defect that some copy has; precision and recall of what the explanations name; how
+often times of stalls, bufferings and bit-rate switches are right within half a second at both ends; how many
+explanations were the model's own; SRCC of the score with the labels, over all and within each cause (clean copies
+count as strength 0).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+from scipy.stats import pearsonr, spearmanr
+
+from lmm_qa.defects import MEASURED, DefectCalibration, Logistic, truth
+from lmm_qa.explain import mentions
+from lmm_qa.results import read_rows
+
+Floats = NDArray[np.float64]
+VISIBLE_LOSS = 0.05
+WITHIN = 0.5  # seconds
+
+
+def average_precision(scores: Floats, there: NDArray[np.bool_]) -> float:
+    """Mean of the precisions at each copy that has the defect, the likeliest first."""
+    ordered = there[np.argsort(-scores, kind="stable")]
+    precision = np.cumsum(ordered) / np.arange(1, len(ordered) + 1)
+    return float(precision[ordered].mean())
+
+
+def fit_one(odds: Floats, measured: Floats, there: NDArray[np.bool_]) -> Logistic:
+    """Maximum likelihood of slope, weight of what was measured, and intercept; then the threshold of the best F1."""
+
+    def loss(values: Floats) -> float:
+        z = values[0] * odds + values[1] * measured + values[2]
+        return float(np.mean(np.logaddexp(0, np.where(there, -z, z)))) + 1e-3 * float(values[1] ** 2)
+
+    start = np.array([1.0, 0.5, 0.0])
+    found = minimize(loss, start, bounds=[(0.05, 5), (0, 6 if measured.any() else 0), (-12, 12)], method="L-BFGS-B")
+    slope, weight, intercept = (float(value) for value in found.x)
+    p = 1 / (1 + np.exp(-(slope * odds + weight * measured + intercept)))
+    limits = np.unique(np.clip(p, 0.02, 0.98))
+    f1 = [2 * (there & (p >= limit)).sum() / max(there.sum() + (p >= limit).sum(), 1) for limit in limits]
+    return Logistic(
+        slope=round(slope, 4),
+        measured=round(weight, 4),
+        intercept=round(intercept, 4),
+        threshold=round(float(limits[int(np.argmax(f1))]), 4),
+        average_precision=round(average_precision(p, there), 4),
+    )
+
+
+def known(row: dict[str, Any]) -> dict[str, bool | None]:
+    """Which defects a copy has; a single damage that costs next to nothing is neither asserted nor denied."""
+    found = truth(zip(row["causes"], row["strengths"], strict=True))
+    if len(row["causes"]) == 1 and row["quality"] > (1 - VISIBLE_LOSS) * row["ceiling"]:
+        found = {name: None if there else there for name, there in found.items()}
+    return found
+
+
+def prepared(folder: Path, rater: Any, limit: int) -> Iterator[tuple[dict[str, Any], dict[str, float]]]:
+    """Rows of the prepared copies of `val`, and the log-odds of the answers."""
+    from lmm_qa.backbone import ClipInput
+    from lmm_qa.defects import questions
+    from lmm_qa.prompting import load_prompt
+
+    rows = [row for file in sorted(folder.glob("*.json")) for row in json.loads(file.read_text())]
+    rows = [row for row in rows if row["split"] == "val"]
+    rows = [rows[index] for index in np.random.default_rng(0).permutation(len(rows))[:limit]]
+    asked = {name: prompt for name, prompt in questions().items() if name in truth([])}
+    system = load_prompt("talking_head").system
+    for number, row in enumerate(rows):
+        views = tuple(np.load(folder / f"{row['name']}.{kind}.npy") for kind in ("whole", "crop"))
+        seconds = tuple(row["duration"] * (moment + 0.5) / len(views[0]) for moment in range(len(views[0])))
+        clip = ClipInput(views, seconds, row["duration"], {})
+        (answers,) = rater.backbone.prefill([clip], system).ask([*asked.values()])
+        yield row, {name: float(each.logits[1] - each.logits[0]) for name, each in zip(asked, answers, strict=True)}
+        if number % 100 == 0:
+            print(f"{number}/{len(rows)} prepared copies", flush=True)
+
+
+def rated(labels: Path, rater: Any, explanation: bool) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Rows of a labelled set of `lmm-qa degrade`, and the rating of each."""
+    from lmm_qa import Rating
+    from lmm_qa.rater import Details
+
+    rows = read_rows(labels)
+    details = Details(defects=True, explanation=explanation)
+    results = rater.rate_all([labels.parent / row["clip"] for row in rows], details=details)
+    for number, (row, result) in enumerate(zip(rows, results, strict=True)):
+        if not isinstance(result, Rating):
+            raise SystemExit(f"{row['clip']}: {result.error}")
+        yield row, result
+        if number % 100 == 0:
+            print(f"{number}/{len(rows)} files", flush=True)
+
+
+def fit(args: argparse.Namespace) -> None:
+    from lmm_qa import Rater
+
+    rater = Rater.from_pretrained(args.model)
+    samples: dict[str, list[tuple[float, float, bool]]] = {name: [] for name in truth([])}
+    for row, odds in prepared(args.copies, rater, args.limit):
+        for name, there in known(row).items():
+            if there is not None and name not in MEASURED:
+                samples[name].append((odds[name], 0.0, there))
+    for row, result in rated(args.labels, rater, explanation=False):
+        for name, there in known(row).items():
+            if there is not None and name in MEASURED:
+                samples[name].append((result.profile.log_odds[name], result.profile.measured[name], there))
+    fitted = {}
+    for name, kept in samples.items():
+        odds, measured, there = (np.array(column) for column in zip(*kept, strict=True))
+        fitted[name] = fit_one(odds, measured, there.astype(bool))
+        print(f"{name:<16}{there.sum():>5} of {len(there):<6} {fitted[name]}", flush=True)
+    calibration = DefectCalibration(
+        defects=fitted, data="held-out copies of the split val: scripts/embedded_defects.py"
+    )
+    args.output.write_text(calibration.model_dump_json(indent=2) + "\n")
+
+
+def in_time(row: dict[str, Any], found: Sequence[Any], cause: str, defect: str) -> bool:
+    """Whether both ends of a damage are known within half a second."""
+    first, last = row["seconds"][row["causes"].index(cause)]
+    spans = [span for one in found if one.defect == defect for span in one.seconds]
+    return any(abs(a - first) <= WITHIN and abs(b - last) <= WITHIN for a, b in spans)
+
+
+def judge(args: argparse.Namespace) -> None:
+    from lmm_qa import Rater
+
+    rater = Rater.from_pretrained(args.model)
+    rows, results = zip(*rated(args.labels, rater, explanation=True), strict=True)
+    truths = [known(row) for row in rows]
+    report: dict[str, Any] = {"model": args.model or "embedded", "rater_id": rater.rater_id, "clips": len(rows)}
+    precisions = {}
+    for name in truth([]):
+        asked = [number for number, each in enumerate(truths) if each[name] is not None]
+        there = np.array([truths[number][name] for number in asked], bool)
+        if there.any() and rater.defect_calibration.defects.get(name):
+            p = np.array([results[number].profile.defects[name] for number in asked])
+            precisions[name] = round(average_precision(p, there), 3)
+    report["average_precision"] = precisions
+    report["mean_average_precision"] = round(float(np.mean(list(precisions.values()))), 3)
+    named = [(each, mentions(result.explanation)) for each, result in zip(truths, results, strict=True)]
+    right = sum(each.get(name) is True for each, said in named for name in said)
+    wrong = sum(each.get(name) is False for each, said in named for name in said)
+    missed = sum(there is True and name not in said for each, said in named for name, there in each.items())
+    report["mentions"] = {"precision": round(right / (right + wrong), 3), "recall": round(right / (right + missed), 3)}
+    report["words_of_the_model"] = round(float(np.mean([result.explained_by == "model" for result in results])), 3)
+    times = {}
+    for cause, defect in (("stall", "stall"), ("buffering", "buffering"), ("bitrate_switch", "bitrate_switch")):
+        hits = [
+            in_time(row, result.profile.found, cause, defect)
+            for row, result, each in zip(rows, results, truths, strict=True)
+            if cause in row["causes"] and each[defect]
+        ]
+        times[cause] = f"{np.mean(hits):.0%} of {len(hits)}"
+    report["times_within_half_a_second"] = times
+    score = np.array([result.score for result in results])
+    mos = np.array([row["mos"] for row in rows])
+    report["srcc"] = round(float(spearmanr(score, mos)[0]), 4)
+    report["plcc"] = round(float(pearsonr(score, mos)[0]), 4)
+    single = {cause: [n for n, row in enumerate(rows) if row["causes"] in ([], [cause])]
+              for cause in sorted({row["causes"][0] for row in rows if len(row["causes"]) == 1})}  # fmt: skip
+    report["srcc_within"] = {cause: round(float(spearmanr(score[n], mos[n])[0]), 3) for cause, n in single.items()}
+    report["rows"] = [
+        {"clip": row["clip"], "mos": row["mos"], "score": result.score, "explanation": result.explanation,
+         "explained_by": result.explained_by, "true": [name for name, there in each.items() if there]}
+        for row, result, each in zip(rows, results, truths, strict=True)
+    ]  # fmt: skip
+    args.output.write_text(json.dumps(report, indent=1))
+    print(json.dumps({key: value for key, value in report.items() if key != "rows"}, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    jobs = parser.add_subparsers(required=True)
+    for name, job in (("fit", fit), ("judge", judge)):
+        sub = jobs.add_parser(name)
+        sub.set_defaults(job=job)
+        sub.add_argument("--labels", type=Path, required=True)
+        sub.add_argument("--model", default=None, help="rater; by default the embedded one")
+        sub.add_argument("-o", "--output", type=Path, required=True)
+        if job is fit:
+            sub.add_argument("--copies", type=Path, required=True)
+            sub.add_argument("--limit", type=int, default=1000, help="prepared copies that are asked about")
+    args = parser.parse_args()
+    args.job(args)
+
+
+if __name__ == "__main__":
+    main()
