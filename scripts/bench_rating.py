@@ -14,7 +14,8 @@ In one run, on the same clips, frames, pixels and weights, in turns, the median 
 No path can be faster than the slower one of the last two; where the model runs on the CPU, they share its cores, and
 none can take less processor time than both together. Processor time is also what other work on the machine disturbs
 less. Set OMP_WAIT_POLICY=PASSIVE, as `lmm-qa rate` does. Besides, where the time of a clip goes, one stage after the
-other in one process. DIR holds config.json and the files of tokenizer and processor; no weights are needed.
+other in one process; and what twelve closed questions cost on top of the score, on one prefill and in the reference's
+way: one full forward a question. DIR holds config.json and the files of tokenizer and processor; no weights are needed.
 """
 
 from __future__ import annotations
@@ -40,14 +41,27 @@ from PIL import Image
 from watched_run import resident
 
 from lmm_qa import Rater, Rating
-from lmm_qa.backbone import Backbone, choose_attention, choose_device, choose_dtype, load_processor, prepare_inputs
+from lmm_qa.backbone import (
+    Backbone,
+    ClipInput,
+    LevelLogits,
+    choose_attention,
+    choose_device,
+    choose_dtype,
+    load_processor,
+    prepare_inputs,
+)
 from lmm_qa.config import Sampling, View
+from lmm_qa.defects import questions
 from lmm_qa.levels import read_levels
+from lmm_qa.prompting import Prompt
 from lmm_qa.rater import clip_input, plan_rater
 from lmm_qa.video import DecoderPool, Frames, probe, read_frames, sample_indices, view_size
 
 Way = Callable[[], object]
 STAGES = ("decode", "preprocess", "transfer", "vision", "prefill", "readout")
+QUESTIONS = 12
+"""Closed questions about defects that are asked besides the score."""
 
 
 # The paths
@@ -55,21 +69,25 @@ STAGES = ("decode", "preprocess", "transfer", "vision", "prefill", "readout")
 
 def reference(rater: Rater, clips: Sequence[Path]) -> list[float]:
     """Scores of clips as public raters get them."""
-    scores = []
-    for clip in clips:
-        images = [Image.fromarray(picture) for picture in separate_images(rater, clip)]
-        prompt = rater.settings.prompt
+    readings = [reference_answers(rater, clip, [rater.settings.prompt])[0] for clip in clips]
+    scale = rater.settings.declared_scale()
+    return [read_levels(each.logits, each.log_normalizer, scale).score for each in readings]
+
+
+def reference_answers(rater: Rater, clip: Path, prompts: Sequence[Prompt]) -> list[LevelLogits]:
+    """What public raters get of a clip, decoded once: one full forward a prompt."""
+    images = [Image.fromarray(picture) for picture in separate_images(rater, clip)]
+    processor, answers = rater.backbone.processor, []
+    for prompt in prompts:
         message = {"role": "user", "content": [*({"type": "image"} for _ in images),
                                                {"type": "text", "text": prompt.question}]}  # fmt: skip
-        processor = rater.backbone.processor
         text = processor.apply_chat_template([message], tokenize=False, add_generation_prompt=True) + prompt.stem
         inputs = processor(text=[text], images=images, do_resize=False, return_tensors="pt").to(rater.backbone.device)
         with torch.inference_mode():
             logits = rater.backbone.model(**inputs).logits[0, -1].float()
         tokens = list(rater.backbone.level_tokens(prompt, len(rater.settings.views)))
-        normalizer = torch.logsumexp(logits, dim=-1).item()
-        scores.append(read_levels(logits[tokens].cpu().numpy(), normalizer, rater.settings.declared_scale()).score)
-    return scores
+        answers.append(LevelLogits(logits[tokens].cpu().numpy(), torch.logsumexp(logits, dim=-1).item()))
+    return answers
 
 
 def separate_images(rater: Rater, clip: Path) -> Iterator[np.ndarray]:
@@ -237,6 +255,49 @@ def timed(part: torch.nn.Module, spent: dict[str, float], stage: str) -> list[An
 # What is measured
 
 
+def cost_of_questions(rater: Rater, clips: Sequence[Path], runs: int) -> dict[str, Any]:
+    """What closed questions cost on top of the score, in this process, frames lying ready or decoded for it."""
+    settings, backbone = rater.settings, rater.backbone
+    score = settings.prompt
+    closed = [each.model_copy(update={"system": score.system}) for each in questions().values()][:QUESTIONS]
+    asked = [score, *closed]
+
+    def decoded() -> list[ClipInput]:
+        frames = [read_frames(clip, settings.sampling, settings.views, rater.factor) for clip in clips]
+        return [clip_input(each) for each in frames]
+
+    def answers(clips: Sequence[ClipInput]) -> list[list[LevelLogits]]:
+        return backbone.prefill(clips, score.system).ask(asked)
+
+    ready = decoded()
+    together = answers(ready)  # this and the next also warm up
+    one_by_one = zip(*(backbone.read(ready, prompt) for prompt in asked), strict=True)
+    pairs = [pair for rows in zip(together, one_by_one, strict=True) for pair in zip(*rows, strict=True)]
+    paths: dict[str, Way] = {
+        "score": lambda: backbone.read(ready, score),
+        "score + questions": lambda: answers(ready),
+        "decoding + score": lambda: backbone.read(decoded(), score),
+        "decoding + score + questions": lambda: answers(decoded()),
+        "reference": lambda: [reference_answers(rater, clip, [score]) for clip in clips],
+        "reference + questions": lambda: [reference_answers(rater, clip, asked) for clip in clips],
+    }
+    measured = in_turns(paths, len(clips), runs)
+    return {
+        "questions": len(closed),
+        "clips": len(clips),
+        "largest_difference": max(float(np.abs(one.logits - other.logits).max()) for one, other in pairs),
+        "paths": measured,
+        "times_the_score": {
+            name: {
+                "processor": with_questions["processor_seconds_a_clip"] / alone["processor_seconds_a_clip"],
+                "clock": alone["clips_per_second"] / with_questions["clips_per_second"],
+            }
+            for name, alone in measured.items()
+            if (with_questions := measured.get(f"{name} + questions"))
+        },
+    }
+
+
 def random_rater(config: Path, device: str | None, sampling: Sampling | None, views: list[View] | None) -> Rater:
     """A rater of the size that a configuration says, with random weights."""
     from transformers import AutoConfig, AutoModelForImageTextToText
@@ -285,6 +346,7 @@ def bench(rater: Rater, clips: Sequence[Path], batch_size: int, workers: int, ru
         "ours_over_limit": rate["ours"] / min(rate["bare decoding"], rate["bare forward"]),
         "needed_over_spent": (work["bare decoding"] + work["bare forward"]) / work["ours"],
         "stages": stages(rater, clips, batch_size),
+        "questions": cost_of_questions(rater, few, runs),
         "scores": scores,
     }
 
@@ -305,7 +367,12 @@ def table(report: dict[str, Any]) -> str:
         f"{report['needed_over_spent']:.2f} of its processor time is decoding and forward"
     )
     spent = ", ".join(f"{name} {seconds * 1000:.0f}" for name, seconds in report["stages"].items())
-    return "\n".join([*lines, f"milliseconds a clip, one stage after the other: {spent}"])
+    lines.append(f"milliseconds a clip, one stage after the other: {spent}")
+    cost = report["questions"]
+    times = "; ".join(
+        f"{name} {each['processor']:.2f} (clock {each['clock']:.2f})" for name, each in cost["times_the_score"].items()
+    )
+    return "\n".join([*lines, f"{cost['questions']} questions besides, times the processor time without: {times}"])
 
 
 def main() -> None:

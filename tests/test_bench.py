@@ -51,9 +51,10 @@ def test_the_reference_sees_the_pixels_that_we_see(rater: Rater) -> None:
         assert np.abs(picture.astype(int) - other).max() <= 3  # decord's pixels
 
 
-def test_every_path_rates_every_clip(rater: Rater) -> None:
+def test_every_path_rates_every_clip(rater: Rater, monkeypatch: pytest.MonkeyPatch) -> None:
     import bench_rating
 
+    monkeypatch.setattr(bench_rating, "QUESTIONS", 2)
     report = bench_rating.bench(rater, CLIPS, batch_size=2, workers=1, runs=1)
     assert report["scores"]["ours"] == pytest.approx([rater.rate(clip).score for clip in CLIPS[:2]], abs=1e-4)
     clean, blurred = report["scores"]["reference"]
@@ -69,6 +70,28 @@ def test_every_path_rates_every_clip(rater: Rater) -> None:
     assert all(seconds > 0 for seconds in report["stages"].values())
     assert report["stages"]["readout"] < report["stages"]["vision"]
     assert "3 clips" in bench_rating.table(report)
+    assert report["questions"]["questions"] == 2
+    assert "2 questions besides" in bench_rating.table(report)
+
+
+def test_questions_are_asked_in_both_ways(rater: Rater, monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench_rating
+
+    from lmm_qa.defects import questions
+
+    monkeypatch.setattr(bench_rating, "QUESTIONS", 5)
+    cost = bench_rating.cost_of_questions(rater, CLIPS[1:2], runs=1)
+    assert (cost["questions"], cost["clips"]) == (5, 1)
+    assert cost["largest_difference"] < 1e-4, "on one prefill or on many"
+    times = cost["times_the_score"]
+    assert times.keys() == {"score", "decoding + score", "reference"}
+    assert times["score"]["processor"] < 3 < times["reference"]["processor"]
+    spent = {name: each["processor_seconds_a_clip"] for name, each in cost["paths"].items()}
+    assert times["score"]["processor"] == spent["score + questions"] / spent["score"]
+    score, *closed = rater.settings.prompt, *list(questions().values())[:2]
+    answers = bench_rating.reference_answers(rater, CLIPS[1], [score, *closed])
+    assert [len(each.logits) for each in answers] == [5, 2, 2]
+    assert answers[1].logits.tolist() != answers[2].logits.tolist()
 
 
 def test_stages_add_up(rater: Rater) -> None:
