@@ -1,13 +1,14 @@
 """Damaged copies of clips as files, with the table of their labels: clean clips in, a labelled set out.
 
 Each copy is made in memory (see `reference`), encoded with as good as no loss, and gets a row in the manifest, which
-`lmm-qa rate`, `evaluate` and `calibrate` take as it is: `clip`, `mos`, `group`. Copies have no sound: nothing here
-listens. What is there already is not made again.
+`lmm-qa rate`, `evaluate`, `calibrate` and `train` take as it is: `clip`, `mos`, `group`, and for training `defects` and
+`explanation`. Copies have no sound: nothing here listens. What is there already is not made again.
 """
 
 from __future__ import annotations
 
 import itertools
+import random
 import re
 import signal
 import zlib
@@ -24,10 +25,13 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from lmm_qa.defects import BY_NAME, truth
 from lmm_qa.degrade import COMPRESSION, DAMAGES, FACIAL, PICTURE, REPEATABLE_X264, TEMPORAL, Pixels, encode
 from lmm_qa.errors import ClipError, ClipTruncated, ClipUnreadable, LmmQaError, MissingExtra, ResultsError, UsageError
+from lmm_qa.explain import Finding, opening, sentence
 from lmm_qa.face import Face, find_face
 from lmm_qa.manifest import Clip, content_id
+from lmm_qa.prompting import DEFAULT_PROMPT, load_prompt
 from lmm_qa.reference import ceiling, make_copy, mos
 from lmm_qa.results import Row, journal, output_form, read_rows, to_json, write_rows
 from lmm_qa.video import probe
@@ -38,8 +42,14 @@ SMALLEST = 64
 LOSSLESS = {"crf": "10", **REPEATABLE_X264}
 """What x264 is told for as good as no loss."""
 
-COLUMNS = ("clip", "mos", "group", "source", "causes", "seed")
+COLUMNS = ("clip", "mos", "group", "source", "causes", "strengths", "seed", "scale", "seconds", "quality")
 """What every row of a manifest must have, for the file to be taken for one of ours."""
+
+TIMED = ("stall", "buffering", "bitrate_switch", "lips")
+"""Defects of which the words say when."""
+
+UNSEEN = 0.95
+"""Quality from which on nobody need notice a damage: the copy is said neither to have its defect nor not to."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +254,7 @@ class CopySet:
             for row in read_rows(path):
                 if any(column not in row for column in COLUMNS):
                     raise ResultsError(f"{path} exists and is no manifest of damaged copies: name another file")
-                rows[row["clip"]] = row
+                rows[row["clip"]] = row if "defects" in row else row | _words(row)
         return rows
 
 
@@ -285,7 +295,7 @@ def _make(job: Job, folder: Path) -> Row:
     beside = folder / f".{job.name}"
     encode(copy.frames, "libx264", LOSSLESS, Fraction(fps).limit_denominator(1001), str(beside))
     beside.replace(folder / job.name)
-    return {
+    row = {
         "clip": job.name,
         "mos": round(mos(copy.quality * limit, job.recipe.scale), 4),
         "group": job.source.name,
@@ -297,6 +307,36 @@ def _make(job: Job, folder: Path) -> Row:
         "quality": round(copy.quality, 4),
         "ceiling": round(limit, 4),
         "face_found": face.found,
+    }
+    return row | _words(row)
+
+
+def _words(row: Row) -> Row:
+    """What a copy has of the defects, as `lmm_qa.dataset` reads it, and a sentence that says so."""
+    strength = dict(zip(row["causes"], row["strengths"], strict=True))
+    seconds = dict(zip(row["causes"], row["seconds"], strict=True))
+    known = truth(strength.items())
+    if len(strength) == 1 and row["quality"] > UNSEEN:
+        known = {name: None if there else there for name, there in known.items()}
+    if "buffering" in strength:  # the clip's end is cut off: what befell it there may not be seen
+        known |= {name: None for name in TIMED if known[name] and name != "buffering"}
+    found: list[tuple[float, Finding]] = []
+    for name in (name for name, there in known.items() if there):
+        causes = [cause for cause in BY_NAME[name].causes if cause in strength]
+        spans = [(round(first, 1), round(last, 1)) for first, last in (seconds[cause] for cause in causes)]
+        timed = tuple(span for span in spans if name in TIMED and span[0] < span[1])
+        found.append((max(strength[cause] for cause in causes), Finding(name, 1.0, timed)))
+    found.sort(key=lambda one: -one[0])
+    strengths, findings = [one for one, _ in found], [one for _, one in found]
+    denied = [name for name, there in known.items() if there is False]
+    prompt, (low, high) = load_prompt(DEFAULT_PROMPT), row["scale"]
+    level = prompt.levels[round((row["mos"] - low) / (high - low) * (len(prompt.levels) - 1))]
+    said = sentence(findings, denied, random.Random(f"{row['seed']} {row['clip']}"), strengths)
+    times = {one.defect: " and".join(f" from {first} to {last} s" for first, last in one.seconds) for one in findings}
+    unsure = [f"?{name}" for name, there in known.items() if there is None]
+    return {
+        "defects": [*(f"{name}{when}" for name, when in times.items()), *unsure],
+        "explanation": opening(prompt, level) + said,
     }
 
 

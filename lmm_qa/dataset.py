@@ -33,7 +33,9 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from lmm_qa.config import Sampling, ScaleEnds, Settings, View
+from lmm_qa.defects import VISIBLE, truth
 from lmm_qa.errors import ClipError, LmmQaError, ManifestError, UsageError
+from lmm_qa.explain import Finding
 from lmm_qa.manifest import CLIP_COLUMNS, VIDEO_SUFFIXES, content_id
 from lmm_qa.scores import GROUP_COLUMN, LABEL_SUFFIXES, SCORE_COLUMNS, group_folds
 from lmm_qa.thqa import try_parse
@@ -41,6 +43,9 @@ from lmm_qa.video import DecoderPool, Frames
 
 SHOWN = 3
 """Problems, and names, that a message lists before it only counts."""
+
+DENIABLE = tuple(name for name in truth(()) if name in VISIBLE)
+"""Defects that a clip does not have where its row does not name them: those that a damage of ours can make."""
 
 
 class Table(Settings):
@@ -70,6 +75,15 @@ class Table(Settings):
     """Column of the number of opinions; cells may be empty. Default: there is none."""
     group: str | None = None
     """Column that says which clips must stay together. Default: `group`, where there is one. See `Example.group`."""
+    defects: str | None = None
+    """Column of the defects that a clip has, the main ones first. Default: `defects`, where there is one. A cell is a
+    list, or text with `;` between names of `lmm_qa.defects`. A name may be followed by its time, as in
+    `stall from 1.2 to 2.0 s`; one with `?` before it is neither there nor absent. Defects that are not named are
+    absent, all of them where the cell is empty; where it is null, or `?` alone, nothing is known."""
+    explanation: str | None = None
+    """Column of a text that says why a clip is rated so: `The quality of this video is fair: the picture is blurred.`
+    What comes before the first level word only leads up to it. Cells may be empty. Default: `explanation`, where there
+    is one."""
 
 
 class Data(Settings):
@@ -123,6 +137,12 @@ class Example:
     """
     scale: tuple[float, float]
     """MOS of the worst and of the best clip that people could give."""
+    found: tuple[Finding, ...] | None = None
+    """Defects that are there, the main ones first; None where nothing is known."""
+    denied: tuple[str, ...] = ()
+    """Names of defects that are not there."""
+    explanation: str | None = None
+    """Why it is rated so."""
 
     def on(self, scale: tuple[float, float]) -> Example:
         """The same opinions on another scale, worst on worst and best on best, linear between."""
@@ -241,6 +261,18 @@ def _sorted(examples: Sequence[Example]) -> tuple[Example, ...]:
 
 Row = dict[str, Any]
 
+WHERE_THERE = (GROUP_COLUMN, "defects", "explanation")
+"""Columns that are read under these names, and need not be there."""
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "clip": CLIP_COLUMNS,
+    "mos": SCORE_COLUMNS,
+    "std": (),
+    "votes": (),
+    **{name: (name,) for name in WHERE_THERE},
+}
+"""What we read of a row, and what it is usually called."""
+
 
 def _read_all(tables: Sequence[Table], root: Path) -> tuple[Example, ...]:
     seen: dict[Path, str] = {}
@@ -292,7 +324,48 @@ def _example(row: Row, scale: tuple[float, float], find: Callable[[str], Path]) 
         raise ManifestError(f"the number of votes of {name!r} is a whole number from 1, received {votes:g}")
     path, parsed = find(name), try_parse(name)
     group: Hashable = _text(row.get("group")) or (path if parsed is None else parsed.group)
-    return Example(name, path, mos, std, None if votes is None else int(votes), group, scale)
+    found, denied = _defects(row.get("defects"), name)
+    said = _text(row.get("explanation")) or None
+    return Example(name, path, mos, std, None if votes is None else int(votes), group, scale, found, denied, said)
+
+
+_DEFECT = re.compile(r"(\??) *(\w+)((?: (?:and )?from \d+(?:\.\d+)? to \d+(?:\.\d+)? s)*)")
+
+
+def _defects(cell: Any, name: str) -> tuple[tuple[Finding, ...] | None, tuple[str, ...]]:
+    """What a cell says to be there, None where it says nothing, and what is not there."""
+    if cell is None or cell != cell or cell == "?":
+        return None, ()
+    if isinstance(cell, str):
+        cell = _listed(cell)
+    if not isinstance(cell, list):
+        raise ManifestError(f"the defects of {name!r} are names with ; between them, received {cell!r}")
+    found: list[Finding] = []
+    named: set[str] = set()
+    for text in cell:
+        match = _DEFECT.fullmatch(str(text).strip())
+        unsure, defect, when = match.groups() if match else ("", "", "")
+        times = [float(number) for number in re.findall(r"[\d.]+", when)]
+        if not match or times != sorted(times):
+            raise ManifestError(
+                f"a defect of {name!r} is a name, as in blur, ?seam or stall from 1.2 to 2.0 s; received {text!r}"
+            )
+        if defect not in VISIBLE:
+            raise ManifestError(f"{name!r} has the unknown defect {defect!r}: use {', '.join(VISIBLE)}")
+        if defect in named:
+            raise ManifestError(f"{name!r} has the defect {defect!r} twice")
+        named.add(defect)
+        if not unsure:
+            found.append(Finding(defect, 1.0, tuple(zip(times[::2], times[1::2], strict=True))))
+    return tuple(found), tuple(defect for defect in DENIABLE if defect not in named)
+
+
+def _listed(cell: str) -> Any:
+    """The parts of a text; a list within a CSV is JSON."""
+    try:
+        return json.loads(cell) if cell.startswith("[") else cell.split(";") if cell.strip() else []
+    except ValueError:
+        return cell
 
 
 def _text(value: object) -> str:
@@ -338,7 +411,7 @@ def _finder(folder: Path) -> Callable[[str], Path]:
 
 
 def _rows(table: Table, root: Path) -> list[Row]:
-    """The rows of a table with the columns that are needed, under our names: clip, mos, std, votes, group."""
+    """The rows of a table with the columns that are needed, under our names: those of `COLUMNS`."""
     local = root / Path(table.path).expanduser()
     try:
         # A local table is not left behind in a cache, where it would be copied again for each of its versions.
@@ -442,13 +515,12 @@ def _header(file: Path, separator: str) -> list[str]:
 def _columns(table: Table, names: Sequence[str]) -> dict[str, str]:
     """What each of our columns is called in a table that has the columns `names`."""
     known = {name.strip().casefold(): name for name in reversed(names)}
-    needed = {"clip": CLIP_COLUMNS, "mos": SCORE_COLUMNS}
     candidates: dict[str, Sequence[str]] = {}
-    for ours in ("clip", "mos", "std", "votes", "group"):
+    for ours, usual in COLUMNS.items():
         declared: str | None = getattr(table, ours)
-        candidates[ours] = (declared,) if declared else needed.get(ours, ())
-    if GROUP_COLUMN in known and not table.group:
-        candidates["group"] = (GROUP_COLUMN,)
+        candidates[ours] = (declared,) if declared else usual
+        if ours in WHERE_THERE and not declared and ours not in known:
+            candidates[ours] = ()
     found: dict[str, str] = {}
     missing: list[str] = []
     for ours, allowed in candidates.items():

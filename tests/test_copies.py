@@ -17,12 +17,15 @@ from clips import ffmpeg, ffmpeg_frames, write_clip
 
 import lmm_qa
 import lmm_qa.cli
-from lmm_qa.copies import BadSource, CopySet, Recipe, read_clip
+from lmm_qa.copies import BadSource, CopySet, Recipe, _words, read_clip
+from lmm_qa.dataset import Data, load
+from lmm_qa.defects import truth
 from lmm_qa.degrade import COMPRESSION, DAMAGES, FACIAL, PICTURE, TEMPORAL, damage
 from lmm_qa.errors import ClipError, ClipTruncated, MissingExtra, ResultsError, UsageError
+from lmm_qa.explain import mentions
 from lmm_qa.manifest import expand
 from lmm_qa.reference import ceiling, make_copy
-from lmm_qa.results import Row, read_rows
+from lmm_qa.results import Row, read_rows, write_rows
 from lmm_qa.scores import read_labels
 
 SAMPLES = Path(lmm_qa.__file__).parent / "samples"
@@ -165,6 +168,79 @@ def test_the_manifest_serves_as_labels_and_as_a_list(sources: Path, tmp_path: Pa
     ]
     assert len(labels) == len(rows)
     assert all(clip.path.is_file() for clip in expand([manifest]))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the folders `clips` and `set`."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "clips").mkdir()
+    shutil.copy(SAMPLES / "astronaut_clean.mp4", folder / "clips" / "real.mp4")
+    make(folder / "set" / "labels.jsonl", folder / "clips")
+    return folder
+
+
+def test_the_manifest_teaches_defects_and_words(made: Path) -> None:
+    rows = {row["clip"]: row for row in read_rows(made / "set" / "labels.jsonl")}
+    options = {"validation_share": 0, "calibration_share": 0}
+    for suffix in (".jsonl", ".csv", ".parquet"):
+        write_rows(made / "set" / f"labels{suffix}", [*rows.values()])
+        table = {"path": f"labels{suffix}", "scale": [1, 5]}
+        examples = load(Data.parse({"root": made / "set", "train": [table], **options}, "data"), seed=0).train
+        assert {example.name for example in examples} == set(rows)
+        for example in examples:
+            row = rows[example.name]
+            known = truth(zip(row["causes"], row["strengths"], strict=True))
+            assert example.found is not None and example.explanation is not None
+            found = {one.defect for one in example.found}
+            assert found <= {name for name, there in known.items() if there}
+            assert set(example.denied) == {name for name, there in known.items() if there is False}
+            assert mentions(example.explanation) == found
+            level = ("bad", "poor", "fair", "good", "excellent")[round(row["mos"] - 1)]
+            assert re.match(rf"The quality of this video is {level}\b", example.explanation)
+        (stalled,) = next(example.found for example in examples if example.name == "real--stall-0.5.mp4") or ()
+        first, last = (round(moment, 1) for moment in rows["real--stall-0.5.mp4"]["seconds"][0])
+        assert (stalled.defect, stalled.seconds) == ("stall", ((first, last),))
+        assert f"from {first} to {last} s" in rows["real--stall-0.5.mp4"]["explanation"]
+
+
+def test_an_older_manifest_learns_the_words(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "set", tmp_path / "set")
+    rows = read_rows(made / "set" / "labels.jsonl")
+    older = [{name: row[name] for name in row if name not in ("defects", "explanation")} for row in rows]
+    write_rows(tmp_path / "set" / "labels.csv", older)
+    assert make(tmp_path / "set" / "labels.csv", made / "clips") == [], "no copy is made again"
+    assert read_rows(tmp_path / "set" / "labels.csv") == rows
+
+
+ROW: Row = {"clip": "a--x.mp4", "seed": 3, "scale": [0, 5], "mos": 2.4, "quality": 0.5}
+
+
+def words(causes: dict[str, float], seconds: float = 4.0, **more: object) -> Row:
+    spans = [(0.0, seconds)] * len(causes)
+    return _words(ROW | {"causes": [*causes], "strengths": [*causes.values()], "seconds": spans} | more)
+
+
+def test_the_strongest_defect_comes_first() -> None:
+    assert words({"blur": 0.3, "noise": 0.9})["defects"] == ["noise", "blur"]
+    assert words({"blur": 0.3, "rescale": 0.9, "noise": 0.6})["defects"] == ["blur", "noise"]
+
+
+def test_what_cannot_be_seen_is_neither_there_nor_absent() -> None:
+    assert words({"colour_cast": 0.9})["defects"] == ["colour"]
+    unseen = words({"colour_cast": 0.9}, quality=0.97, mos=4.9)
+    assert unseen["defects"] == ["?colour"]
+    assert not mentions(unseen["explanation"]) and "the video is" not in unseen["explanation"]
+    assert words({"colour_cast": 0.1})["defects"] == ["?colour"]
+    late = words({"bitrate_switch": 0.9, "buffering": 0.5})["defects"]
+    assert late[0] == "buffering from 0.0 to 4.0 s" and "?bitrate_switch" in late, "its end may be cut off"
+    assert words({"stall": 0.3}, seconds=0.01)["defects"][0] == "stall", "no time that lasts nothing"
+
+
+def test_the_level_is_the_nearest_of_the_scale() -> None:
+    said = [words({}, mos=mos, quality=1)["explanation"] for mos in (0, 0.7, 2.4, 4.3, 4.5)]
+    levels = [re.findall(r"\w+", text)[6] for text in said]
+    assert levels == ["bad", "poor", "fair", "good", "excellent"]
 
 
 def test_the_same_seed_makes_the_same_files(sources: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from lmm_qa.config import Sampling, View
 from lmm_qa.dataset import Data, Example, Seen, Splits, Survey, check, load
+from lmm_qa.defects import VISIBLE, truth
 from lmm_qa.errors import (
     ClipNotFound,
     ClipTruncated,
@@ -30,6 +31,7 @@ from lmm_qa.errors import (
     ManifestError,
     UsageError,
 )
+from lmm_qa.explain import Finding
 from lmm_qa.scores import read_names
 from lmm_qa.thqa import find_leaks
 
@@ -220,6 +222,77 @@ def test_tables_that_cannot_be_used(write: Write, tmp_path: Path, text: str, mes
     write("t.csv", text)
     wanted = {column: name for column, name in (("std", "sd"), ("votes", "n")) if f",{name}\n" in text}
     assert message in complaint(tmp_path, {"path": "t.csv", **wanted})
+
+
+CAUSED = {name for name, there in truth(()).items() if there is False} & set(VISIBLE)
+
+STALL = "stall from 1.2 to 2 s and from 3 to 4.5 s"
+
+CELLS: tuple[tuple[list[str] | None, str, tuple[Finding, ...] | None, set[str]], ...] = (
+    (["blur"], "blur", (Finding("blur", 1.0),), {"blur"}),
+    (["seam", "?lips"], " seam; ?lips ", (Finding("seam", 1.0),), {"seam", "lips"}),
+    (["seam", "blur"], "seam;blur", (Finding("seam", 1.0), Finding("blur", 1.0)), {"seam", "blur"}),
+    ([STALL], STALL, (Finding("stall", 1.0, ((1.2, 2.0), (3.0, 4.5))),), {"stall"}),
+    (["?quantisation"], '["?quantisation"]', (), set()),
+    ([], "", (), set()),
+    (None, "?", None, CAUSED),
+)
+"""A cell of JSONL or parquet, and of CSV; what is there, and what of `CAUSED` is not denied."""
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+def test_defects_and_explanations_are_read(tmp_path: Path, form: str) -> None:
+    cells = [text if form == "csv" else listed for listed, text, *_ in CELLS]
+    said = [f"It is good: {number}." if number else "" for number in range(len(CELLS))]
+    names = [f"{number}.mp4" for number in range(len(CELLS))]
+    table = pd.DataFrame({"clip": names, "mos": 3, "Defects": cells, "explanation": said})
+    path = tmp_path / f"t.{form}"
+    if form == "jsonl":
+        table.to_json(path, orient="records", lines=True)
+    elif form == "csv":
+        table.to_csv(path, index=False)
+    else:
+        table.to_parquet(path)
+    examples = read(tmp_path, path.name)
+    assert [example.found for example in examples] == [found for *_, found, _ in CELLS]
+    assert [set(example.denied) for example in examples] == [CAUSED - spared for *_, spared in CELLS]
+    assert [example.explanation for example in examples] == [text or None for text in said]
+    assert CAUSED and not {"lip_sync", "movement"} & CAUSED, "no damage makes them"
+
+
+def test_a_table_without_these_columns_knows_nothing(write: Write, tmp_path: Path) -> None:
+    write("t.csv", "clip,mos,what,why\na.mp4,3,blur,It is fair.\n")
+    (example,) = read(tmp_path, "t.csv")
+    assert (example.found, example.denied, example.explanation) == (None, (), None)
+    (example,) = read(tmp_path, {"path": "t.csv", "defects": "what", "explanation": "why"})
+    assert example.found == (Finding("blur", 1.0),) and example.explanation == "It is fair."
+    assert example.on((0, 100)).found == example.found
+    assert "no column is named which (`defects`)" in complaint(tmp_path, {"path": "t.csv", "defects": "which"})
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("blur;fog", "row 2: 'b.mp4' has the unknown defect 'fog': use blur, noise, compression, "),
+        ("?fog", "'b.mp4' has the unknown defect 'fog'"),
+        ("lip_sync", "'b.mp4' has the unknown defect 'lip_sync'"),
+        ("blur;?blur", "'b.mp4' has the defect 'blur' twice"),
+        ("blur;", "as in blur, ?seam or stall from 1.2 to 2.0 s; received ''"),
+        ("stall at 1 s", "received 'stall at 1 s'"),
+        ("stall from 2.0 to 1.2 s", "received 'stall from 2.0 to 1.2 s'"),
+        ("[blur]", "the defects of 'b.mp4' are names with ; between them, received '[blur]'"),
+    ],
+)
+def test_defects_that_cannot_be(write: Write, tmp_path: Path, cell: str, message: str) -> None:
+    write("t.csv", f"clip,mos,defects\na.mp4,3,blur\nb.mp4,3,{cell}\n")
+    assert message in complaint(tmp_path, "t.csv")
+
+
+def test_the_defects_of_a_rating_are_no_labels(write: Write, tmp_path: Path) -> None:
+    write("t.jsonl", '{"clip": "a.mp4", "mos": 3, "defects": {"blur": 0.9}}\n')
+    assert "the defects of 'a.mp4' are names with ; between them, received {'blur': 0.9}" in complaint(
+        tmp_path, "t.jsonl"
+    )
 
 
 def test_all_problems_of_a_table_are_told_together(write: Write, tmp_path: Path) -> None:
