@@ -28,6 +28,7 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoP
 from lmm_qa.defects import VISIBLE, questions
 from lmm_qa.explain import Finding, explanation_prompt, facts, opening, sentence
 from lmm_qa.prompting import load_prompt
+from lmm_qa.rater_file import weights_fingerprint
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
@@ -200,6 +201,7 @@ def main() -> None:
                 frequency_basis(training_patches(args.data), recipe["vision"]["embed_dim"])
             )
     model.save_pretrained(args.out)
+    (args.out / "start.json").write_text(json.dumps(weights_fingerprint(args.start) if args.start else None))
     build_processor(tokenizer).save_pretrained(args.out)
     count = sum(parameter.numel() for parameter in model.parameters())
     print(f"{args.out}: {count / 1e6:.2f} M parameters, {len(tokenizer)} tokens")

@@ -1,6 +1,6 @@
 """Put a trained model into the package: base in bfloat16, adapter, rater.json and model card.
 
-    python scripts/embedded_pack.py --run runs/embedded --data data/embedded
+    python scripts/embedded_pack.py --run runs/embedded --data data/embedded --init runs/embedded/init
 
 Writes lmm_qa/embedded/base (a plain transformers model directory) and lmm_qa/embedded/adapter (a rater directory).
 """
@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from lmm_qa.config import Sampling, View
-from lmm_qa.rater_file import EMBEDDED, FILE_NAME, RaterFile
+from lmm_qa.rater_file import DEFECTS_NAME, EMBEDDED, FILE_NAME, RaterFile
 
 REPOSITORY = Path(__file__).parent.parent
 
 
-def training_record(run: Path, data: Path) -> dict[str, Any]:
+def training_record(run: Path, data: Path, init: Path) -> dict[str, Any]:
     """What the weights were made from: data and its fingerprint, phases with their last figures, versions."""
     rows = [row for file in sorted(data.glob("*.json")) for row in json.loads(file.read_text())]
     clean = {row["segment"] for row in rows if not row["causes"]}  # what training compares with, and needs
@@ -34,9 +34,11 @@ def training_record(run: Path, data: Path) -> dict[str, Any]:
     phases: dict[str, Any] = {}
     for line in (run / "log.jsonl").read_text().splitlines():
         entry = json.loads(line)
-        phases[entry["phase"]] = {"steps": entry["of"], "val_srcc": entry["val_srcc"]}
+        figures = {key: value for key, value in entry.items() if key.startswith("val_")}
+        phases[entry["phase"]] = {"steps": entry["of"], **figures}
     return {
-        "recipe": "scripts/embedded_data.py, embedded_build.py, embedded_train.py with configs/embedded.yaml",
+        "recipe": "scripts/embedded_model.py with configs/embedded.yaml",
+        "started_from": json.loads((init / "start.json").read_text()),
         "sources": len({row["source"] for row in train}),
         "copies": len(train),
         "data_sha256": hashlib.sha256(text.encode()).hexdigest()[:16],
@@ -50,6 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--init", type=Path, required=True, help="what embedded_build.py made")
     parser.add_argument("--base", default="full", help="phase whose weights become the base")
     args = parser.parse_args()
     base = EMBEDDED.parent / "base"
@@ -72,9 +75,11 @@ def main() -> None:
         backbone="../base",
         sampling=Sampling(strategy="pairs", frames=12),
         views=(View(kind="whole", max_pixels=168 * 168), View(kind="crop", size=224)),
-        training=training_record(args.run, args.data),
+        training=training_record(args.run, args.data, args.init),
     )
     (EMBEDDED / FILE_NAME).write_text(rater.model_dump_json(indent=2) + "\n")
+    if (args.run / DEFECTS_NAME).exists():
+        shutil.copyfile(args.run / DEFECTS_NAME, EMBEDDED / DEFECTS_NAME)
     size = sum(file.stat().st_size for file in EMBEDDED.parent.rglob("*") if file.is_file())
     print(f"{EMBEDDED.parent}: {size / 1e6:.1f} MB")
 

@@ -320,6 +320,7 @@ class Prefill:
         prefix = self.positions[key]  # (3, 1, P)
         after, length = int(prefix.max()) + 1, len(ids)
         longest = max(sum(len(part.ids) for part in each) for each in parts)
+        longest = -(-longest // 64) * 64  # few different shapes: oneDNN compiles kernels for each
         batch, total = len(parts), length + longest
         tokens = torch.full((batch, total), self.end)
         tokens[:, :length] = torch.tensor(ids)
@@ -547,11 +548,12 @@ def train_adapter(phase: dict[str, Any], lora: dict[str, Any], out: Path, data: 
     groups: dict[str, dict[str, list[tuple[dict[str, Any], list[Tensor]]]]] = {}
     for split, copies in splits.items():
         groups[split] = {}
-        for number, row in enumerate(copies.rows):
+        rows = seed_of("adapter", -1).sample(copies.rows, min(len(copies.rows), phase["copies"]))
+        for number, row in enumerate(rows):
             kept = features(copies, row)
             groups[split].setdefault(str(kept["shapes"]), []).append((row, kept["tokens"]))
             if number % 500 == 0:
-                print(f"features of {split}: {number}/{len(copies.rows)}", flush=True)
+                print(f"features of {split}: {number}/{len(rows)}", flush=True)
 
     torch.manual_seed(0)
     config = LoraConfig(r=lora["r"], lora_alpha=lora["alpha"], target_modules=lora["target"], lora_dropout=0.05,
