@@ -29,12 +29,16 @@ import lmm_qa
 from lmm_qa import ClipError, Failure, Rater, Rating, Sampling, View, load_prompt
 from lmm_qa.backbone import ClipInput
 from lmm_qa.calibrate import Calibration, Linear, Mapping, Spread
+from lmm_qa.defects import DEFECTS, VISIBLE, questions
 from lmm_qa.errors import ClipNotFound, ClipUnreadable, ConfigError, LevelTokenError, UsageError
+from lmm_qa.explain import MAX_NAMED, objection
+from lmm_qa.levels import LEVELS, read_levels
 from lmm_qa.manifest import Clip, content_id
+from lmm_qa.profile import STEP, WINDOW
 from lmm_qa.prompting import Prompt
-from lmm_qa.rater import clip_input, plan_rater
-from lmm_qa.rater_file import CALIBRATION_NAME, EMBEDDED, RaterFile
-from lmm_qa.video import Frames, read_frames
+from lmm_qa.rater import Details, clip_input, plan_rater
+from lmm_qa.rater_file import CALIBRATION_NAME, DEFECTS_NAME, EMBEDDED, RaterFile
+from lmm_qa.video import Frames, read_frames, read_windows
 
 SAMPLES = Path(lmm_qa.__file__).parent / "samples"
 TOLERANCE = 1e-4
@@ -554,3 +558,77 @@ def test_strong_damage_lowers_the_score_of_the_samples(embedded: Rater) -> None:
     lower = [name for name in strong if scores[name] < scores[f"{name.split('_')[0]}_clean"]]
     assert len(strong) >= 5
     assert len(lower) > len(strong) / 2, scores
+
+
+# --- more than the score ---------------------------------------------------------------------------------------------
+
+EVERYTHING = Details(defects=True, explanation=True, timeline=True)
+
+
+def test_details_leave_the_score_as_it_is(rater: Rater, good: list[Path], alone: dict[str, Rating]) -> None:
+    for path, result in zip(good, rater.rate_all(good, details=EVERYTHING, batch_size=3), strict=True):
+        assert_same_rating(result, alone[str(path)])
+        assert isinstance(result, Rating)
+        assert result.profile is not None
+        assert result.timeline is not None
+        assert result.explanation is not None
+        assert result.explanation.startswith(f"{rater.settings.prompt.stem} {result.level}")
+        assert objection(
+            result.explanation, result.level, LEVELS, [one.defect for one in result.profile.found][:MAX_NAMED], VISIBLE
+        ) is None, "whatever a model with random weights says"  # fmt: skip
+        row = json.loads(json.dumps(result.to_row()))
+        assert row["defects"]["lip_sync"] is None
+        assert set(row["defects"]) == {defect.name for defect in DEFECTS}
+        assert row["timeline"]["scores"]
+
+
+def test_answers_are_those_of_one_question_at_a_time(rater: Rater, good: list[Path]) -> None:
+    rating = rater.rate(good[0], Details(defects=True))
+    assert rating.profile is not None
+    assert rating.explanation is None
+    look_at = clip_input(look(rater, good[0]))
+    for name, question in questions().items():
+        (alone,) = rater.backbone.read([look_at], question)
+        assert rating.profile.log_odds[name] == pytest.approx(float(alone.logits[1] - alone.logits[0]), abs=1e-3), name
+
+
+def test_a_timeline_rates_each_window_as_a_clip(rater: Rater, good: list[Path]) -> None:
+    long = good[-1]
+    timeline = rater.rate(long, Details(timeline=True)).timeline
+    assert timeline is not None
+    assert len(timeline.scores) == len(timeline.seconds) > 1
+    windows = read_windows(long, rater.settings.sampling, rater.settings.views, rater.factor, WINDOW, STEP)
+    (last,) = rater.backbone.read([clip_input(windows[len(windows) - 1])], rater.settings.prompt)
+    reading = read_levels(last.logits, last.log_normalizer, rater.settings.declared_scale())
+    assert timeline.scores[-1] == pytest.approx(reading.score, abs=TOLERANCE)
+    short = rater.rate(good[0], Details(timeline=True))
+    assert short.timeline is not None
+    assert short.timeline.scores == (pytest.approx(short.score, abs=TOLERANCE),), "a short clip is one window"
+
+
+def test_the_base_can_speak_while_the_adapter_rates(adapter_dir: Path, good: list[Path], model_dir: Path) -> None:
+    adapted = Rater.from_pretrained(adapter_dir, sampling=Sampling(frames=4), views=VIEWS, **SMALL)
+    base = Rater.from_pretrained(model_dir, sampling=Sampling(frames=4), views=VIEWS, **SMALL)
+    own, others = (adapted.rate(good[0], Details(defects=True, speaker=who)) for who in ("adapter", "base"))
+    plain = base.rate(good[0], Details(defects=True))
+    assert own.score == pytest.approx(others.score, abs=TOLERANCE)
+    assert own.score != pytest.approx(plain.score, abs=TOLERANCE)
+    assert own.profile and others.profile and plain.profile
+    assert others.profile.log_odds == pytest.approx(plain.profile.log_odds, abs=1e-3)
+    assert own.profile.log_odds != pytest.approx(plain.profile.log_odds, abs=1e-3)
+
+
+def test_a_rater_judges_the_defects_that_its_calibration_lists(
+    adapter_dir: Path, good: list[Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(adapter_dir, tmp_path / "rater")
+    (folder / DEFECTS_NAME).write_text(json.dumps({"defects": {"blur": {"intercept": 40.0}, "noise": {}}}))
+    rater = Rater.from_pretrained(folder, sampling=Sampling(frames=4), views=VIEWS, **SMALL)
+    profile = rater.rate(good[0], Details(defects=True)).profile
+    assert profile is not None
+    assert [name for name, probability in profile.defects.items() if probability is not None] == ["blur", "noise"]
+    assert profile.found[0].defect == "blur"
+    assert profile.defects["blur"] == pytest.approx(1)
+    (folder / DEFECTS_NAME).write_text("[]")
+    with pytest.raises(ConfigError, match="fit it again"):
+        Rater.from_pretrained(folder, **SMALL)
