@@ -10,7 +10,7 @@ PIP_INSTALL := $(PIP) install --quiet -c constraints.txt
 .PHONY: help demo test check clean
 
 help:
-	@echo "make demo    rate the sample clips with the model that ships with the project; ratings go to demo/ratings.jsonl"
+	@echo "make demo    rate the sample clips with the model that ships with the project; look at demo/report.html"
 	@echo "make test    run all tests"
 	@echo "make check   run ruff and mypy"
 	@echo "make clean   remove .venv, builds, caches and demo/"
@@ -21,7 +21,8 @@ demo: .venv/.installed
 	@echo "Rating lmm_qa/samples ..."
 	@mkdir -p demo
 	@$(BIN)/lmm-qa rate lmm_qa/samples -o demo/ratings.jsonl
-	@echo "Ratings: demo/ratings.jsonl"
+	@$(BIN)/lmm-qa report demo/ratings.jsonl --clips lmm_qa/samples -o demo/report.html
+	@echo "Ratings: demo/ratings.jsonl; to look at them, open demo/report.html in a browser"
 
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest

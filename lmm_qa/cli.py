@@ -345,6 +345,55 @@ def calibrate(
 
 
 @app.command()
+def report(
+    ratings: Annotated[
+        Path,
+        typer.Argument(help="Ratings: .jsonl, .csv or .parquet, as `lmm-qa rate` writes them.", show_default=False),
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The page: .html.", show_default=False)],
+    labels: Annotated[
+        Path | None, typer.Option(help="What people said of these clips, as for evaluate.", show_default=False)
+    ] = None,
+    clips: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Where the clips are: a folder, a file, a glob or a list. May be given more than once.",
+            show_default="the paths in the ratings",
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Decoding processes.")] = min(4, os.cpu_count() or 1),
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that decoding one clip may take.")] = 60.0,
+    clip_column: ClipColumn = None,
+    score_column: ScoreColumn = None,
+) -> None:
+    """Make one HTML file to look at: scores, a table to sort and filter, and of each clip its frames and the reasons.
+
+    The page needs no network and no other file. Frames are read again from the clips; of a clip that is not found, or
+    is not the one that was rated, the page says so.
+
+    **Examples**
+
+    `lmm-qa report ratings.jsonl --clips clips/ -o report.html`
+
+    `lmm-qa report ratings.jsonl --clips clips/ --labels labels.csv -o report.html`
+    """
+    from lmm_qa import report as job
+    from lmm_qa.scores import read_labels
+
+    job.check_output(output)
+    opinions = read_labels(labels, clip_column, score_column) if labels else ()
+    with _console().status("reading the ratings"):
+        page = job.load(ratings, opinions, clips or ())
+    strips = _progress(job.strips(page.entries, workers, timeout), len(page.entries), "read")
+    size = job.write(page, strips, output)
+    if absent := len(page.entries) - size.clips:
+        found = sum(entry.file is not None for entry in page.entries)
+        where = "" if found else ": say where they are with --clips FOLDER"
+        _say(f"of {_count(absent)} there are no frames{where}")
+    _say(f"{_count(len(page.entries) + len(page.failed))}, {job.readable(size.page)} -> {output}")
+
+
+@app.command()
 def train(
     recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of one in configs/.", show_default=False)],
     changes: Annotated[
