@@ -1,7 +1,8 @@
 """From a video file to the sampled frames that a model looks at, or to an error that says why not.
 
-Knows nothing of models, prompts or scores. Which frames, and which pixels of them: `sample_indices` and `view_size`
-(pure). One clip in this process: `probe`, `read_frames`. Many clips in processes that can be killed: `DecoderPool`.
+Knows nothing of models, prompts or scores. Which frames, and which pixels of them: `sample_indices`, `view_size` and
+`window_spans` (pure). One clip in this process: `probe`, `read_frames`, `read_windows`. Many clips in processes that
+can be killed: `DecoderPool`.
 
 **Every frame of a clip is decoded, strictly, although few are looked at.** A damaged stream otherwise goes unnoticed:
 decord returns fewer frames than there are, or repeats old ones, without a word. The strict decode is PyAV's, one
@@ -28,6 +29,7 @@ tone-mapped.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 import pickle
@@ -39,7 +41,7 @@ import sys
 import tempfile
 import threading
 import zlib
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -65,6 +67,7 @@ from lmm_qa.errors import (
     LmmQaError,
     UsageError,
 )
+from lmm_qa.trace import Span, Trace, Tracer
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -81,6 +84,9 @@ MAX_AREA = 100_000_000
 WHOLE_DECODE_PIXELS = 4_000_000_000
 """frames x area up to which every frame is decoded: 8 to 10 s on one core, 3 minutes of 1280x720 at 25 a second."""
 
+WINDOWS_BYTES = 512 * 1024 * 1024
+"""Memory that the pictures of one clip's windows may take: 74 windows of 12 frames of 448 x 448 pixels."""
+
 HOLE = bytes(16)
 """Cannot occur in length-prefixed H.264 or HEVC: both escape three zero bytes in a row (H.264 7.4.1, H.265 7.4.2).
 Some encoders pad the end of a picture with zeros, though."""
@@ -90,6 +96,9 @@ INDIRECT_FORMATS = frozenset({"hls", "dash", "concat", "imf", "sdp", "rtsp", "tt
 
 ONE_PICTURE_A_PACKET = frozenset({"h264", "hevc", "vp9", "av1", "gif", "mjpeg", "png", "prores", "ffv1"})
 """Codecs in which a packet that gives no picture is a loss. Others (MPEG-4, VP8) have packets that show nothing."""
+
+LUMA_FIRST = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "nv12", "gray"})
+"""Pixel formats whose first plane is the brightness, one byte a pixel."""
 
 DECORD_CODECS = frozenset({"h264", "mpeg4", "vp8", "vp9"})
 """Codecs of which decord 0.6.0 gives ffmpeg's pixels after a seek, where they have 8 bits, even sides and no rotation.
@@ -133,6 +142,47 @@ class Frames:
     info: ClipInfo
     decoder: str
     """"pyav" or "decord"."""
+    trace: Trace | None = None
+    """What was measured of every frame of the clip; None where decord sought the sampled ones."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The sampled frames of windows of time, which may overlap, over one clip; each picture is there once."""
+
+    frames: Frames
+    """Every picture of some window or of the whole, in order; `frames.info` and `frames.trace` are the clip's."""
+    spans: tuple[Span, ...]
+    """Seconds from and to of each window."""
+    rows: tuple[tuple[int, ...], ...]
+    """For each window, which pictures of `frames` it holds, as positions there."""
+    whole_rows: tuple[int, ...]
+    """Those that `read_frames` reads: sampled from the clip as a whole."""
+    step: float
+    """Seconds from one window to the next; more than was asked for where `WINDOWS_BYTES` would not have sufficed."""
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __iter__(self) -> Iterator[Frames]:
+        return (self[number] for number in range(len(self)))
+
+    def __getitem__(self, number: int) -> Frames:
+        """A window's frames, copied; their indices, seconds and info are those of the clip, and they have no trace."""
+        return replace(self._gather(self.rows[number]), trace=None)
+
+    @property
+    def whole(self) -> Frames:
+        """What `read_frames` reads of the clip."""
+        return self._gather(self.whole_rows)
+
+    def _gather(self, rows: Sequence[int]) -> Frames:
+        return replace(
+            self.frames,
+            views=tuple(view[list(rows)] for view in self.frames.views),
+            indices=tuple(self.frames.indices[row] for row in rows),
+            seconds=tuple(self.frames.seconds[row] for row in rows),
+        )
 
 
 # Which frames, which pixels: pure
@@ -178,6 +228,27 @@ def _pair(seconds: Sequence[float], first: int, gap: float) -> tuple[int, int]:
         return max(0, min(first, last - 1, _shown_at(seconds, seconds[last] - gap))), last
     second = _shown_at(seconds, seconds[first] + gap)
     return (first, second) if second > first else (min(first, max(0, last - 1)), min(first + 1, last))
+
+
+def window_spans(duration: float, window: float, step: float) -> list[Span]:
+    """Cover a clip with windows, the last of which ends with it; a clip that is no longer than a window has one.
+
+    Args:
+        duration: of the clip, seconds.
+        window: length of each, seconds, above 0.
+        step: seconds from the beginning of one to that of the next, above 0.
+    """
+    room = duration - window
+    if room <= 1e-6:
+        return [(0.0, duration)]
+    starts = [number * step for number in range(math.ceil(room / step - 1e-6))]
+    return [(start, start + window) for start in starts] + [(room, duration)]
+
+
+def _within(seconds: Sequence[float], span: Span) -> range:
+    """The frames that appear in a span; the one that is on screen where none does."""
+    first, stop = (bisect_left(seconds, edge - 1e-6) for edge in span)
+    return range(first, stop) if stop > first else range(first - 1, first)
 
 
 def view_size(height: int, width: int, view: View, factor: int) -> tuple[int, int]:
@@ -244,6 +315,9 @@ def _window_start(side: int, window: int, center: float) -> int:
 
 # One clip, in this process
 
+Renderer = Callable[[Picture], list[Picture]]
+"""From a displayed picture to its views."""
+
 
 @dataclass(frozen=True)
 class _Scan:
@@ -282,21 +356,97 @@ def read_frames(path: str | Path, sampling: Sampling, views: Sequence[View], fac
     """
     scan = _scan(Path(path))
 
-    def render(picture: Picture) -> list[Picture]:
-        return [_render(picture, view, factor) for view in views]
+    def choose(seconds: Sequence[float]) -> list[int]:
+        return sample_indices(seconds, sampling)
 
-    decoder, kept = "pyav", None
-    if _decord_first(scan.info):
-        decoder, kept = "decord", _seek(scan, sample_indices(scan.seconds, sampling), render)
-    if kept is None:
-        decoder, (scan, kept) = "pyav", _decode_whole(scan, sampling, render)
-    indices = sample_indices(scan.seconds, sampling)
+    render = _renderer(views, factor)
+    if _decord_first(scan.info) and (kept := _seek(scan, choose(scan.seconds), render)):
+        return _gathered(scan, choose(scan.seconds), kept, "decord", None)
+    scan, kept, trace = _decode_whole(scan, choose, render)
+    return _gathered(scan, choose(scan.seconds), kept, "pyav", trace)
+
+
+def read_windows(
+    path: str | Path, sampling: Sampling, views: Sequence[View], factor: int, window: float, step: float
+) -> Windows:
+    """Read the sampled frames of windows over a clip (see `window_spans`) and of the clip as a whole, each frame once.
+
+    Every frame is decoded, however long the clip.
+
+    Args:
+        path: the clip.
+        sampling: which frames of each window; as if it were a clip of its own.
+        views: which pixels of them; at least one.
+        factor: patch size x merge size of the vision tower, pixels.
+        window: length of each window, seconds.
+        step: seconds from one to the next; widened where the pictures would take more than `WINDOWS_BYTES`.
+
+    Raises:
+        UsageError: the window or the step is not above 0.
+        ClipError: as `read_frames`.
+    """
+    _refuse_no_length(window, step)
+    scan = _scan(Path(path))
+    step = _affordable_step(
+        scan.info,
+        sampling,
+        [view_size(scan.info.height, scan.info.width, view, factor) for view in views],
+        window,
+        step,
+    )
+    spans = window_spans(scan.info.duration, window, step)
+
+    def looks(seconds: Sequence[float]) -> list[list[int]]:
+        """The frames of each window."""
+        shown = [_within(seconds, span) for span in spans]
+        return [
+            [part[index] for index in sample_indices([seconds[at] - seconds[part[0]] for at in part], sampling)]
+            for part in shown
+        ]
+
+    def choose(seconds: Sequence[float]) -> list[int]:
+        whole = sample_indices(seconds, sampling)
+        return sorted({*whole, *(index for look in looks(seconds) for index in look)})
+
+    scan, kept, trace = _decode_whole(scan, choose, _renderer(views, factor))
+    chosen = choose(scan.seconds)
+    row = {index: number for number, index in enumerate(chosen)}
+    return Windows(
+        frames=_gathered(scan, chosen, kept, "pyav", trace),
+        spans=tuple(spans),
+        rows=tuple(tuple(row[index] for index in look) for look in looks(scan.seconds)),
+        whole_rows=tuple(row[index] for index in sample_indices(scan.seconds, sampling)),
+        step=step,
+    )
+
+
+def _refuse_no_length(window: float, step: float) -> None:
+    if not (window > 0 and step > 0):
+        raise UsageError(f"a window and a step are above 0 seconds, received {window:g} and {step:g}")
+
+
+def _affordable_step(
+    info: ClipInfo, sampling: Sampling, sizes: Sequence[tuple[int, int]], window: float, step: float
+) -> float:
+    """The step, or that at which pictures of these (height, width), windows and whole, take no more than they may."""
+    most = WINDOWS_BYTES // (sampling.frames * sum(3 * height * width for height, width in sizes)) - 1
+    return max(step, (info.duration - window) / max(1, most - 1))
+
+
+def _renderer(views: Sequence[View], factor: int) -> Renderer:
+    return lambda picture: [_render(picture, view, factor) for view in views]
+
+
+def _gathered(
+    scan: _Scan, indices: Sequence[int], kept: dict[int, list[Picture]], decoder: str, trace: Trace | None
+) -> Frames:
     return Frames(
-        views=tuple(np.stack([kept[index][view] for index in indices]) for view in range(len(views))),
+        views=tuple(np.stack(pictures) for pictures in zip(*(kept[index] for index in indices), strict=True)),
         indices=tuple(indices),
         seconds=tuple(scan.seconds[index] for index in indices),
         info=scan.info,
         decoder=decoder,
+        trace=trace,
     )
 
 
@@ -610,29 +760,37 @@ def _matroska_element(data: mmap.mmap, position: int) -> tuple[int, int | None, 
 
 
 def _decode_whole(
-    scan: _Scan, sampling: Sampling, render: Callable[[Picture], list[Picture]]
-) -> tuple[_Scan, dict[int, list[Picture]]]:
-    """Decode every frame in order and keep the sampled ones, rendered.
+    scan: _Scan, choose: Callable[[Sequence[float]], Sequence[int]], render: Renderer
+) -> tuple[_Scan, dict[int, list[Picture]], Trace]:
+    """Decode every frame in order and keep the chosen ones, rendered.
+
+    Args:
+        scan: of the clip.
+        choose: from when each frame appears to the numbers of those to keep.
+        render: from a picture to its views.
 
     Returns:
-        the scan, corrected where packets that show nothing were taken for frames; rendered views by frame number.
+        the scan, corrected where packets that show nothing were taken for frames; rendered views by frame number; what
+        was measured of every frame.
     """
-    wanted = set(sample_indices(scan.seconds, sampling))
+    wanted = set(choose(scan.seconds))
     kept: dict[int, list[Picture]] = {}
     moments: list[float | None] = []
     interlaced = False
+    tracer = Tracer()
     for index, frame in enumerate(_every_frame(scan)):
         if index in wanted:
             kept[index] = render(_upright(frame, scan.info))
+        tracer.add(_luma(frame))
         moments.append(frame.time)
         interlaced = interlaced or frame.interlaced_frame
     if len(moments) == len(scan.seconds):
-        return scan, kept
+        return scan, kept, tracer.trace(scan.seconds, scan.info.duration)
     # Two fields of one interlaced frame can be two packets.
     lost = len(moments) < len(scan.seconds) and scan.info.codec in ONE_PICTURE_A_PACKET and not interlaced
     if lost or not moments:
         raise _truncated(scan.path, len(moments), len(scan.seconds))
-    return _decode_whole(_corrected(scan, moments), sampling, render)
+    return _decode_whole(_corrected(scan, moments), choose, render)
 
 
 def _corrected(scan: _Scan, moments: Sequence[float | None]) -> _Scan:
@@ -667,6 +825,18 @@ def _every_frame(scan: _Scan) -> Iterator[VideoFrame]:
             raise _truncated(scan.path, read, len(scan.seconds)) from None
 
 
+def _luma(frame: VideoFrame) -> npt.NDArray[np.uint8]:
+    """(height, width): the brightness of a decoded frame as stored, a view of its memory where it has 8 bits."""
+    from av.video.plane import VideoPlane
+
+    if frame.format.name not in LUMA_FIRST:
+        frame = frame.reformat(format="gray")
+    plane = VideoPlane(frame, 0)
+    # A view that cannot be written to: of one that can, PyAV would make a copy first.
+    stored = np.frombuffer(memoryview(cast(bytes, plane)), np.uint8).reshape(-1, abs(plane.line_size))
+    return stored[: frame.height, : frame.width]
+
+
 def _upright(frame: VideoFrame, info: ClipInfo) -> Picture:
     """The displayed picture of a decoded frame."""
     turned = info.rotation % 180 != 0
@@ -691,9 +861,7 @@ def _decord_first(info: ClipInfo) -> bool:
     )
 
 
-def _seek(
-    scan: _Scan, indices: Sequence[int], render: Callable[[Picture], list[Picture]]
-) -> dict[int, list[Picture]] | None:
+def _seek(scan: _Scan, indices: Sequence[int], render: Renderer) -> dict[int, list[Picture]] | None:
     """Have decord seek to the sampled frames; None where it is not installed (ARM), fails, or counts otherwise."""
     try:
         import decord
@@ -709,7 +877,8 @@ def _seek(
 
 # Many clips, in processes that can be killed
 
-Reader = Callable[[Path, Sampling, Sequence[View], int], Frames]
+Reader = Callable[..., Any]
+"""What a worker calls with a request, whose first part is the clip's path: `read_frames`, `read_windows`."""
 
 _START_LIMIT = 60.0
 """Seconds that a worker may take to start: imports from a cold or distant disk, on a busy machine."""
@@ -760,10 +929,32 @@ class DecoderPool:
         A clip that cannot be read is handed out as its error (see `read_frames`); besides, ClipTimeout when it took
         longer than the limit, and DecoderCrashed when its worker died. The other clips go on.
         """
-        ahead: deque[Future[Frames | ClipError]] = deque()
+        requests = ((Path(path), sampling, tuple(views), factor) for path in paths)
+        return self._imap(self._reader, requests)
+
+    def imap_windows(
+        self,
+        paths: Iterable[str | Path],
+        sampling: Sampling,
+        views: Sequence[View],
+        factor: int,
+        window: float,
+        step: float,
+    ) -> Iterator[Windows | ClipError]:
+        """Read windows over clips (see `read_windows`), as `imap` reads frames.
+
+        Raises:
+            UsageError: the window or the step is not above 0.
+        """
+        _refuse_no_length(window, step)
+        requests = ((Path(path), sampling, tuple(views), factor, window, step) for path in paths)
+        return self._imap(read_windows, requests)
+
+    def _imap(self, reader: Reader, requests: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        ahead: deque[Future[Any]] = deque()
         try:
-            for path in paths:
-                ahead.append(self._threads.submit(self._read, (Path(path), sampling, tuple(views), factor)))
+            for request in requests:
+                ahead.append(self._threads.submit(self._read, reader, request))
                 if len(ahead) >= 2 * len(self._workers):
                     yield ahead.popleft().result()
             while ahead:
@@ -772,10 +963,10 @@ class DecoderPool:
             for future in ahead:
                 future.cancel()
 
-    def _read(self, request: tuple[Path, Sampling, tuple[View, ...], int]) -> Frames | ClipError:
+    def _read(self, reader: Reader, request: tuple[Any, ...]) -> Any:
         worker = self._idle.get()
         try:
-            return worker.read(self._reader, request, self._timeout)
+            return worker.read(reader, request, self._timeout)
         except ClipError as error:
             return error
         finally:
@@ -791,7 +982,7 @@ class _Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._complaints: IO[bytes] | None = None
 
-    def read(self, reader: Reader, request: tuple[Any, ...], timeout: float) -> Frames:
+    def read(self, reader: Reader, request: tuple[Any, ...], timeout: float) -> Any:
         """Have the process read a clip.
 
         Raises:
@@ -810,8 +1001,8 @@ class _Worker:
             ) from None
         except EOFError:
             raise DecoderCrashed(f"the process that read {path} died: {self.discard()}") from None
-        if kind is Frames:
-            return cast(Frames, value)
+        if not issubclass(kind, LmmQaError):
+            return value
         error = kind.__new__(kind)
         Exception.__init__(error, value)
         raise error
@@ -913,10 +1104,11 @@ def _serve() -> None:
             answers.flush()
 
 
-def _answer(reader: Reader, request: tuple[Path, Sampling, Sequence[View], int]) -> tuple[type, Frames | str]:
-    """Read a clip: (Frames, the frames), or the class and message of the error."""
+def _answer(reader: Reader, request: tuple[Any, ...]) -> tuple[type, Any]:
+    """Read a clip: the class of what was read and this, or the class and message of the error."""
     try:
-        return Frames, reader(*request)
+        read = reader(*request)
+        return type(read), read
     except LmmQaError as error:
         return type(error), str(error)
     except Exception as error:

@@ -32,7 +32,17 @@ from lmm_qa.errors import (
     DecoderCrashed,
     UsageError,
 )
-from lmm_qa.video import DecoderPool, Frames, probe, read_frames, sample_indices, view_size
+from lmm_qa.video import (
+    DecoderPool,
+    Frames,
+    Windows,
+    probe,
+    read_frames,
+    read_windows,
+    sample_indices,
+    view_size,
+    window_spans,
+)
 
 WHOLE = View()
 FACTOR = 2
@@ -421,6 +431,125 @@ def test_huge_pictures_are_refused(tmp_path: Path) -> None:
         read(tmp_path / "wide.avi")
 
 
+# Windows of time
+
+
+@given(st.floats(0.04, 200), st.floats(0.1, 10), st.floats(0.05, 10))
+def test_windows_cover_the_clip(duration: float, window: float, step: float) -> None:
+    spans = window_spans(duration, window, step)
+    assert spans[0][0] == 0 and spans[-1][1] == duration
+    assert len(spans) == 1 or all(last - first == pytest.approx(window) for first, last in spans)
+    assert all(0 < after[0] - before[0] <= step + 1e-5 for before, after in pairwise(spans))
+
+
+def test_windows_begin_a_step_apart_and_the_last_ends_the_clip() -> None:
+    assert window_spans(5, 2, 1) == [(0, 2), (1, 3), (2, 4), (3, 5)]
+    assert window_spans(4.7, 2, 1) == [(0, 2), (1, 3), (2, 4), (pytest.approx(2.7), 4.7)]
+    assert window_spans(1.5, 2, 1) == [(0, 1.5)]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(frames=5), Sampling(strategy="pairs", frames=6)])
+def test_a_window_holds_what_a_cut_of_it_would(clips_dir: Path, tmp_path: Path, sampling: Sampling) -> None:
+    views = View(), View(kind="crop", size=64)
+    windows = read_windows(clips_dir / "h264.mp4", sampling, views, FACTOR, 0.8, 0.4)
+    assert [span[0] for span in windows.spans] == pytest.approx([0, 0.4, 0.8, 1.2, 1.6])
+    assert len(windows) == len(list(windows)) == 5
+    for start, window in zip((0, 10, 20, 30, 40), windows, strict=True):
+        filters = f"trim=start_frame={start}:end_frame={start + 20},setpts=PTS-STARTPTS"
+        ffmpeg("-i", clips_dir / "h264.mp4", "-vf", filters, "-c:v", "ffv1", tmp_path / "cut.mkv")
+        cut = read(tmp_path / "cut.mkv", sampling, *views)
+        assert window.indices == tuple(start + index for index in cut.indices)
+        assert window.seconds == pytest.approx([start / 25 + moment for moment in cut.seconds])
+        assert all(np.array_equal(ours, theirs) for ours, theirs in zip(window.views, cut.views, strict=True))
+        assert window.info == windows.frames.info and window.trace is None
+
+
+def test_each_frame_of_windows_is_rendered_once(clips_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 60 frames; 17 windows look 170 times at them."""
+    rendered = []
+    render = video._render
+    monkeypatch.setattr(video, "_render", lambda picture, *rest: (rendered.append(1), render(picture, *rest))[1])
+    windows = read_windows(clips_dir / "h264.mp4", Sampling(frames=10), [WHOLE], FACTOR, 0.8, 0.1)
+    assert sum(map(len, windows.rows)) == 170
+    assert len(rendered) == len(set(windows.frames.indices)) == len(windows.frames.views[0]) <= 60
+
+
+def test_windows_come_with_the_whole(clips_dir: Path) -> None:
+    whole = read(clips_dir / "h264.mp4", Sampling(frames=7))
+    beside = read_windows(clips_dir / "h264.mp4", Sampling(frames=7), [WHOLE], FACTOR, 0.5, 0.5).whole
+    assert (beside.indices, beside.seconds, beside.info) == (whole.indices, whole.seconds, whole.info)
+    assert np.array_equal(beside.views[0], whole.views[0])
+    assert beside.trace is not None and whole.trace is not None
+    assert np.array_equal(beside.trace.detail, whole.trace.detail)
+
+
+def test_windows_go_by_time_where_frames_are_uneven(clips_dir: Path) -> None:
+    """A window in which no frame appears shows the one that is on screen."""
+    windows = read_windows(clips_dir / "uneven.mp4", Sampling(frames=4), [WHOLE], FACTOR, 0.1, 0.1)
+    for span, window in zip(windows.spans, windows, strict=True):
+        appear = [index for index, moment in enumerate(UNEVEN) if span[0] - 1e-6 <= moment / 1000 < span[1] - 1e-6]
+        shown = max(index for index, moment in enumerate(UNEVEN) if moment / 1000 <= span[0] + 1e-6)
+        assert set(window.indices) <= set(appear or [shown])
+        assert numbers(window) == window.indices
+
+
+def test_a_clip_shorter_than_a_window_is_one(clips_dir: Path) -> None:
+    windows = read_windows(clips_dir / "h264.mp4", Sampling(), [WHOLE], FACTOR, 5, 1)
+    whole = read(clips_dir / "h264.mp4")
+    assert windows.spans == ((0.0, pytest.approx(2.4)),)
+    assert windows[0].indices == whole.indices and np.array_equal(windows[0].views[0], whole.views[0])
+
+
+def test_memory_for_windows_is_bounded(clips_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = clips_dir / "h264.mp4", Sampling(frames=4), [WHOLE], FACTOR, 0.4, 0.1
+    assert (len(read_windows(*request)), read_windows(*request).step) == (21, 0.1)
+    monkeypatch.setattr(video, "WINDOWS_BYTES", (5 + 1) * 4 * 192 * 128 * 3)
+    windows = read_windows(*request)
+    assert len(windows) == 5 and windows.step == pytest.approx(0.5)
+    assert windows.spans[-1] == pytest.approx((2.0, 2.4))
+    assert sum(view.nbytes for view in windows.frames.views) <= video.WINDOWS_BYTES
+
+
+@pytest.mark.parametrize(("window", "step"), [(0, 1), (2, 0), (-1, 1), (float("nan"), 1)])
+def test_windows_and_steps_last_some_time(clips_dir: Path, window: float, step: float) -> None:
+    with pytest.raises(UsageError, match=f"above 0 seconds, received {window:g} and {step:g}"):
+        read_windows(clips_dir / "h264.mp4", Sampling(), [WHOLE], FACTOR, window, step)
+    with DecoderPool(1) as pool, pytest.raises(UsageError, match="above 0 seconds"):
+        pool.imap_windows([], Sampling(), [WHOLE], FACTOR, window, step)
+
+
+def test_windows_of_a_damaged_clip_are_an_error(clips_dir: Path, tmp_path: Path) -> None:
+    raw = (clips_dir / "h264.mkv").read_bytes()
+    with pytest.raises(ClipTruncated):
+        read_windows(damaged(clips_dir / "h264.mkv", tmp_path, raw[: len(raw) // 2]), Sampling(), [WHOLE], 2, 1, 1)
+
+
+# What is measured of every frame
+
+
+@pytest.mark.parametrize("name", ["h264.mp4", "odd.webm", "h264_10bit.mp4", "animation.gif", "uneven.mkv", "tiny.mp4"])
+def test_every_frame_is_measured(clips_dir: Path, name: str) -> None:
+    """In its brightness: as much changes from frame to frame as in grey pictures of another decoder."""
+    frames = read(clips_dir / name)
+    trace, info = frames.trace, frames.info
+    assert trace is not None and len(trace.peak) == len(trace.quiet) == len(trace.detail) == info.frames
+    assert trace.duration == info.duration and trace.seconds[list(frames.indices)] == pytest.approx(frames.seconds)
+    grey = ffmpeg_frames(clips_dir / name, info.width, info.height).astype(float) @ (0.299, 0.587, 0.114)
+    rows, columns = (np.arange(48) * 2 + 1) * info.height // 96, (np.arange(48) * 2 + 1) * info.width // 96
+    change = np.abs(np.diff(grey[:, rows[:, None], columns], axis=0)).reshape(-1, 12, 4, 12, 4).mean(axis=(2, 4))
+    # The ramp of brightness is stored in 219 steps, and shown in 255.
+    assert trace.peak[1:] == pytest.approx(change.max(axis=(1, 2)) * 219 / 255, rel=0.2, abs=2)
+
+
+def test_where_decord_seeks_nothing_is_measured(clips_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("decord", reason="decord has no wheels for this machine")
+    monkeypatch.setattr(video, "WHOLE_DECODE_PIXELS", 0)
+    frames = read(clips_dir / "h264.mp4")
+    assert frames.decoder == "decord" and frames.trace is None
+    windows = read_windows(clips_dir / "h264.mp4", Sampling(), [WHOLE], FACTOR, 1, 1)
+    assert windows.frames.decoder == "pyav" and windows.frames.trace is not None
+
+
 # Processes that can be killed
 
 
@@ -468,6 +597,17 @@ def test_results_come_in_order_with_errors_in_their_places(clips_dir: Path) -> N
         else:
             assert name in str(result)
     assert len(running) == 2 and all(map(gone, running))
+
+
+def test_windows_come_from_processes_too(clips_dir: Path) -> None:
+    names = ["h264.mp4", "missing.mp4", "one.mp4"]
+    with DecoderPool(2) as pool:
+        results = list(pool.imap_windows([clips_dir / name for name in names], *pool_request(), 0.8, 0.4))
+    assert [type(result) for result in results] == [Windows, ClipNotFound, Windows]
+    alone = read_windows(clips_dir / "h264.mp4", *pool_request(), 0.8, 0.4)
+    assert isinstance(results[0], Windows) and results[0].spans == alone.spans and results[0].rows == alone.rows
+    assert np.array_equal(results[0].frames.views[0], alone.frames.views[0])
+    assert results[0].frames.trace is not None
 
 
 def test_look_ahead_is_bounded(clips_dir: Path) -> None:
