@@ -51,6 +51,9 @@ MISSES = 10
 PRESENT = 0.5
 """P(yes) from which on a defect counts as found, in rows that do not say it themselves."""
 
+ALL_ALONG = 0.9
+"""Share of a clip from which on what lasts as long has no moment."""
+
 NOT_HTML = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufdcf\ufdf0-\ufffd\U00010000-\U0010fffd]")
 """What may not stand in HTML, or not as itself (HTML Living Standard, 13.2.3.5)."""
 
@@ -116,6 +119,7 @@ class Row(_Part):
     probabilities: dict[str, float | None] | None = None
     std: float | None = None
     level_mass: float | None = None
+    defect_mass: float | None = None
     frames: Looked | None = None
     video: Video | None = None
     model: str | None = None
@@ -157,8 +161,9 @@ class Row(_Part):
                 if any(start <= second <= end for start, end in line.low)
             ]
             return min(low)[1] if low else sum(line.low[0]) / 2
-        spans = [found.seconds[0] for found in self.present or () if found.seconds]
-        return sum(spans[0]) / 2 if spans else None
+        spans = [span for found in self.present or () for span in found.seconds or ()]
+        moments = [(start + end) / 2 for start, end in spans if end - start < ALL_ALONG * self.duration]
+        return moments[0] if moments else None
 
     @property
     def duration(self) -> float:

@@ -205,6 +205,13 @@ def test_a_row_is_shown_whole(tmp_path: Path) -> None:
     assert "lowest" in page.text and "1.25" in page.text
 
 
+def test_whose_words_they_are(tmp_path: Path) -> None:
+    rows = [explained("a.mp4", explained_by="model"), explained("b.mp4", explained_by="it says good", defect_mass=0.03)]
+    page = Reader(page_of(tmp_path, rows)).text
+    assert page.count("Not in the model") == 1 and "s words: it says good." in page
+    assert page.count("defect mass") == 1 and "0.03" in page
+
+
 def test_failed_clips_are_listed_with_their_reason(tmp_path: Path) -> None:
     rows = [rating("a.mp4"), failure("b.mp4"), {"clip": "c.mp4", "error": "gone"}, {"clip": "d.mp4"}]
     page = Reader(page_of(tmp_path, rows)).text
@@ -296,6 +303,7 @@ def test_the_worst_moment_is_shown_and_marked(tmp_path: Path) -> None:
         ({"timeline": {"seconds": [1, 2, 3], "scores": [1.0, 3.0, 2.0], "low": [[1.1, 1.3]]}}, 1.2),
         ({"timeline": {"seconds": [1, 2, 3], "scores": [1.0, 3.0, 2.0], "low": []}}, 1.6),
         ({"timeline": None}, 1.6),
+        ({"timeline": None, "found": [{"defect": "jerkiness", "probability": 0.9, "seconds": [[0, 4]]}]}, None),
         ({"timeline": None, "found": []}, None),
         ({"timeline": None, "found": None}, None),
     ],
