@@ -32,9 +32,9 @@ STANDS, STANDS_BESIDE = 0.3, 0.06
 """Grey levels, and a share of what frames usually change by. A picture is the one before where no block changes by
 more: encoders leave a standing picture under 0.1 once they have refined it, and a quiet face is over 0.5."""
 
-REFRESH, REFRESH_APART = 0.3, 0.1
-"""A keyframe changes a standing picture a little: less than this share of what frames usually change by, and the
-picture stands for at least so many seconds before and after."""
+REFRESH, REFRESH_BESIDE, REFRESH_APART = 1.0, 0.3, 0.1
+"""A keyframe changes a standing picture a little: less than so many grey levels, or than this share of what frames
+usually change by, and the picture stands for at least so many seconds before and after."""
 
 LEAST_STILL = 0.25
 """Seconds. What stands for less is not noticed, and is common in what is encoded at a low rate."""
@@ -68,7 +68,7 @@ CUT = 12.0
 _OTHER_END = 0.3
 """Evidence for one end of a switch, as a share of that for the other, with which both are taken to be there."""
 
-_LEAST_SWITCH = 0.25
+_LEAST_SWITCH = 0.4
 """Seconds."""
 
 
@@ -188,7 +188,7 @@ def _stills(trace: Trace) -> list[Span]:
     usual = float(np.median(moving)) if moving.size else 0.0
     pictures: list[Span] = []
     for start, to in _shown(trace, np.float32(max(STANDS, STANDS_BESIDE * usual))):
-        refreshed = trace.peak[np.searchsorted(trace.seconds, start)] < REFRESH * usual
+        refreshed = trace.peak[np.searchsorted(trace.seconds, start)] < max(REFRESH, REFRESH_BESIDE * usual)
         if refreshed and pictures and min(start - pictures[-1][0], to - start) >= REFRESH_APART - _HAIR:
             pictures[-1] = (pictures[-1][0], to)
         else:
@@ -226,6 +226,9 @@ def switches(trace: Trace, least: float = SWITCH) -> list[Span]:
         end of them shows.
     """
     evidence = _steps(trace)
+    begins, ends = trace.seconds < _LEAST_SWITCH, trace.seconds > trace.duration - _LEAST_SWITCH
+    evidence[begins] = evidence[begins].clip(max=0)
+    evidence[ends] = evidence[ends].clip(min=0)
     down, up = int(evidence.argmin()), int(evidence.argmax())
     strongest = max(-evidence[down], evidence[up])
     if strongest < max(least, 1e-6):

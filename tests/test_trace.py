@@ -149,6 +149,11 @@ def test_a_keyframe_does_not_end_a_stall() -> None:
     assert stalls(trace) == [pytest.approx((19 / FPS, 61 / FPS), abs=1e-5)]
 
 
+def test_a_photograph_that_is_refreshed_stands_all_the_time() -> None:
+    trace = by_hand(([0.7] + [0.1] * 24) * 6)
+    assert stalls(trace) == [(0.0, 6.0)]
+
+
 def test_two_stalls_are_two() -> None:
     trace = by_hand([5.0] * 20 + [0.0] * 10 + [5.0] * 20 + [0.0] * 20 + [5.0] * 20)
     assert len(stalls(trace)) == 2
@@ -215,3 +220,12 @@ def test_the_likeliest_seconds_can_be_asked_for() -> None:
     faint = stepping(2, 1.95, 2)
     assert switches(faint) == []
     assert switches(faint, least=0) == [pytest.approx((1.2, 2.4), abs=0.05)]
+
+
+def test_a_step_at_an_end_is_no_switch() -> None:
+    """Too short to be one: the first and last frames of many clips are encoded otherwise."""
+    trace = by_hand([5.0] * 60)
+    detail = np.full(60, 2.0, np.float32)
+    detail[:4] = detail[-4:] = 1.0
+    quiet = np.where(np.isin(np.arange(60), (4, 56)), 3.0, 0.1).astype(np.float32)
+    assert switches(Trace(trace.seconds, trace.duration, trace.peak, quiet, detail)) == []
