@@ -20,7 +20,7 @@ help:
 demo: .venv/.installed
 	@echo "Rating lmm_qa/samples ..."
 	@mkdir -p demo
-	@$(BIN)/lmm-qa rate lmm_qa/samples -o demo/ratings.jsonl
+	@$(BIN)/lmm-qa rate lmm_qa/samples --explain --timeline -o demo/ratings.jsonl
 	@$(BIN)/lmm-qa report demo/ratings.jsonl --clips lmm_qa/samples -o demo/report.html
 	@echo "Ratings: demo/ratings.jsonl; to look at them, open demo/report.html in a browser"
 

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -32,6 +32,8 @@ T = TypeVar("T")
 FAILED, WRONG_USAGE, SOME_CLIPS_FAILED, INTERRUPTED = 1, 2, 3, 130
 PROGRESS_SECONDS = 30
 """How often a line of progress is written where stderr is no terminal."""
+ANSWERED = 0.5
+"""Share of the probability that yes and no together should hold after a closed question."""
 QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -58,6 +60,11 @@ class Engine(StrEnum):
     RAY = "ray"
 
 
+class Speaker(StrEnum):
+    ADAPTER = "adapter"
+    BASE = "base"
+
+
 class Mapping(StrEnum):
     LINEAR = "linear"
     LOGISTIC4 = "logistic4"
@@ -71,6 +78,37 @@ ClipColumn = Annotated[
 ScoreColumn = Annotated[
     str | None, typer.Option(help="Column of the labels that holds the MOS.", show_default="mos or score")
 ]
+
+
+Inputs = Annotated[
+    list[str],
+    typer.Argument(
+        help="Video files, folders (searched through), globs, or lists of clips: .csv .tsv .jsonl .parquet with a "
+        "column clip, video or path; .txt with a path a line.",
+        show_default=False,
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "-m",
+        "--model",
+        help="Rater directory, PEFT adapter, model directory, or an id on the Hugging Face hub.",
+        show_default="the embedded model",
+    ),
+]
+WhoSpeaks = Annotated[
+    Speaker,
+    typer.Option(
+        help="Who answers and explains, where the rater has an adapter: one that was tuned on levels alone may have "
+        "lost its tongue."
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, mps, cpu.", show_default="the best one here")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Clips that go through the model together.")]
+Workers = Annotated[int, typer.Option(min=1, help="Decoding processes.")]
+Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds that decoding one clip may take.")]
+WORKERS = min(4, os.cpu_count() or 1)
 
 
 app = typer.Typer(
@@ -92,14 +130,7 @@ def lmm_qa() -> None:
 
 @app.command()
 def rate(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            help="Video files, folders (searched through), globs, or lists of clips: .csv .tsv .jsonl .parquet with a "
-            "column clip, video or path; .txt with a path a line.",
-            show_default=False,
-        ),
-    ],
+    inputs: Inputs,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -110,15 +141,18 @@ def rate(
             show_default=False,
         ),
     ] = None,
-    model: Annotated[
-        str | None,
+    model: Model = None,
+    defects: Annotated[
+        bool, typer.Option("--defects", help="Also say which defects each clip has, where and when.")
+    ] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Also say why, in words; brings --defects along.")] = False,
+    timeline: Annotated[
+        bool,
         typer.Option(
-            "-m",
-            "--model",
-            help="Rater directory, PEFT adapter, model directory, or an id on the Hugging Face hub.",
-            show_default="the embedded model",
+            "--timeline", help="Also rate windows of two seconds, two a second of the clip: that many times the work."
         ),
-    ] = None,
+    ] = False,
+    speaker: WhoSpeaks = Speaker.ADAPTER,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit of a model on the hub.", show_default=False)
     ] = None,
@@ -148,13 +182,11 @@ def rate(
     quantization: Annotated[
         Quantization | None, typer.Option(help="Weights in 4 or 8 bits: less memory.", show_default=False)
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cuda, cuda:1, mps, cpu.", show_default="the best one here")
-    ] = None,
+    device: Device = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Number format.", show_default="suits the device")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Clips that go through the model together.")] = 4,
-    workers: Annotated[int, typer.Option(min=1, help="Decoding processes.")] = min(4, os.cpu_count() or 1),
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that decoding one clip may take.")] = 60.0,
+    batch_size: BatchSize = 4,
+    workers: Workers = WORKERS,
+    timeout: Timeout = 60.0,
     root: Annotated[
         Path | None, typer.Option(help="Folder that paths in lists are relative to.", show_default="the list's folder")
     ] = None,
@@ -179,13 +211,15 @@ def rate(
 
     `lmm-qa rate clips/ more/*.mp4 list.csv -o ratings.parquet`
 
+    `lmm-qa rate clips/ --defects --timeline -o ratings.jsonl`
+
     `lmm-qa rate clips/ -m Qwen/Qwen2-VL-7B-Instruct --quantization 4bit -o ratings.jsonl`
 
     `accelerate launch --multi_gpu --num_processes 4 -m lmm_qa rate clips/ -o ratings.jsonl`
     """
     from lmm_qa.config import Sampling, View
     from lmm_qa.manifest import expand
-    from lmm_qa.results import output_form
+    from lmm_qa.results import output_form, render_table
 
     if output is not None:
         output_form(output)
@@ -194,7 +228,7 @@ def rate(
     chosen_views = [View.from_text(text) for text in view] if view else None
     _quiet_libraries()
     from lmm_qa.cluster import Ranks, RayRaters
-    from lmm_qa.rater import plan_rater
+    from lmm_qa.rater import Details, plan_rater
 
     ranks = Ranks.from_environment()
     if output is None and not dry_run and (ranks.world > 1 or engine is Engine.RAY):
@@ -221,9 +255,51 @@ def rate(
     if dry_run:
         return
     raters = RayRaters(plan, workers, _say) if engine is Engine.RAY else None
-    run = _Run(raters.plan if raters else plan, ranks, raters, batch_size=batch_size, workers=workers, timeout=timeout)
-    failed = run.to_file(clips, output, overwrite) if output else run.to_stdout(clips)
+    details = Details(defects or explain, explain, timeline, speaker.value)
+    options = {"details": details, "batch_size": batch_size, "workers": workers, "timeout": timeout}
+    run = _Run(raters.plan if raters else plan, ranks, raters, **options)
+    failed = run.to_file(clips, output, overwrite) if output else run.to_stdout(clips, render_table)
     if failed:
+        raise typer.Exit(SOME_CLIPS_FAILED)
+
+
+@app.command()
+def explain(
+    inputs: Inputs,
+    model: Model = None,
+    speaker: WhoSpeaks = Speaker.ADAPTER,
+    device: Device = None,
+    batch_size: BatchSize = 4,
+    workers: Workers = WORKERS,
+    timeout: Timeout = 60.0,
+) -> None:
+    """Say why clips are rated as they are: defects, where and when, and a sentence or two. JSON lines into a pipe.
+
+    To keep that for many clips: `lmm-qa rate --explain -o ratings.jsonl`; to look at it: `lmm-qa report`.
+
+    **Examples**
+
+    `lmm-qa explain clip.mp4`
+
+    `lmm-qa explain clips/ -m runs/thqa --speaker base`
+    """
+    from lmm_qa.manifest import expand
+    from lmm_qa.results import render_explanations
+
+    clips = expand(inputs)
+    _quiet_libraries()
+    from lmm_qa.cluster import Ranks
+    from lmm_qa.rater import Details, plan_rater
+
+    ranks = Ranks.from_environment()
+    if ranks.world > 1:
+        raise UsageError("explain runs in one process; for several use rate --explain -o ratings.jsonl")
+    plan = plan_rater(model, device=device)
+    for note in plan.notes:
+        _say(f"note: {note}")
+    details = Details(defects=True, explanation=True, speaker=speaker.value)
+    options = {"details": details, "batch_size": batch_size, "workers": workers, "timeout": timeout}
+    if _Run(plan, ranks, None, **options).to_stdout(clips, render_explanations):
         raise typer.Exit(SOME_CLIPS_FAILED)
 
 
@@ -642,7 +718,7 @@ class _Run:
 
         began = time.monotonic()
         ranks, names = self.ranks, [clip.name for clip in clips]
-        with ranks.sink(output, names, self.plan.rater_id, overwrite) as sink:
+        with ranks.sink(output, names, self.plan.rater_id, overwrite, self.options["details"].columns) as sink:
             share = ranks.share(clips)
             looked_up = self._shown((_known(sink, clip) for clip in share), len(share), "looked up")
             waiting = ranks.waiting(clips, looked_up)
@@ -654,11 +730,12 @@ class _Run:
         if ranks.rank or not waiting:
             return 0
         render_table(sink.rows, _console())
+        _doubt_the_speaker(sink.rows)
         return _summarise(sink.rows, len(waiting), time.monotonic() - began, f" -> {output}")
 
-    def to_stdout(self, clips: Sequence[Clip]) -> int:
-        """Rate all; a table on a terminal, JSON lines elsewhere. Returns the number of clips that failed."""
-        from lmm_qa.results import print_row, render_table
+    def to_stdout(self, clips: Sequence[Clip], render: Callable[[Sequence[Row], Console], None]) -> int:
+        """Rate all; rendered on a terminal, JSON lines elsewhere. Returns the number of clips that failed."""
+        from lmm_qa.results import print_row
 
         began = time.monotonic()
         rows: list[Row] = []
@@ -667,7 +744,8 @@ class _Run:
             if not sys.stdout.isatty():
                 print_row(rows[-1], sys.stdout)
         if sys.stdout.isatty():
-            render_table(rows, _console(stderr=False))
+            render(rows, _console(stderr=False))
+        _doubt_the_speaker(rows)
         return _summarise(rows, len(rows), time.monotonic() - began, "")
 
     def _results(self, clips: Iterable[Clip]) -> Iterator[Rating | Failure]:
@@ -713,6 +791,22 @@ def _describe(rater: Rater) -> None:
     adapter = " + adapter" if rater.source.adapter else ""
     calibration = f"; calibrated ({rater.calibration.mapping.kind})" if rater.calibration else ""
     _say(f"model {rater.source.name} ({kind}{adapter}); {choices}{calibration}")
+
+
+def _doubt_the_speaker(rows: Sequence[Row]) -> None:
+    """Say so if the model hardly answers: an adapter that was tuned on levels alone may have lost its tongue."""
+    masses = sorted(row["defect_mass"] for row in rows if row.get("defect_mass") is not None)
+    if masses and (middle := masses[len(masses) // 2]) < ANSWERED:
+        _say(
+            f"note: yes and no hold {middle:.0%} of the probability after the questions on defects (median): the model "
+            "does not answer them, do not trust the profile; where the rater has an adapter, try --speaker base"
+        )
+    spoken = [row["explained_by"] for row in rows if row.get("explained_by")]
+    if replaced := sum(by != "model" for by in spoken):
+        _say(
+            f"note: {replaced} of {_count(len(spoken), 'explanation')} contradicted the rating or the profile and were "
+            "replaced by sentences of ours (column explained_by says why)"
+        )
 
 
 def _count(number: int, noun: str = "clip") -> str:

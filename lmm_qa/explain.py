@@ -244,6 +244,8 @@ def objection(
         return "it names none of the defects that were found"
     if not text.rstrip().endswith("."):
         return "it does not come to an end"
+    if again := re.search(r"\b(\w+(?:\W+\w+){2,4})\W+\1\b", text.lower()):
+        return f"it repeats itself: {again[1]}"
     return None
 
 

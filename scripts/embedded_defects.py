@@ -8,7 +8,8 @@
 
 `fit`: a logistic function a defect (Platt, 1999), by maximum likelihood, and the threshold of the best F1: on the
 prepared copies of the split `val` (scripts/embedded_data.py); on files for what the decoder measures in every frame.
-Defects that no damage makes are left out, and so not judged.
+Defects that no damage makes, or that the model does not see (average precision below 0.3), are left out, and so not
+judged.
 
 `judge`: average precision of each defect that some copy has; precision and recall of what the explanations name; how
 often times of stalls, bufferings and bit-rate switches are right within half a second at both ends; how many
@@ -36,6 +37,7 @@ from lmm_qa.results import read_rows
 Floats = NDArray[np.float64]
 VISIBLE_LOSS = 0.05
 WITHIN = 0.5  # seconds
+JUDGED = 0.3  # average precision below which a rater is not asked about a defect
 
 
 def average_precision(scores: Floats, there: NDArray[np.bool_]) -> float:
@@ -57,12 +59,12 @@ def fit_one(odds: Floats, measured: Floats, there: NDArray[np.bool_]) -> Logisti
     slope, weight, intercept = (float(value) for value in found.x)
     p = 1 / (1 + np.exp(-(slope * odds + weight * measured + intercept)))
     limits = np.unique(np.clip(p, 0.02, 0.98))
-    f1 = [2 * (there & (p >= limit)).sum() / max(there.sum() + (p >= limit).sum(), 1) for limit in limits]
+    f1 = np.array([2 * (there & (p >= limit)).sum() / max(there.sum() + (p >= limit).sum(), 1) for limit in limits])
     return Logistic(
         slope=round(slope, 4),
         measured=round(weight, 4),
         intercept=round(intercept, 4),
-        threshold=round(float(limits[int(np.argmax(f1))]), 4),
+        threshold=round(float(limits[f1 == f1.max()].max()), 4),
         average_precision=round(average_precision(p, there), 4),
     )
 
@@ -130,8 +132,9 @@ def fit(args: argparse.Namespace) -> None:
         odds, measured, there = (np.array(column) for column in zip(*kept, strict=True))
         fitted[name] = fit_one(odds, measured, there.astype(bool))
         print(f"{name:<16}{there.sum():>5} of {len(there):<6} {fitted[name]}", flush=True)
+    judged = {name: how for name, how in fitted.items() if (how.average_precision or 0) >= JUDGED}
     calibration = DefectCalibration(
-        defects=fitted, data="held-out copies of the split val: scripts/embedded_defects.py"
+        defects=judged, data="held-out copies of the split val: scripts/embedded_defects.py"
     )
     args.output.write_text(calibration.model_dump_json(indent=2) + "\n")
 

@@ -1,4 +1,4 @@
-"""Put a trained model into the package: base in bfloat16, adapter, rater.json and model card.
+"""Put a trained model into the package: base in bfloat16, adapter, rater.json and defects.json.
 
     python scripts/embedded_pack.py --run runs/embedded --data data/embedded --init runs/embedded/init
 
@@ -22,7 +22,7 @@ from transformers import AutoModelForImageTextToText
 from lmm_qa.config import Sampling, View
 from lmm_qa.rater_file import DEFECTS_NAME, EMBEDDED, FILE_NAME, RaterFile
 
-REPOSITORY = Path(__file__).parent.parent
+CARD = "README.md"  # is written by hand, and stays
 
 
 def training_record(run: Path, data: Path, init: Path) -> dict[str, Any]:
@@ -57,13 +57,14 @@ def main() -> None:
     args = parser.parse_args()
     base = EMBEDDED.parent / "base"
     for folder in (base, EMBEDDED):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in folder.iterdir():
+            if file.name != CARD:
+                file.unlink()
     source = args.run / args.base
     AutoModelForImageTextToText.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(base)
     for name in ("chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(source / name, base / name)
-    (base / "model.safetensors").chmod(0o644)
 
     weights = load_file(args.run / "adapter" / "adapter_model.safetensors")
     save_file({key: value.bfloat16() for key, value in weights.items()}, EMBEDDED / "adapter_model.safetensors",
@@ -80,6 +81,8 @@ def main() -> None:
     (EMBEDDED / FILE_NAME).write_text(rater.model_dump_json(indent=2) + "\n")
     if (args.run / DEFECTS_NAME).exists():
         shutil.copyfile(args.run / DEFECTS_NAME, EMBEDDED / DEFECTS_NAME)
+    for file in (*base.iterdir(), *EMBEDDED.iterdir()):
+        file.chmod(0o644)
     size = sum(file.stat().st_size for file in EMBEDDED.parent.rglob("*") if file.is_file())
     print(f"{EMBEDDED.parent}: {size / 1e6:.1f} MB")
 

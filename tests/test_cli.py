@@ -502,3 +502,42 @@ def test_a_device_that_is_not_here_ends_with_2(folder: Path, model: Path, comman
     assert f"error: device '{device}' cannot be used here" in done.err
     here = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
     assert f"(devices here: {', '.join(here)}" in done.err
+
+
+# --- why -------------------------------------------------------------------------------------------------------------
+
+
+def test_explain_says_why(command: Command, folder: Path, model: Path) -> None:
+    done = command("explain", "clips/a.mp4", "gone.mp4", "-m", model, "--device", "cpu", "--workers", "1")
+    assert done.code == 3
+    good, gone = done.rows
+    assert good["explanation"].startswith(f"The quality of this video is {good['level']}")
+    assert good["explained_by"] == "model" or "replaced by sentences of ours" in done.err
+    assert all(one["probability"] == good["defects"][one["defect"]] for one in good["found"])
+    assert good["defects"]["lip_sync"] is None
+    assert gone["error"]["class"] == "ClipNotFound"
+    assert gone["explanation"] is None
+    assert "the model does not answer them" in done.err, "random weights put nothing on yes and no"
+    assert "--speaker base" in done.err
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_rows_without_what_is_asked_now_are_rated_again(
+    suffix: str, command: Command, folder: Path, model: Path
+) -> None:
+    out = folder / f"r.{suffix}"
+    rate = ("rate", "clips", "-m", model, *FAST, "-o", out)
+    assert command(*rate).code == 0
+    plain = read_rows(out)
+    assert plain[0]["defects"] is plain[0]["timeline"] is None
+    done = command(*rate, "--defects", "--timeline")
+    assert done.code == 0
+    assert "3 clips rated; 3 now" in done.err
+    rows = read_rows(out)
+    assert len(rows) == 3
+    assert rows[0]["score"] == pytest.approx(plain[0]["score"], abs=1e-4)
+    assert rows[0]["defects"]["blur"] is not None
+    assert isinstance(rows[0]["found"], list)
+    assert rows[0]["timeline"]["scores"]
+    for asked in (("--defects",), (), ("--timeline", "--defects")):
+        assert "nothing to do" in command(*rate, *asked).err, "what is there is enough"

@@ -100,6 +100,7 @@ def test_mentions(text: str, names: set[str]) -> None:
         ("The quality of this video is fair: noise covers the blurred picture.", "noise"),
         ("The quality of this video is fair, and so on.", "none of the defects"),
         ("The quality of this video is fair: the picture is blurred and", "end"),
+        ("The quality of this video is fair: it is blurred. On the positive side, the positive side.", "repeats"),
     ],
 )
 def test_words_that_contradict_the_rating_are_not_shown(text: str, why: str | None) -> None:
