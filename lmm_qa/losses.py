@@ -5,8 +5,10 @@
     level_mass      - log(share of the whole vocabulary's probability on the level words)
     fidelity        1 - sqrt(P P*) - sqrt((1 - P)(1 - P*))            P = Phi((s_a - s_b) / sqrt(v_a + v_b)), pairs a, b
     plcc            1 - Pearson(s, MOS)
+    answers         - log p(token), p = softmax over the vocabulary, for each token of an answer in words
 
-cross_entropy + level_mass is the cross-entropy over the whole vocabulary. Each loss is a scalar and speaks of the clips
+cross_entropy + level_mass is the cross-entropy over the whole vocabulary; so is that of a closed question, of which it
+keeps the probability on the two words that are read. Each loss is a scalar and speaks of the clips
 that it is given: pairs and correlations do not reach beyond them. All is computed in float32 at least, under autocast
 too. Training the level words so that their probabilities give the score follows Q-Align (Wu et al., 2023); soft targets
 from the opinions' mean and spread, with fidelity beside them, follow DeQA-Score (You et al., 2025).
@@ -162,6 +164,22 @@ def plcc(score: Tensor, mos: Tensor) -> Tensor:
     varied = (x.norm() > CONSTANT * score.norm()) & (y.norm() > CONSTANT * mos.norm())
     loss: Tensor = (1 - F.cosine_similarity(x, y, dim=0)) * varied
     return loss
+
+
+def answers(logits: Tensor, tokens: Tensor, shares: Tensor, kinds: Tensor, count: int) -> Tensor:
+    """Cross-entropy of answers in words, summed by kind.
+
+    Args:
+        logits: (n, vocabulary), one row for each token of each answer.
+        tokens: (n,) the tokens that should be said.
+        shares: (n,) what each token counts: those of an answer 1 together.
+        kinds: (n,) number of the kind of each, below `count`.
+
+    Returns:
+        (count,) sums; 0 for a kind that does not occur.
+    """
+    each = F.cross_entropy(_wide(logits), tokens, reduction="none") * shares
+    return each.new_zeros(count).index_add(0, kinds, each)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -76,6 +76,16 @@ class Augmentation(Settings):
     vision features each costs disk space and one more run of the vision tower."""
 
 
+class Words(Settings):
+    """What a clip is asked beside its score in each pass, where its table has the columns `defects` and
+    `explanation`; so that one rater rates and explains. All of it shares one look at the clip, where the family can."""
+
+    defects: int = Field(2, ge=0)
+    """Closed questions on defects: half of them on what is there, as far as that goes, the rest on what is not."""
+    explanations: float = Field(1.0, ge=0, le=1)
+    """Share of the passes in which it is explained."""
+
+
 class Tuning(Settings):
     """Which weights are trained."""
 
@@ -107,6 +117,10 @@ class Loss(Settings):
     """Weight of the fidelity loss over all pairs of the batch: the order of clips."""
     plcc: float = Field(0.0, ge=0)
     """Weight of 1 - PLCC over the batch."""
+    defects: float = Field(1.0, ge=0)
+    """Weight of the cross-entropy on the answers to closed questions; clips that are asked none count as 0."""
+    explanations: float = Field(0.3, ge=0)
+    """Weight of the cross-entropy on the words of explanations; clips that have none count as 0."""
 
     @model_validator(mode="after")
     def _some_weight(self) -> Self:
@@ -170,6 +184,7 @@ class Recipe(Settings):
     rating: Rating = Rating()
     tuning: Tuning = Tuning()
     augmentation: Augmentation = Augmentation()
+    words: Words = Words()
     loss: Loss = Loss()
     training: Training
 

@@ -15,7 +15,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -55,14 +55,15 @@ from lmm_qa.backbone import (
 from lmm_qa.calibrate import Calibration, calibrate
 from lmm_qa.card import card
 from lmm_qa.dataset import Seen, Splits, Survey, check, load
+from lmm_qa.defects import questions
 from lmm_qa.errors import ConfigError, ScoresError, TrainingError
 from lmm_qa.features import VisionStore
 from lmm_qa.levels import LevelReading, read_levels
 from lmm_qa.metrics import MIN_CLIPS, agreement, bootstrap
 from lmm_qa.rater import plan_rater
 from lmm_qa.rater_file import EMBEDDED_NAME, FILE_NAME, RaterFile, weights_fingerprint
-from lmm_qa.recipe import Loss, Recipe
-from lmm_qa.samples import ADVICE, Batch, Clip, Collate, Passes, Samples
+from lmm_qa.recipe import Loss, Recipe, Words
+from lmm_qa.samples import ADVICE, KINDS, Answers, Batch, Clip, Collate, Passes, Samples, explained
 from lmm_qa.scores import Label, Pair, Score
 
 RUN_FILE = "run.json"
@@ -124,9 +125,22 @@ def train(recipe: Recipe, say: Say = print) -> Outcome:
 class RatingTrainer(Trainer):
     """`Trainer` with our loss on the level words, our sampler, and the level logits as predictions."""
 
-    def __init__(self, *, loss: Loss, settings: RaterFile, tokens: tuple[int, ...], passes: Passes, **options: Any):
+    def __init__(
+        self,
+        *,
+        loss: Loss,
+        words: Words | None,
+        settings: RaterFile,
+        tokens: tuple[int, ...],
+        passes: Passes,
+        **options: Any,
+    ):
+        """
+        Args:
+            words: what clips are asked beside their score; None where no table tells.
+        """
         super().__init__(**options)
-        self.loss, self.tokens, self.passes = loss, list(tokens), passes
+        self.loss, self.words, self.tokens, self.passes = loss, words, list(tokens), passes
         self.anchors = torch.tensor(settings.declared_scale().anchors(len(tokens)))
         self.compute_metrics = lambda prediction: figures(prediction, self.anchors)
         self.loss_is_scaled_for_ga = False
@@ -137,10 +151,18 @@ class RatingTrainer(Trainer):
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *_: Any, **__: Any) -> Any:
         """Over the clips of all processes, so that pairs and correlations reach across them."""
         self.names += inputs["names"]
-        read = (*read_level_logits(model, inputs, self.tokens), *_opinions(inputs, self.accelerator.device))
+        ratings, answers = next_words(model, inputs)
+        read = (ratings[:, self.tokens], ratings.logsumexp(-1), *_opinions(inputs, self.accelerator.device))
         count = self.accelerator.num_processes
         everyone = [self._from_all(values) for values in read] if count > 1 else list(read)
         loss, parts = weighted_loss(self.loss, self.anchors, *everyone)
+        if self.words is not None:
+            sums = _answer_losses(answers, inputs["answers"])[None]
+            sums = (self._from_all(sums) if count > 1 else sums).sum(0) / len(everyone[0])
+            for name, value in zip(KINDS, sums, strict=True):
+                if asked := getattr(self.words, name):
+                    parts[name] = value / asked
+                    loss = loss + getattr(self.loss, name) * parts[name]
         if not torch.isfinite(loss):
             raise self._not_finite("loss", float(loss.detach()), self.state.global_step + 1)
         for name, value in parts.items():
@@ -192,10 +214,45 @@ def _opinions(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.tensor(batch["mos"], device=device), torch.tensor(batch["std"], device=device)
 
 
+def next_words(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """float32 logits over the vocabulary: (B, vocabulary) at the end of the rating prompt, and (n, vocabulary) at the
+    tokens of the batch's answers."""
+    seen: dict[str, Any] = as_seen(batch["features"]) if batch["features"] else {}
+    inputs, answers = batch["inputs"], batch["answers"]
+    if answers is None:
+        logits = model(**inputs, **seen, logits_to_keep=1, use_cache=False).logits[:, 0].float()
+        return logits, logits[:0]
+    if answers["segments"] is not None:
+        inputs = _sharing(model, inputs, answers)
+    logits = model(**inputs, **seen, logits_to_keep=answers["columns"], use_cache=False).logits
+    row, number = answers["places"].unbind(-1)
+    return logits[: len(batch["names"]), 0].float(), logits[row, number].float()
+
+
+def _sharing(model: Any, inputs: Mapping[str, Tensor], answers: Answers) -> dict[str, Tensor]:
+    """Inputs with the mask and the positions by which the parts of a row do not know of each other."""
+    segments, back = answers["segments"], answers["back"]
+    assert segments is not None and back is not None
+    mask = ((segments[:, None] == 0) | (segments[:, None] == segments[:, :, None])).tril()
+    knows_positions = next((module for module in model.modules() if hasattr(module, "get_rope_index")), None)
+    if knows_positions is None:
+        positions = inputs["attention_mask"].cumsum(-1) - 1
+    else:
+        positions = knows_positions.get_rope_index(**inputs)[0]
+    return {**inputs, "attention_mask": mask[:, None], "position_ids": positions - back}
+
+
+def _answer_losses(logits: Tensor, answers: Answers | None) -> Tensor:
+    """Sum over the records of each kind."""
+    if answers is None:
+        return logits.new_zeros(len(KINDS))
+    shares = torch.tensor(answers["shares"], device=logits.device)
+    return losses.answers(logits, answers["tokens"], shares, answers["kinds"], len(KINDS))
+
+
 def read_level_logits(model: Any, batch: Batch, tokens: list[int]) -> tuple[Tensor, Tensor]:
     """(B, K) float32 logits of the level words, and (B,) logsumexp over the vocabulary."""
-    seen = as_seen(batch["features"]) if batch["features"] else {}
-    logits = model(**batch["inputs"], **seen, logits_to_keep=1, use_cache=False).logits[:, -1].float()
+    logits, _ = next_words(model, batch)
     return logits[:, tokens], logits.logsumexp(-1)
 
 
@@ -253,6 +310,8 @@ class _Run:
     """Clips a step, on all devices."""
     steps: int
     keeps_vision: bool
+    words: Words | None
+    """What clips are asked beside their score; None where no training table tells."""
     tokens: tuple[int, ...]
     limit: int
 
@@ -287,6 +346,7 @@ class _Run:
         if longest > limit:
             raise TrainingError(f"a clip takes {longest} tokens, and the model {limit}: {ADVICE}")
         speak(f"{longest} tokens for the longest clip")
+        words = _words(recipe, settings, processor, clips["train"], speak)
         batch = recipe.training.clips_a_step(state.num_processes)
         steps = recipe.training.steps(len(clips["train"]), state.num_processes)
         record = {**_record(recipe, settings, splits, clips), "batch": batch}
@@ -294,7 +354,7 @@ class _Run:
             _begin(folder, record)
         state.wait_for_everyone()
         keeps = recipe.keeps_vision(patch_factor(processor) is not None)
-        return cls(recipe, folder, settings, processor, clips, record, batch, steps, keeps, tokens, limit)
+        return cls(recipe, folder, settings, processor, clips, record, batch, steps, keeps, words, tokens, limit)
 
     def finished(self) -> Outcome | None:
         """The outcome of a run that is over."""
@@ -338,9 +398,9 @@ class _Run:
 
     def samples(self, split: str, store: VisionStore | None) -> Samples:
         """The clips of a split, with variations for training alone."""
-        augmentation = self.recipe.augmentation if split == "train" else None
+        augmentation, words = (self.recipe.augmentation, self.words) if split == "train" else (None, None)
         settings, seed = self.settings, self.recipe.training.seed
-        return Samples(self.clips[split], settings, self.processor, self.limit, store, augmentation, seed)
+        return Samples(self.clips[split], settings, self.processor, self.limit, store, augmentation, seed, words)
 
     def keep_vision(self, backbone: Backbone, speak: Say, state: PartialState) -> VisionStore | None:
         """Fill the store, each process its share."""
@@ -403,15 +463,19 @@ class _Run:
             arguments = TrainingArguments(**{**options, **training.arguments})
         except (TypeError, ValueError) as error:
             raise ConfigError(f"training.arguments cannot be used: {error}") from None
+        shares = backbone.shares_prefills
+        if self.words is not None and shares and backbone.choices["attention"].value != "sdpa":
+            backbone.model.set_attn_implementation("sdpa")  # flash-attn knows no masks but padding
         arguments._n_gpu = min(arguments.n_gpu, 1)  # a process has one GPU; else Trainer takes all, by DataParallel
         trainer = RatingTrainer(
             loss=recipe.loss,
+            words=self.words,
             settings=self.settings,
             tokens=self.tokens,
             passes=passes,
             model=model,
             args=arguments,
-            data_collator=Collate(self.processor),
+            data_collator=Collate(self.processor, shares),
             train_dataset=self.samples("train", store),
             eval_dataset=self.samples("validation", store) if watched else None,
             processing_class=self.processor if recipe.tuning.method == "full" else None,
@@ -528,6 +592,25 @@ def _readable(survey: Survey, scale: tuple[float, float]) -> tuple[Clip, ...]:
     return clips
 
 
+def _words(recipe: Recipe, settings: RaterFile, processor: Any, clips: Sequence[Clip], speak: Say) -> Words | None:
+    """What clips are asked beside their score, as far as their tables tell; refuses what cannot be asked."""
+    known = sum(clip.example.found is not None for clip in clips)
+    told = [clip.example for clip in clips if clip.example.explanation]
+    words = Words(
+        defects=recipe.words.defects if known else 0, explanations=recipe.words.explanations if told else 0.0
+    )
+    if words.defects:
+        for question in questions().values():
+            level_tokens(processor, question, len(settings.views))
+    if words.explanations:
+        for example in told:
+            explained(example, settings.prompt)
+    if not words.defects and not words.explanations:
+        return None
+    speak(f"of {len(clips)} training clips, {known} have known defects, and {len(told)} an explanation")
+    return words
+
+
 def _longest(processor: Any, settings: RaterFile, surveys: Mapping[str, Survey]) -> int:
     """Tokens of the longest clip."""
     shapes = {found.sizes for survey in surveys.values() for found in survey.found if isinstance(found, Seen)}
@@ -550,7 +633,10 @@ def _record(
     digest = hashlib.sha256()
     for split, members in clips.items():
         for clip in members:
-            digest.update(f"{split} {clip.content_id} {clip.example.mos!r} {clip.example.std!r}\n".encode())
+            example = clip.example
+            digest.update(f"{split} {clip.content_id} {example.mos!r} {example.std!r}\n".encode())
+            if example.found is not None or example.explanation is not None:
+                digest.update(f"{example.found} {example.denied} {example.explanation!r}\n".encode())
     described = recipe.model_dump(mode="json")
     for key in ("output", "cache", "workers", "report_to", "keep_vision"):
         described["training"].pop(key)
@@ -682,7 +768,7 @@ class _Curve(TrainerCallback):
         self.speak(f"step {state.global_step}/{state.max_steps}  {where}{text}{speed}")
 
 
-SHOWN = ("loss", "cross_entropy", "fidelity", "plcc", "learning_rate", "validation_main", "validation_srcc",
+SHOWN = ("loss", "cross_entropy", "fidelity", "plcc", *KINDS, "learning_rate", "validation_main", "validation_srcc",
          "validation_plcc", "validation_loss")  # fmt: skip
 
 

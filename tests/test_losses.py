@@ -16,7 +16,7 @@ from torch.autograd import gradcheck
 
 from lmm_qa.errors import UsageError
 from lmm_qa.levels import Scale, read_levels
-from lmm_qa.losses import VARIANCE_FLOOR, cross_entropy, fidelity, level_mass, level_targets, plcc, read
+from lmm_qa.losses import VARIANCE_FLOOR, answers, cross_entropy, fidelity, level_mass, level_targets, plcc, read
 
 ANCHORS = torch.tensor(Scale(1, 5).anchors())
 NAN = math.nan
@@ -208,6 +208,20 @@ def test_cross_entropy_and_level_mass_are_the_cross_entropy_over_the_vocabulary(
     mass = level_mass(levels, vocabulary.logsumexp(1))
     torch.testing.assert_close(cross_entropy(levels, targets) + mass, whole)
     torch.testing.assert_close(mass, -vocabulary.softmax(1)[:, :5].sum(1).log().mean())
+
+
+def test_answers_count_once_however_long_they_are() -> None:
+    """Two answers of the second kind, of one token and of three: each counts as its mean."""
+    logits, tokens = draw(4, 9), torch.tensor([3, 0, 8, 3])
+    shares = torch.tensor([1, 1 / 3, 1 / 3, 1 / 3])
+    found = answers(logits, tokens, shares, torch.tensor([1, 1, 1, 1]), 2)
+    wanted = [torch.nn.CrossEntropyLoss()(logits[part], tokens[part]) for part in (slice(0, 1), slice(1, 4))]
+    assert found.tolist() == pytest.approx([0, float(sum(wanted))])
+    none = answers(logits[:0], tokens[:0], shares[:0], tokens[:0], 2)
+    assert none.tolist() == [0, 0]
+    both = cross_entropy(logits[:1, [3, 5]], torch.tensor([[1.0, 0.0]]))
+    mass = level_mass(logits[:1, [3, 5]], logits[:1].logsumexp(-1))
+    assert float(both + mass) == pytest.approx(float(wanted[0])), "of a closed question: both words, and their mass"
 
 
 def test_level_mass_is_0_where_the_levels_hold_all_and_never_below() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,13 +28,17 @@ from lmm_qa.backbone import (
 )
 from lmm_qa.config import Sampling, View
 from lmm_qa.dataset import Example
+from lmm_qa.defects import questions
 from lmm_qa.errors import TrainingError
+from lmm_qa.explain import Finding, explanation_prompt, opening
 from lmm_qa.features import Look, VisionStore
 from lmm_qa.prompting import Prompt
 from lmm_qa.rater import clip_input
 from lmm_qa.rater_file import RaterFile
-from lmm_qa.recipe import Augmentation
-from lmm_qa.samples import Clip, Collate, Passes, Samples
+from lmm_qa.recipe import Augmentation, Words
+from lmm_qa.samples import Clip, Collate, Passes, Samples, ask, explained
+from lmm_qa.train import next_words
+from lmm_qa.video import read_frames
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 PROMPT = Prompt(question="How good is it?", paraphrases=("Good?", "Is it {seconds:.1f} s of quality?"), stem="It is")
@@ -131,8 +136,6 @@ def test_without_augmentation_it_is_what_rating_sees(samples: Samples) -> None:
     samples.augmentation = None
     assert [look.sampling for look in samples.looks()] == [samples.settings.sampling] * 3
     rated = samples[1]
-    from lmm_qa.video import read_frames
-
     frames = read_frames(samples.clips[1].example.path, samples.settings.sampling, samples.settings.views, 28)
     equal(rated["inputs"], dict(prepare_inputs(samples.processor, [clip_input(frames)], PROMPT)))
 
@@ -175,3 +178,122 @@ def test_what_is_kept_is_named_by_all_that_determines_it(tmp_path: Path) -> None
     with pytest.raises(TrainingError, match=r"the vision features of a\.mp4 cannot be read from"):
         store.load(look)
     assert store.missing([look]) == [look], "it is made anew"
+
+
+# --- words beside the score ------------------------------------------------------------------------------------------
+
+FOUND = (Finding("stall", 1.0, ((1.2, 2.0),)), Finding("blur", 1.0))
+SAID = "The quality is fair: it freezes from 1.2 to 2.0 s. "
+
+
+def described(clip: Clip, **more: Any) -> Clip:
+    return clip._replace(example=replace(clip.example, **more))
+
+
+@pytest.fixture
+def asked(samples: Samples) -> Samples:
+    """Clips with much, nothing, and little to be asked."""
+    first, second, third = samples.clips
+    samples.clips = [
+        described(first, found=FOUND, denied=("noise", "seam"), explanation=SAID),
+        second,
+        described(third, found=(), denied=("noise",)),
+    ]
+    samples.words = Words(defects=3)
+    return samples
+
+
+def alone(backbone: Backbone, samples: Samples, index: int, prompt: Prompt, more: list[int]) -> torch.Tensor:
+    """Logits after each of the last 1 + len(more) tokens, of one clip and one prompt, as transformers prepares them."""
+    path, settings = samples.clips[index].example.path, samples.settings
+    frames = clip_input(read_frames(path, settings.sampling, settings.views, samples.factor))
+    inputs = dict(prepare_inputs(backbone.processor, [frames], prompt))
+    tail = torch.tensor([more], dtype=torch.int64)
+    for name, added in (("input_ids", tail), ("attention_mask", tail * 0 + 1), ("mm_token_type_ids", tail * 0)):
+        if name in inputs:
+            inputs[name] = torch.cat((inputs[name], added.to(inputs[name])), dim=1)
+    logits: torch.Tensor = backbone.model(**inputs, logits_to_keep=1 + len(more)).logits[0]
+    return logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [*QWEN, "llava_onevision"])
+def test_records_know_nothing_of_each_other(family: str, family_dir: Callable[[str], Path], asked: Samples) -> None:
+    backbone = Backbone.load(str(family_dir(family)), device="cpu")
+    asked.processor, asked.factor = backbone.processor, patch_factor(backbone.processor) or 1
+    asked.augmentation = Augmentation(paraphrases=0, offsets=1)
+    tokenizer = backbone.processor.tokenizer
+    spoken = explanation_prompt(PROMPT, FOUND).model_copy(update={"stem": opening(PROMPT, "fair")})
+    tokens = [*tokenizer(": it freezes from 1.2 to 2.0 s.")["input_ids"], tokenizer.eos_token_id]
+    logits = [alone(backbone, asked, 0, spoken, tokens[:-1])]
+    for index in (0, 2):
+        for name, there in ask(asked.clips[index].example, 3, chance(asked, index)).items():
+            logits.append(alone(backbone, asked, index, questions()[name], []))
+            tokens += tokenizer(" yes" if there else " no")["input_ids"]
+    ratings = torch.cat([alone(backbone, asked, index, PROMPT, []) for index in range(3)])
+    wanted = torch.cat(logits)
+    assert backbone.shares_prefills == (family != "llava_onevision")
+    for shares in {False, backbone.shares_prefills}:
+        batch = Collate(backbone.processor, shares)([asked[0, index] for index in range(3)])
+        found, answers = next_words(backbone.model, batch)
+        torch.testing.assert_close(found, ratings, atol=1e-4, rtol=1e-4)
+        assert batch["answers"] is not None and len(answers) == len(wanted) == len(tokens)
+        nearest = torch.cdist(answers, wanted).argmin(dim=0)
+        assert len(set(nearest.tolist())) == len(tokens)
+        torch.testing.assert_close(answers[nearest], wanted, atol=1e-4, rtol=1e-4)
+        assert batch["answers"]["tokens"][nearest].tolist() == tokens
+        kinds, weights = batch["answers"]["kinds"][nearest], torch.tensor(batch["answers"]["shares"])[nearest]
+        assert kinds.tolist() == [1] * (len(tokens) - 4) + [0] * 4
+        assert weights.tolist() == pytest.approx([1 / (len(tokens) - 4)] * (len(tokens) - 4) + [1] * 4)
+
+
+def chance(samples: Samples, index: int) -> random.Random:
+    """What a clip has in pass 0."""
+    return random.Random(f"words {samples.seed} 0 {samples.clips[index].content_id}")
+
+
+def test_what_is_there_is_asked_as_often_as_what_is_not() -> None:
+    example = Example("a", Path("a"), 3.0, None, None, "g", (1, 5), FOUND, ("noise", "seam", "flicker"))
+    for count in (1, 2, 3, 4):
+        draws = [ask(example, count, random.Random(number)) for number in range(200)]
+        assert all(len(drawn) == count for drawn in draws)
+        assert sum(sum(drawn.values()) for drawn in draws) == pytest.approx(100 * count, abs=30)
+        assert {name for drawn in draws for name in drawn} == {"stall", "blur", "noise", "seam", "flicker"}
+    everything = ask(example, 9, random.Random(0))
+    assert everything == {"stall": True, "blur": True, "noise": False, "seam": False, "flicker": False}
+    assert list(ask(replace(example, denied=()), 2, random.Random(0)).values()) == [True, True]
+    assert list(ask(replace(example, found=()), 2, random.Random(0)).values()) == [False, False]
+    assert ask(replace(example, found=None, denied=()), 2, random.Random(0)) == {}
+
+
+def test_an_explanation_is_asked_as_in_rating() -> None:
+    example = Example("a", Path("a"), 3.0, None, None, "g", (1, 5), FOUND, (), SAID)
+    prompt, said = explained(example, PROMPT)
+    assert (prompt.stem, said) == ("It is fair", ": it freezes from 1.2 to 2.0 s.")
+    assert "stall from 1.2 to 2.0 s; blur" in prompt.question
+    told, _ = explained(replace(example, found=None), PROMPT)
+    assert "Defects found: stall." in told.question, "what the text names"
+    none, _ = explained(replace(example, found=()), PROMPT)
+    assert "Defects found: none." in none.question
+    with pytest.raises(TrainingError, match=r"the explanation of 'a' has none of the words bad, poor, .*'It is exc"):
+        explained(replace(example, explanation="Blurred."), PROMPT)
+
+
+def test_records_depend_on_seed_pass_and_clip_alone(asked: Samples) -> None:
+    asked.words = Words(defects=1, explanations=0.5)
+    draws = [asked._records(asked.clips[0], number, SLOTS) for number in range(20)]
+    assert draws[::-1] == [asked._records(asked.clips[0], number, SLOTS) for number in reversed(range(20))]
+    assert 2 < sum(len(records) == 2 for records in draws) < 18
+    assert len({tuple(records[0].question) for records in draws}) == 4
+    asked.seed += 1
+    assert draws != [asked._records(asked.clips[0], number, SLOTS) for number in range(20)]
+    drawn = asked._draw((0, 0))
+    asked.words = None
+    assert asked._draw((0, 0)) == drawn, "what is looked at does not hang on what is asked"
+
+
+def test_a_record_of_too_many_tokens_is_refused(asked: Samples) -> None:
+    asked.limit = asked[0, 1]["inputs"]["input_ids"].shape[1] + 12
+    asked[0, 1]
+    with pytest.raises(TrainingError, match=r"takes \d+ tokens, the model"):
+        asked[0, 0]

@@ -23,24 +23,29 @@ from lmm_qa import train as job
 from lmm_qa.adapters import adapter_targets
 from lmm_qa.backbone import Backbone
 from lmm_qa.calibrate import Calibration
+from lmm_qa.defects import VISIBLE, questions
 from lmm_qa.degrade import encode
 from lmm_qa.errors import ConfigError, ModelError, TrainingError, UsageError
+from lmm_qa.explain import Finding, explanation_prompt, opening
+from lmm_qa.prompting import Prompt
 from lmm_qa.publish import merge, push
-from lmm_qa.rater import Rater
+from lmm_qa.rater import Rater, clip_input
 from lmm_qa.rater_file import RaterFile
 from lmm_qa.recipe import Recipe
 from lmm_qa.scores import Label, Score, join
 from lmm_qa.train import last_checkpoint, train
+from lmm_qa.video import read_frames
 
 PERSONS, CLIPS = 12, 4
 
 
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of small clips of 12 persons whose MOS falls with their noise, and labels.csv."""
+    """A folder of small clips of 12 persons whose MOS falls with their noise, and labels.csv; described.jsonl tells of
+    three clips in four which defects they have, and of two in three why they are rated so."""
     folder = tmp_path_factory.mktemp("labelled")
     draw = np.random.default_rng(0)
-    rows = []
+    rows, described = [], []
     for person in range(PERSONS):
         still = draw.integers(60, 190, (1, 14, 14, 3)).repeat(8, 0).repeat(6, 1).repeat(6, 2)
         for clip in range(CLIPS):
@@ -49,9 +54,20 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
             name = f"p{person}_{clip}.mp4"
             encode(frames, "libx264", {"crf": "10"}, Fraction(8), str(folder / name))
             rows.append((name, round(4.6 - 3.2 * strength, 3), f"p{person}"))
+            described.append(
+                {
+                    **dict(zip(("clip", "mos", "group"), rows[-1], strict=True)),
+                    "defects": None if clip == 3 else ["noise", "?blur"] if strength > 0.5 else [],
+                    "explanation": "The quality of this video is fair: noise." if (person + clip) % 3 else None,
+                }
+            )
     with (folder / "labels.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("clip", "mos", "group"), *rows])
+    (folder / "described.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in described))
     return folder
+
+
+DESCRIBED = [{"path": "described.jsonl", "scale": [1, 5]}]
 
 
 @pytest.fixture
@@ -87,10 +103,10 @@ def recipe(labelled: Path, family_dir: Callable[[str], Path], tmp_path: Path) ->
     return make
 
 
-def curve(folder: Path) -> dict[int, float]:
+def curve(folder: Path, part: str = "loss") -> dict[int, float]:
     """The loss of each step."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    losses = [(row["step"], row[part]) for row in rows if "loss" in row]
     assert [step for step, _ in losses] == list(range(1, len(losses) + 1)), "a row for each step, each once"
     return dict(losses)
 
@@ -267,14 +283,131 @@ def test_weights_that_were_exchanged_under_an_adapter_are_noticed(
         Rater.from_pretrained(tmp_path)
 
 
+# --- words beside the score ------------------------------------------------------------------------------------------
+
+
+def share_of_last(backbone: Backbone, clip: Path, settings: RaterFile, prompts: Sequence[Prompt]) -> list[float]:
+    """P(last level) of each prompt, read as rating does."""
+    frames = read_frames(clip, settings.sampling, settings.views, 28)
+    (answers,) = backbone.prefill([clip_input(frames)]).ask(prompts)
+    return [float(torch.tensor(answer.logits).softmax(-1)[-1]) for answer in answers]
+
+
+def test_one_adapter_rates_answers_and_explains(recipe: Callable[..., Recipe], labelled: Path, tmp_path: Path) -> None:
+    """It learns that the one of two defects is there, and the other is not, and to say so."""
+    unsure = [f"?{name}" for name in VISIBLE if name not in ("blur", "seam")]
+    rows = [json.loads(line) for line in (labelled / "described.jsonl").read_text().splitlines()]
+    said = "The quality of this clip is fair: the picture is blurred."
+    described = [{**row, "defects": ["blur", *unsure], "explanation": said} for row in rows]
+    (tmp_path / "all.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in described))
+    table = {"path": str(tmp_path / "all.jsonl"), "videos": str(labelled), "scale": [1, 5]}
+    run = with_training(recipe(data__train=[table]), passes=3, every=30, learning_rate=5e-3)
+    lines: list[str] = []
+    outcome = train(run, lines.append)
+    assert "of 40 training clips, 40 have known defects, and 40 an explanation" in lines
+    assert outcome.metrics.keys() >= {"main", "srcc"}
+    for part in ("explanations", "defects"):
+        losses = [*curve(tmp_path / "run", part).values()]
+        assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 1, part
+    settings = run.rater()
+    begun = f"{opening(settings.prompt, 'fair')}: the picture is"
+    words = {"stem": begun, "levels": ("sharp", "noisy", "blurred")}
+    asked = [questions()["blur"], questions()["seam"],
+             explanation_prompt(settings.prompt, [Finding("blur", 1.0)]).model_copy(update=words)]  # fmt: skip
+    backbone = Backbone.load(str(run.model.backbone), adapter=tmp_path / "run", device="cpu")
+    blur, seam, blurred = share_of_last(backbone, labelled / "p0_0.mp4", settings, asked)
+    with backbone.without_adapter():
+        before = share_of_last(backbone, labelled / "p0_0.mp4", settings, asked)
+    assert before[0] < 0.5 and before[1] > 0.2, before
+    assert blur > 0.8 and seam < 0.1 and blurred > before[2] + 0.1, (blur, seam, blurred, before)
+
+
+def test_without_words_training_is_what_it_was(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    plain = with_training(recipe(), passes=0.4, output=tmp_path / "plain")
+    silent = recipe(data__train=DESCRIBED, words__defects=0, words__explanations=0)
+    asked = recipe(data__train=DESCRIBED)
+    train(plain, quiet)
+    train(with_training(silent, passes=0.4, output=tmp_path / "silent"), quiet)
+    train(with_training(asked, passes=0.4, output=tmp_path / "asked"), quiet)
+    assert (tmp_path / "plain/metrics.jsonl").read_bytes() == (tmp_path / "silent/metrics.jsonl").read_bytes()
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("plain", "silent")]
+    assert weights[0] == weights[1]
+    rows = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0]) for name in ("plain", "asked")]
+    for part in ("cross_entropy", "fidelity", "level_mass"):
+        assert rows[0][part] == pytest.approx(rows[1][part], abs=1e-4), "the same clips, the same question"
+    total = rows[1]["loss"] - rows[1]["defects"] - 0.3 * rows[1]["explanations"]
+    assert total == pytest.approx(rows[0]["loss"], abs=1e-4)
+    assert rows[1]["defects"] > 1 and rows[1]["explanations"] > 1
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "llava_onevision"])
+def test_other_families_learn_words(recipe: Callable[..., Recipe], family_dir: Callable[[str], Path], family: str,
+                                    tmp_path: Path) -> None:  # fmt: skip
+    train(with_training(recipe(model__backbone=str(family_dir(family)), data__train=DESCRIBED), passes=0.3), quiet)
+    losses = [*curve(tmp_path / "run", "explanations").values()]
+    assert len(losses) == 3 and all(loss > 0 for loss in losses)
+
+
+def test_an_interrupted_run_asks_what_an_undisturbed_one_would(
+    recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = with_training(recipe(data__train=DESCRIBED), passes=0.8, every=3)
+    train(with_training(base, output=tmp_path / "undisturbed"), quiet)
+    disturbed = with_training(base, output=tmp_path / "disturbed")
+    real, steps = job.weighted_loss, iter(range(100))
+
+    def dies(*arguments: Any) -> Any:
+        if next(steps) == 4:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(job, "weighted_loss", dies)
+        train(disturbed, quiet)
+    said: list[str] = []
+    train(disturbed, said.append)
+    assert any(re.match(r"going on from .*checkpoint-3", line) for line in said)
+    for part in ("loss", "defects", "explanations"):
+        assert curve(tmp_path / "disturbed", part) == curve(tmp_path / "undisturbed", part)
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("undisturbed", "disturbed")]
+    assert weights[0] == weights[1]
+
+
+def test_other_words_make_another_run(recipe: Callable[..., Recipe], labelled: Path, tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    rows = [json.loads(line) for line in (labelled / "described.jsonl").read_text().splitlines()]
+    run = recipe(data__train=[{"path": str(table), "videos": str(labelled), "scale": [1, 5]}])
+    for defect in ("blur", "noise"):
+        lines = [f"{row['clip']},{row['mos']},{row['group']},{defect}" for row in rows]
+        table.write_text("\n".join(["clip,mos,group,defects", *lines]))
+        if defect == "blur":
+            train(with_training(run, passes=0.1), quiet)
+        else:
+            with pytest.raises(ConfigError, match="holds a run of another recipe, other data"):
+                train(with_training(run, passes=0.1), quiet)
+
+
+def test_an_explanation_without_a_level_is_refused_at_once(
+    recipe: Callable[..., Recipe], labelled: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "t.csv").write_text(
+        "clip,mos,group,explanation\n"
+        + "".join(f"p{person}_0.mp4,3,p{person},The picture is blurred.\n" for person in range(PERSONS))
+    )
+    table = {"path": str(tmp_path / "t.csv"), "videos": str(labelled), "scale": [1, 5]}
+    with pytest.raises(TrainingError, match=r"the explanation of 'p\d+_0\.mp4' has none of the words bad, poor, "):
+        train(recipe(data__train=[table]), quiet)
+    assert not (tmp_path / "run").exists()
+
+
 # --- the same curve, however it comes about --------------------------------------------------------------------------
 
 
 def test_kept_vision_features_change_no_loss(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    kept, read = tmp_path / "kept", tmp_path / "read"
-    train(with_training(recipe(), output=kept), quiet)
+    kept, read, base = tmp_path / "kept", tmp_path / "read", recipe(data__train=DESCRIBED)
+    train(with_training(base, output=kept), quiet)
     assert list((tmp_path / "cache" / "vision").rglob("*.safetensors"))
-    train(with_training(recipe(), output=read, keep_vision=False), quiet)
+    train(with_training(base, output=read, keep_vision=False), quiet)
     assert curve(kept) == pytest.approx(curve(read), abs=1e-5)
     assert len(curve(kept)) == 12
 
@@ -339,8 +472,9 @@ def test_a_checkpoint_that_was_cut_off_is_not_taken(tmp_path: Path) -> None:
 
 
 def test_two_processes_have_the_losses_of_one(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
-    """The same clips a step, 2 x 2 for 1 x 4, fidelity and PLCC over the pairs of all four; interrupted besides."""
-    base = recipe(tuning__dropout=0.0, loss__plcc=0.5)
+    """The same clips a step, 2 x 2 for 1 x 4, fidelity and PLCC over the pairs of all four, words of some of them;
+    interrupted besides."""
+    base = recipe(tuning__dropout=0.0, loss__plcc=0.5, data__train=DESCRIBED)
     one = with_training(base, output=tmp_path / "one", batch_size=4)
     two = write_recipe(with_training(base, output=tmp_path / "two", batch_size=2), tmp_path / "two.yaml")
     train(one, quiet)
@@ -357,14 +491,15 @@ def test_two_processes_have_the_losses_of_one(recipe: Callable[..., Recipe], tmp
     assert again.returncode == 0, said
     assert "going on from" in said
     assert said.count("done: lmm-qa rate") == 1, "only the first process speaks"
-    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), abs=2e-4)
+    for part in ("loss", "fidelity", "defects", "explanations"):
+        assert curve(tmp_path / "two", part) == pytest.approx(curve(tmp_path / "one", part), abs=2e-4)
     metrics = [json.loads((tmp_path / name / "run.json").read_text())["metrics"]["srcc"] for name in ("one", "two")]
     assert metrics[0] == pytest.approx(metrics[1], abs=0.05)
 
 
 def test_accumulated_batches_have_the_gradient_of_one(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     """Without pairwise losses, which do not reach from one batch to the next."""
-    base = recipe(tuning__dropout=0.0, loss__fidelity=0.0)
+    base = recipe(tuning__dropout=0.0, loss__fidelity=0.0, data__train=DESCRIBED)
     train(with_training(base, output=tmp_path / "one", batch_size=4), quiet)
     train(with_training(base, output=tmp_path / "two", batch_size=2, accumulation=2), quiet)
     assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), abs=2e-4)
