@@ -596,9 +596,7 @@ def _words(recipe: Recipe, settings: RaterFile, processor: Any, clips: Sequence[
     """What clips are asked beside their score, as far as their tables tell; refuses what cannot be asked."""
     known = sum(clip.example.found is not None for clip in clips)
     told = [clip.example for clip in clips if clip.example.explanation]
-    words = Words(
-        defects=recipe.words.defects if known else 0, explanations=recipe.words.explanations if told else 0.0
-    )
+    words = Words(defects=recipe.words.defects if known else 0, explanations=recipe.words.explanations if told else 0.0)
     if words.defects:
         for question in questions().values():
             level_tokens(processor, question, len(settings.views))
