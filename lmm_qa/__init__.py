@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from lmm_qa.config import Sampling, View
     from lmm_qa.errors import ClipError, LmmQaError
     from lmm_qa.prompting import Prompt, load_prompt
-    from lmm_qa.rater import Failure, Rater, Rating
+    from lmm_qa.rater import Details, Failure, Rater, Rating
 
 _HOMES = {
     "ClipError": "errors",
+    "Details": "rater",
     "Failure": "rater",
     "LmmQaError": "errors",
     "Prompt": "prompting",
@@ -31,6 +32,7 @@ _HOMES = {
 
 __all__ = [
     "ClipError",
+    "Details",
     "Failure",
     "LmmQaError",
     "Prompt",
