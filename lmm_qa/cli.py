@@ -175,7 +175,7 @@ def rate(
         list[str] | None,
         typer.Option(
             help="What is made of them: whole:448 (shrunk into the area of 448 x 448) | crop:336 (window at native "
-            "resolution). Give it twice for both.",
+            "resolution) | face:224 (a square around the face, resized). Give it again for more than one.",
             show_default="the model's",
         ),
     ] = None,

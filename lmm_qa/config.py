@@ -128,27 +128,29 @@ class Sampling(Settings):
 class View(Settings):
     """One video made from the sampled frames. A prompt can hold several views of the same frames."""
 
-    kind: Literal["whole", "crop"] = "whole"
+    kind: Literal["whole", "crop", "face"] = "whole"
     """`whole`: the whole picture, resized into the pixel budget. `crop`: a window of the picture at native
-    resolution, never resized: what compression and blur did to the pixels stays visible."""
+    resolution, never resized: what compression and blur did to the pixels stays visible. `face`: a square around the
+    face, resized to `size`: what ails a mouth can be seen however small the face is."""
     max_pixels: int = Field(448 * 448, ge=28 * 28)
     """`whole`: the largest area of a frame in pixels; larger frames are shrunk, smaller ones keep their size
     (rounded to the vision tower's patch grid)."""
     size: int = Field(224, ge=28)
-    """`crop`: side of the square window in pixels; clipped to the picture where that is smaller."""
+    """`crop`: side of the square window in pixels; clipped to the picture where that is smaller. `face`: side of the
+    square in pixels, whatever the size of the face."""
     center: tuple[float, float] = (0.5, 0.42)
     """`crop`: centre of the window as fractions of width and height. Heads sit a little above the middle."""
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        """Read `whole:448` (the area of a square of that side) or `crop:336` (the side of the window).
+        """Read `whole:448` (the area of a square of that side), `crop:336` or `face:224` (the side of the square).
 
         Raises:
-            ConfigError: it is neither.
+            ConfigError: it is none of these.
         """
         kind, _, side = text.partition(":")
-        if not side.isdecimal() or kind not in {"whole", "crop"}:
-            raise ConfigError(f"view {text!r} is not of the form whole:448 or crop:336 (sides in pixels)")
+        if not side.isdecimal() or kind not in {"whole", "crop", "face"}:
+            raise ConfigError(f"view {text!r} is not of the form whole:448, crop:336 or face:224 (sides in pixels)")
         size = {"max_pixels": int(side) ** 2} if kind == "whole" else {"size": int(side)}
         return cls.parse({"kind": kind, **size}, f"view {text!r}")
 

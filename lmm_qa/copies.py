@@ -170,14 +170,10 @@ class CopySet:
 
         Raises:
             ResultsError: the manifest cannot be written, or a worker process died.
-            MissingExtra: imageio-ffmpeg or scikit-image is not installed.
+            MissingExtra: imageio-ffmpeg is not installed.
         """
-        for package, module, purpose in (
-            ("imageio-ffmpeg", "imageio_ffmpeg", "measuring VMAF"),
-            ("scikit-image", "skimage", "finding faces"),
-        ):
-            if find_spec(module) is None:
-                raise MissingExtra(package, "degrade", purpose)
+        if find_spec("imageio_ffmpeg") is None:
+            raise MissingExtra("imageio-ffmpeg", "degrade", "measuring VMAF")
         yield from self.bad
         growing = journal(self.manifest)
         if self.waiting:

@@ -404,7 +404,6 @@ def damage(
 
     Raises:
         ValueError: unknown cause, strength out of range, or frames of another shape or type.
-        MissingExtra: a face is to be found, and scikit-image is not installed.
     """
     if cause not in DAMAGES:
         raise ValueError(f"unknown damage {cause!r}; known: {', '.join(DAMAGES)}")

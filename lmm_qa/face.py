@@ -1,4 +1,4 @@
-"""Where the face is in each frame of a clip, for damage that is about faces.
+"""Where the face is in each frame of a clip: for the view of it, and for damage that is about faces.
 
 The detector is the frontal face cascade that scikit-image carries (local binary patterns, from OpenCV): it finds most
 faces that look at the camera, drawn ones included, and few that look aside. Where it finds none, the face is assumed
@@ -8,12 +8,15 @@ where talking heads mostly have it, and `Face.found` says so.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lmm_qa.errors import MissingExtra
+if TYPE_CHECKING:
+    from skimage.feature import Cascade
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom, as fractions of the picture's width and height."""
@@ -24,6 +27,8 @@ ASSUMED: Box = (0.3, 0.2, 0.7, 0.6)
 _DETECTION_SIDE = 240
 """Long side in pixels of the pictures that are searched: a face of a tenth of it is too small to matter here."""
 _KEY_FRAMES = 12
+_AROUND = 1.5
+"""Side of `face_window` in sides of the box, which ends at the brows: hair, chin and the edge of the face come in."""
 _OVERLAP = 0.3
 _SEEN_AT_LEAST = 2
 """Key frames: what is taken for a face once only is a flower, or a fold of a curtain."""
@@ -39,17 +44,15 @@ class Face:
     """False: no face was found, and this is where one mostly is."""
 
 
-def find_face(frames: NDArray[np.uint8]) -> Face:
+def find_face(frames: NDArray[np.uint8], searched: int = _KEY_FRAMES) -> Face:
     """The face that is seen in most frames, followed through the clip.
 
     Args:
         frames: (T, H, W, 3) uint8 RGB.
-
-    Raises:
-        MissingExtra: scikit-image is not installed.
+        searched: how many of them are looked at, evenly spread; it is followed on straight lines between them.
     """
     count, height, width = frames.shape[:3]
-    keys = np.unique(np.linspace(0, count - 1, min(count, _KEY_FRAMES)).round().astype(int))
+    keys = np.unique(np.linspace(0, count - 1, min(count, searched)).round().astype(int))
     seen = [_detect(frames[key]) for key in keys]
     everywhere = np.concatenate(seen)
     support = np.array([sum((_overlap(box, others) > _OVERLAP).any() for others in seen) for box in everywhere])
@@ -65,20 +68,30 @@ def find_face(frames: NDArray[np.uint8]) -> Face:
     return Face(np.concatenate([path - halves, path + halves], axis=1), found=True)
 
 
+def face_window(face: Face, height: int, width: int, around: float = _AROUND) -> tuple[int, int, int]:
+    """One square window of the picture for the whole clip, with the face inside.
+
+    Args:
+        face: of a clip of (height, width) pixels.
+        around: side of the window in sides of the face's box.
+
+    Returns:
+        Left, top and side in pixels; never out of the picture, so it is smaller where the face fills that.
+    """
+    left, top, right, bottom = np.median(face.boxes, axis=0) * (width, height, width, height)
+    side = max(1, round(min(around * max(right - left, bottom - top), height, width)))
+    x = round(np.clip((left + right - side) / 2, 0, width - side))
+    y = round(np.clip((top + bottom - side) / 2, 0, height - side))
+    return x, y, side
+
+
 def _detect(frame: NDArray[np.uint8]) -> NDArray[np.float64]:
     """(n, 4) boxes of the faces in one picture."""
-    try:
-        import skimage.data
-        from skimage.feature import Cascade
-    except ImportError:
-        raise MissingExtra("scikit-image", "degrade", "finding faces") from None
-
     height, width = frame.shape[:2]
     shrink = min(1.0, _DETECTION_SIDE / max(height, width))
     small = Image.fromarray(frame).resize((max(1, round(width * shrink)), max(1, round(height * shrink))))
     side = min(small.size)
-    cascade: str = skimage.data.lbp_frontal_face_cascade_filename()  # type: ignore[no-untyped-call]
-    found = Cascade(cascade).detect_multi_scale(
+    found = _cascade().detect_multi_scale(
         np.asarray(small),
         scale_factor=1.15,
         step_ratio=1,
@@ -88,6 +101,14 @@ def _detect(frame: NDArray[np.uint8]) -> NDArray[np.float64]:
     )
     boxes = [(one["c"], one["r"], one["c"] + one["width"], one["r"] + one["height"]) for one in found]
     return np.array(boxes, dtype=np.float64).reshape(-1, 4) / (small.width, small.height, small.width, small.height)
+
+
+@cache
+def _cascade() -> Cascade:
+    import skimage.data  # here, as only clips whose face is asked for need it
+    from skimage.feature import Cascade
+
+    return Cascade(skimage.data.lbp_frontal_face_cascade_filename())  # type: ignore[no-untyped-call]
 
 
 def _overlap(box: NDArray[np.float64], others: NDArray[np.float64]) -> NDArray[np.float64]:

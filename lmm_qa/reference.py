@@ -112,7 +112,7 @@ def make_copy(
 
     Raises:
         ValueError: as for `damage`; or a cause is given twice.
-        MissingExtra: imageio-ffmpeg or scikit-image is needed, and not installed.
+        MissingExtra: imageio-ffmpeg is needed, and not installed.
     """
     if len({cause for cause, _ in damages}) < len(damages):
         raise ValueError(f"each cause can befall a clip once, received {', '.join(cause for cause, _ in damages)}")

@@ -67,6 +67,7 @@ from lmm_qa.errors import (
     LmmQaError,
     UsageError,
 )
+from lmm_qa.face import face_window, find_face
 from lmm_qa.trace import Span, Trace, Tracer
 
 if TYPE_CHECKING:
@@ -96,6 +97,9 @@ INDIRECT_FORMATS = frozenset({"hls", "dash", "concat", "imf", "sdp", "rtsp", "tt
 
 ONE_PICTURE_A_PACKET = frozenset({"h264", "hevc", "vp9", "av1", "gif", "mjpeg", "png", "prores", "ffv1"})
 """Codecs in which a packet that gives no picture is a loss. Others (MPEG-4, VP8) have packets that show nothing."""
+
+SEARCHED = 3
+"""Pictures of a clip in which the face is looked for: two have to agree, and each costs 10 to 40 ms."""
 
 LUMA_FIRST = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "nv12", "gray"})
 """Pixel formats whose first plane is the brightness, one byte a pixel."""
@@ -254,8 +258,9 @@ def _within(seconds: Sequence[float], span: Span) -> range:
 def view_size(height: int, width: int, view: View, factor: int) -> tuple[int, int]:
     """Size of the frames of a view.
 
-    `whole` is rounded as Qwen's `smart_resize` does it: both sides to the nearest multiple of `factor`; where the area
-    exceeds `view.max_pixels`, both shrunk by the same ratio and rounded down; never under one `factor` a side.
+    `face` is a square. `whole` is rounded as Qwen's `smart_resize` does it: both sides to the nearest multiple of
+    `factor`; where the area exceeds `view.max_pixels`, both shrunk by the same ratio and rounded down; never under one
+    `factor` a side.
 
     Args:
         height: of the displayed picture, pixels, at least 1.
@@ -269,6 +274,8 @@ def view_size(height: int, width: int, view: View, factor: int) -> tuple[int, in
     height, width = max(height, factor), max(width, factor)
     if view.kind == "crop":
         return _multiple(min(view.size, height), factor), _multiple(min(view.size, width), factor)
+    if view.kind == "face":
+        return (_multiple(view.size, factor),) * 2
     rounded = round(height / factor) * factor, round(width / factor) * factor
     if rounded[0] * rounded[1] <= view.max_pixels:
         return rounded
@@ -286,18 +293,19 @@ def _multiple(side: float, factor: int) -> int:
     return max(1, int(side // factor)) * factor
 
 
-def _render(picture: Picture, view: View, factor: int) -> Picture:
-    """Make one frame of a view from the whole picture."""
-    picture = _padded(picture, factor)
+def _render(picture: Picture, view: View, factor: int, face: tuple[int, int, int]) -> Picture:
+    """Make one frame of a view from the whole picture; `face` is left, top and side of the window around it."""
     height, width = picture.shape[:2]
     rows, columns = view_size(height, width, view, factor)
     if view.kind == "crop":
         top = _window_start(height, rows, view.center[1])
         left = _window_start(width, columns, view.center[0])
         return picture[top : top + rows, left : left + columns]
-    if (rows, columns) == (height, width):
+    x, y, side = face
+    box = (x, y, x + side, y + side) if view.kind == "face" else (0, 0, width, height)
+    if box == (0, 0, columns, rows) == (0, 0, width, height):
         return picture
-    return np.asarray(Image.fromarray(picture).resize((columns, rows), Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(picture).resize((columns, rows), Image.Resampling.BICUBIC, box))
 
 
 def _padded(picture: Picture, factor: int) -> Picture:
@@ -315,8 +323,39 @@ def _window_start(side: int, window: int, center: float) -> int:
 
 # One clip, in this process
 
-Renderer = Callable[[Picture], list[Picture]]
-"""From a displayed picture to its views."""
+
+class _Rendered:
+    """Views of the pictures that are kept, by frame number.
+
+    Where a view is of the face, the first `SEARCHED` pictures wait until it has been looked for in them. The window
+    that comes out holds for the whole clip: what moves in it is the head.
+    """
+
+    def __init__(self, views: Sequence[View], factor: int) -> None:
+        self._views, self._factor = tuple(views), factor
+        self._face: tuple[int, int, int] | None = None if any(view.kind == "face" for view in views) else (0, 0, 0)
+        self._waiting: dict[int, Picture] = {}
+        self._done: dict[int, list[Picture]] = {}
+
+    def add(self, index: int, picture: Picture) -> None:
+        """Make and keep the views of one picture."""
+        self._waiting[index] = _padded(picture, self._factor)
+        if self._face is not None or len(self._waiting) == SEARCHED:
+            self._finish()
+
+    def stacked(self, indices: Sequence[int]) -> tuple[npt.NDArray[np.uint8], ...]:
+        """The views of these frames, each (frames, height, width, 3)."""
+        if self._waiting:
+            self._finish()
+        return tuple(np.stack(pictures) for pictures in zip(*(self._done[index] for index in indices), strict=True))
+
+    def _finish(self) -> None:
+        if self._face is None:
+            pictures = np.stack(list(self._waiting.values()))
+            self._face = face_window(find_face(pictures), *pictures.shape[1:3])
+        for index, picture in self._waiting.items():
+            self._done[index] = [_render(picture, view, self._factor, self._face) for view in self._views]
+        self._waiting = {}
 
 
 @dataclass(frozen=True)
@@ -359,10 +398,9 @@ def read_frames(path: str | Path, sampling: Sampling, views: Sequence[View], fac
     def choose(seconds: Sequence[float]) -> list[int]:
         return sample_indices(seconds, sampling)
 
-    render = _renderer(views, factor)
-    if _decord_first(scan.info) and (kept := _seek(scan, choose(scan.seconds), render)):
-        return _gathered(scan, choose(scan.seconds), kept, "decord", None)
-    scan, kept, trace = _decode_whole(scan, choose, render)
+    if _decord_first(scan.info) and (sought := _seek(scan, choose(scan.seconds), _Rendered(views, factor))):
+        return _gathered(scan, choose(scan.seconds), sought, "decord", None)
+    scan, kept, trace = _decode_whole(scan, choose, lambda: _Rendered(views, factor))
     return _gathered(scan, choose(scan.seconds), kept, "pyav", trace)
 
 
@@ -408,7 +446,7 @@ def read_windows(
         whole = sample_indices(seconds, sampling)
         return sorted({*whole, *(index for look in looks(seconds) for index in look)})
 
-    scan, kept, trace = _decode_whole(scan, choose, _renderer(views, factor))
+    scan, kept, trace = _decode_whole(scan, choose, lambda: _Rendered(views, factor))
     chosen = choose(scan.seconds)
     row = {index: number for number, index in enumerate(chosen)}
     return Windows(
@@ -433,15 +471,9 @@ def _affordable_step(
     return max(step, (info.duration - window) / max(1, most - 1))
 
 
-def _renderer(views: Sequence[View], factor: int) -> Renderer:
-    return lambda picture: [_render(picture, view, factor) for view in views]
-
-
-def _gathered(
-    scan: _Scan, indices: Sequence[int], kept: dict[int, list[Picture]], decoder: str, trace: Trace | None
-) -> Frames:
+def _gathered(scan: _Scan, indices: Sequence[int], kept: _Rendered, decoder: str, trace: Trace | None) -> Frames:
     return Frames(
-        views=tuple(np.stack(pictures) for pictures in zip(*(kept[index] for index in indices), strict=True)),
+        views=kept.stacked(indices),
         indices=tuple(indices),
         seconds=tuple(scan.seconds[index] for index in indices),
         info=scan.info,
@@ -760,27 +792,27 @@ def _matroska_element(data: mmap.mmap, position: int) -> tuple[int, int | None, 
 
 
 def _decode_whole(
-    scan: _Scan, choose: Callable[[Sequence[float]], Sequence[int]], render: Renderer
-) -> tuple[_Scan, dict[int, list[Picture]], Trace]:
+    scan: _Scan, choose: Callable[[Sequence[float]], Sequence[int]], empty: Callable[[], _Rendered]
+) -> tuple[_Scan, _Rendered, Trace]:
     """Decode every frame in order and keep the chosen ones, rendered.
 
     Args:
         scan: of the clip.
         choose: from when each frame appears to the numbers of those to keep.
-        render: from a picture to its views.
+        empty: makes what keeps their views.
 
     Returns:
-        the scan, corrected where packets that show nothing were taken for frames; rendered views by frame number; what
-        was measured of every frame.
+        the scan, corrected where packets that show nothing were taken for frames; the views; what was measured of every
+        frame.
     """
     wanted = set(choose(scan.seconds))
-    kept: dict[int, list[Picture]] = {}
+    kept = empty()
     moments: list[float | None] = []
     interlaced = False
     tracer = Tracer()
     for index, frame in enumerate(_every_frame(scan)):
         if index in wanted:
-            kept[index] = render(_upright(frame, scan.info))
+            kept.add(index, _upright(frame, scan.info))
         tracer.add(_luma(frame))
         moments.append(frame.time)
         interlaced = interlaced or frame.interlaced_frame
@@ -790,7 +822,7 @@ def _decode_whole(
     lost = len(moments) < len(scan.seconds) and scan.info.codec in ONE_PICTURE_A_PACKET and not interlaced
     if lost or not moments:
         raise _truncated(scan.path, len(moments), len(scan.seconds))
-    return _decode_whole(_corrected(scan, moments), choose, render)
+    return _decode_whole(_corrected(scan, moments), choose, empty)
 
 
 def _corrected(scan: _Scan, moments: Sequence[float | None]) -> _Scan:
@@ -861,7 +893,7 @@ def _decord_first(info: ClipInfo) -> bool:
     )
 
 
-def _seek(scan: _Scan, indices: Sequence[int], render: Renderer) -> dict[int, list[Picture]] | None:
+def _seek(scan: _Scan, indices: Sequence[int], empty: _Rendered) -> _Rendered | None:
     """Have decord seek to the sampled frames; None where it is not installed (ARM), fails, or counts otherwise."""
     try:
         import decord
@@ -870,7 +902,9 @@ def _seek(scan: _Scan, indices: Sequence[int], render: Renderer) -> dict[int, li
         reader = decord.VideoReader(str(scan.path.absolute()), ctx=decord.cpu(0), num_threads=1)
         if len(reader) != len(scan.seconds):  # decord knows nothing of edit lists
             return None
-        return {index: render(reader[index].asnumpy()) for index in sorted(set(indices))}
+        for index in sorted(set(indices)):
+            empty.add(index, reader[index].asnumpy())
+        return empty
     except Exception:  # decord's own classes are not there to be named where it is not installed
         return None
 

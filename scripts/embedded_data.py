@@ -28,17 +28,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lmm_qa.degrade import COMPRESSION, DAMAGES, Pixels
-from lmm_qa.face import find_face
+from lmm_qa.degrade import COMPRESSION, DAMAGES, FACIAL, Pixels
+from lmm_qa.face import ASSUMED, Face, face_window, find_face
 from lmm_qa.reference import ceiling, make_copy
 
 SHORT, LONG = 48, 250  # frames of a segment: about two seconds, up to ten
 FPS = 25.0
+COPIES = 46  # of a segment
 PAIRS = 6  # moments looked at, two frames each
-CROP, WHOLE_PIXELS, FACTOR = 224, 168 * 168, 28
+CROP, WHOLE_PIXELS, FACTOR = 168, 168 * 168, 28
+FACE, FACE_SEEN = 168, 140  # the face is kept somewhat larger than it is looked at, so that training can shift it
+BLIND = 0.08  # share of the segments whose face is taken for not found
 
 MAIN = ("blur", "rescale", "noise", "jpeg", "h264", "stall")
-"""Causes that get two copies of a segment."""
+"""Causes that get two copies of a segment, as those of talking heads do."""
 
 SLOW = ("h265", "vp9", "av1", "motion_blur")
 """Causes that long segments go without, as they take a second for each of theirs."""
@@ -61,13 +64,13 @@ class Job:
 
 
 def recipe(rng: np.random.Generator, long: bool) -> list[list[tuple[str, float]]]:
-    """The damages of each copy: none, every cause (the main ones twice, mild and strong), and six random pairs."""
+    """The damages of each copy: none, every cause (main ones and those of heads mild and strong), some random pairs."""
     causes = [cause for cause in DAMAGES if not (long and cause in SLOW)]
     copies: list[list[tuple[str, float]]] = [[]]
     for cause in causes:
-        shares = 2 if cause in MAIN else 1
+        shares = 2 if cause in MAIN or cause in FACIAL else 1
         copies += [[(cause, (share + float(rng.uniform())) / shares)] for share in range(shares)]
-    while len(copies) % 40 and len(copies) < 40:
+    while len(copies) < COPIES:
         one, other = (str(cause) for cause in rng.choice(causes, 2, replace=False))
         if not {one, other} <= set(COMPRESSION):
             copies.append([(one, float(rng.uniform(0.2, 0.9))), (other, float(rng.uniform(0.2, 0.9)))])
@@ -75,7 +78,7 @@ def recipe(rng: np.random.Generator, long: bool) -> list[list[tuple[str, float]]
 
 
 def read_segment(job: Job, rng: np.random.Generator) -> tuple[Pixels, float]:
-    """A random window of the clip in time, space and size: (frames, H, W, 3) and the source's ceiling."""
+    """A random window of the clip in time, space and size, around the face: (frames, H, W, 3) and the ceiling."""
     import av
 
     with av.open(str(job.source)) as container:
@@ -97,15 +100,17 @@ def read_segment(job: Job, rng: np.random.Generator) -> tuple[Pixels, float]:
     shrink = min(1.0, float(rng.uniform(256, 800)) / min(height, width)) if job.segment else 1.0
     if len(frames) > SHORT:
         shrink = min(shrink, 400 / min(height, width))  # long segments are small, so that they are done in time
+    face = find_face(np.stack(frames[:: max(len(frames) // 12, 1)]))
+    window = int(rng.integers(400, 640))
+    box = np.median(face.boxes, axis=0) * (width, height, width, height)
+    shrink = min(shrink, window / (1.6 * float(box[2] - box[0])))  # a part of a face shows nothing of what ails it
     size = (round(width * shrink), round(height * shrink))
     if shrink < 1:
         bicubic = Image.Resampling.BICUBIC
         frames = [np.asarray(Image.fromarray(frame).resize(size, bicubic)) for frame in frames]
         limit = (1 + limit) / 2  # shrinking hides what the source's own encoder did
-    width, height = size
-    window = int(rng.integers(400, 640))
-    left = int(np.clip(rng.normal(0.5, 0.1) * width - window / 2, 0, max(width - window, 0)))
-    top = int(np.clip(rng.normal(0.42, 0.1) * height - window / 2, 0, max(height - window, 0)))
+    middle = shrink * (box[:2] + box[2:]) / 2 + rng.normal(0, 0.08, 2) * window
+    left, top = (int(np.clip(at - window / 2, 0, max(side - window, 0))) for at, side in zip(middle, size, strict=True))
     return np.stack(frames)[:, top : top + window, left : left + window].copy(), limit
 
 
@@ -136,8 +141,8 @@ def sampled(frames: int) -> list[int]:
     return [number for middle in middles for number in (middle, min(middle + 2, frames - 1))]
 
 
-def views(frames: Pixels) -> tuple[Pixels, Pixels]:
-    """The whole picture within the pixel budget, and the crop at native resolution."""
+def views(frames: Pixels, window: tuple[int, int, int]) -> dict[str, Pixels]:
+    """The whole picture within the pixel budget, the face, and the crop at native resolution."""
     height, width = frames.shape[1:3]
     shrink = min(1.0, math.sqrt(WHOLE_PIXELS / (height * width)))
     rows, columns = (max(FACTOR, int(side * shrink) // FACTOR * FACTOR) for side in (height, width))
@@ -145,7 +150,17 @@ def views(frames: Pixels) -> tuple[Pixels, Pixels]:
     whole = np.stack([np.asarray(Image.fromarray(frame).resize((columns, rows), bicubic)) for frame in frames])
     tall, wide = (min(CROP, side // FACTOR * FACTOR) for side in (height, width))
     top, left = round((height - tall) * 0.42), round((width - wide) * 0.5)
-    return whole, np.ascontiguousarray(frames[:, top : top + tall, left : left + wide])
+    x, y, side = window
+    faces = [Image.fromarray(frame).resize((FACE, FACE), bicubic, (x, y, x + side, y + side)) for frame in frames]
+    crop = np.ascontiguousarray(frames[:, top : top + tall, left : left + wide])
+    return {"whole": whole, "face": np.stack([np.asarray(face) for face in faces]), "crop": crop}
+
+
+def rated_views(folder: Path, name: str) -> tuple[Pixels, ...]:
+    """A prepared copy as it is rated: whole, middle of the face's surroundings, crop."""
+    whole, face, crop = (np.load(folder / f"{name}.{kind}.npy") for kind in ("whole", "face", "crop"))
+    edge = (FACE - FACE_SEEN) // 2
+    return whole, np.ascontiguousarray(face[:, edge:-edge, edge:-edge]), crop
 
 
 def prepare(job: Job) -> list[dict[str, object]]:
@@ -156,6 +171,9 @@ def prepare(job: Job) -> list[dict[str, object]]:
     rng = np.random.default_rng(zlib.crc32(job.name.encode()))
     source, limit = pan_portrait(job, rng) if job.still else read_segment(job, rng)
     looked_at, face = sampled(len(source)), find_face(source)
+    height, width = source.shape[1:3]
+    seen = Face(np.array([ASSUMED]), found=False) if rng.uniform() < BLIND else face
+    window = face_window(seen, height, width, 1.5 * FACE / FACE_SEEN * float(rng.uniform(0.9, 1.1)))
     rows: list[dict[str, object]] = []
     for number, damages in enumerate(recipe(rng, len(source) > SHORT)):
         seed = int(rng.integers(2**31))
@@ -166,10 +184,9 @@ def prepare(job: Job) -> list[dict[str, object]]:
         else:
             copy = make_copy(source, damages, seed, fps=FPS, face=face, judged=looked_at)
             pictures = copy.frames[looked_at]
-        whole, crop = views(pictures)
         name = f"{job.name}--{number:02d}"
-        np.save(job.out / f"{name}.whole.npy", whole)
-        np.save(job.out / f"{name}.crop.npy", crop)
+        for kind, view in views(pictures, window).items():
+            np.save(job.out / f"{name}.{kind}.npy", view)
         rows.append(
             {
                 "name": name, "source": job.source.name, "split": job.split, "segment": job.name, "still": job.still,

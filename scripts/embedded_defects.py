@@ -79,6 +79,8 @@ def known(row: dict[str, Any]) -> dict[str, bool | None]:
 
 def prepared(folder: Path, rater: Any, limit: int) -> Iterator[tuple[dict[str, Any], dict[str, float]]]:
     """Rows of the prepared copies of `val`, and the log-odds of the answers."""
+    from embedded_data import rated_views
+
     from lmm_qa.backbone import ClipInput
     from lmm_qa.defects import questions
     from lmm_qa.prompting import load_prompt
@@ -89,7 +91,7 @@ def prepared(folder: Path, rater: Any, limit: int) -> Iterator[tuple[dict[str, A
     asked = {name: prompt for name, prompt in questions().items() if name in truth([])}
     system = load_prompt("talking_head").system
     for number, row in enumerate(rows):
-        views = tuple(np.load(folder / f"{row['name']}.{kind}.npy") for kind in ("whole", "crop"))
+        views = rated_views(folder, row["name"])
         seconds = tuple(row["duration"] * (moment + 0.5) / len(views[0]) for moment in range(len(views[0])))
         clip = ClipInput(views, seconds, row["duration"], {})
         (answers,) = rater.backbone.prefill([clip], system).ask([*asked.values()])

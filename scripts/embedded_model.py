@@ -53,11 +53,11 @@ def main() -> None:
             )
 
     portraits = ("--portraits", args.portraits) if args.portraits else ()
-    start, skip = (("--start", args.start), ("--skip", "vision")) if args.start else ((), ())
+    start = ("--start", args.start) if args.start else ()
     step(None, f"{SCRIPTS}/embedded_data.py", "--clips", args.clips, *portraits, "--out", data,
          "--workers", args.workers)  # fmt: skip
     step(init / "model.safetensors", f"{SCRIPTS}/embedded_build.py", "--data", data, "--out", init, *start)
-    step(run / "adapter", f"{SCRIPTS}/embedded_train.py", "--data", data, "--init", init, "--out", run, *skip)
+    step(run / "adapter", f"{SCRIPTS}/embedded_train.py", "--data", data, "--init", init, "--out", run)
     step(None, f"{SCRIPTS}/embedded_pack.py", "--run", run, "--data", data, "--init", init)
     with (args.clips / "index.csv").open(newline="") as file:
         clips = [args.clips / row["clip"] for row in csv.DictReader(file) if row["split"] == "val"]

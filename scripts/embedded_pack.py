@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
@@ -54,7 +55,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--init", type=Path, required=True, help="what embedded_build.py made")
     parser.add_argument("--base", default="full", help="phase whose weights become the base")
+    parser.add_argument("--config", type=Path, default=Path(__file__).parent.parent / "configs" / "embedded.yaml")
     args = parser.parse_args()
+    recipe = yaml.safe_load(args.config.read_text())
     base = EMBEDDED.parent / "base"
     for folder in (base, EMBEDDED):
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +78,7 @@ def main() -> None:
     rater = RaterFile(
         backbone="../base",
         sampling=Sampling(strategy="pairs", frames=12),
-        views=(View(kind="whole", max_pixels=168 * 168), View(kind="crop", size=224)),
+        views=tuple(View.from_text(view) for view in recipe["views"]),
         training=training_record(args.run, args.data, args.init),
     )
     (EMBEDDED / FILE_NAME).write_text(rater.model_dump_json(indent=2) + "\n")

@@ -3,7 +3,7 @@
     python scripts/embedded_train.py --data data/embedded --init runs/embedded/init --out runs/embedded
 
 Phases (configs/embedded.yaml): `vision` teaches the vision tower alone, with heads that are thrown away, to read from
-each 28 x 28 region its frequency energies, its motion and what the damage did to it, and from all regions together the
+each 28 x 28 region its frequency energies, its motion and what the damage did to it, and from all regions of a view the
 score, the causes and their strengths; `joint` trains the whole model through the prompt: the level words, closed
 questions on the defects, and sentences that explain; `full` goes on with the geometry used for rating; `adapter` keeps
 the vision features and trains a LoRA on the language model. Each phase is saved to OUT/<phase> and skipped when that
@@ -31,20 +31,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
+from embedded_data import FACE_SEEN, rated_views
+from numpy.lib.stride_tricks import sliding_window_view
 from scipy.fft import dct
 from scipy.stats import spearmanr
+from skimage.measure import block_reduce
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention, apply_rotary_pos_emb_vision
 
 from lmm_qa.defects import BY_NAME, questions, truth
-from lmm_qa.degrade import DAMAGES, TEMPORAL
+from lmm_qa.degrade import DAMAGES, FACIAL, TEMPORAL
 from lmm_qa.explain import Finding, explanation_prompt, sentence
 from lmm_qa.levels import LEVELS
 from lmm_qa.prompting import Prompt, load_prompt
 
 CAUSES = tuple(DAMAGES)
-KINDS = ("whole", "crop")
+KINDS = ("whole", "face", "crop")
+SIDES = {"whole": 112, "face": FACE_SEEN, "crop": 112}  # of the windows of the phase `vision`, one view at a time
 PATCH, MERGED = 14, 28
 CHECKPOINT_SECONDS = 240
 DENSE = 11  # targets a merged token: 6 bands, motion in 2 bands, brightness, and loss and structure against the source
@@ -92,6 +96,7 @@ class Copies:
             row["known"] = known_defects(row)
             by_source.setdefault(row["source"], []).append(row)
         self.by_source = list(by_source.values())
+        self.alike: dict[Any, list[list[dict[str, Any]]]] = {}
 
     def shapes(self, row: dict[str, Any]) -> tuple[tuple[int, ...], ...]:
         """(frames, height, width, 3) of each view."""
@@ -103,12 +108,20 @@ class Copies:
         return self.sizes[row["segment"]]
 
     def window(self, row: dict[str, Any], kind: str, side: int, pairs: list[int], draw: random.Random) -> list[Any]:
+        """A part of a view of a copy and of its source; damage to a face is inside, more often than by chance."""
         damaged = np.load(self.folder / f"{row['name']}.{kind}.npy", mmap_mode="r")
         clean = np.load(self.folder / f"{self.clean[row['segment']]}.{kind}.npy", mmap_mode="r")
         height, width = damaged.shape[1:3]
         tall, wide = min(side, height) // MERGED * MERGED, min(side, width) // MERGED * MERGED
         top, left = draw.randint(0, height - tall), draw.randint(0, width - wide)
         frames = [2 * pair + offset for pair in pairs for offset in (0, 1)]
+        if (tall, wide) != (height, width) and set(row["causes"]) & set(FACIAL) and draw.random() < 0.7:
+            moment = frames[draw.randrange(len(frames))]
+            change = np.abs(damaged[moment].astype(np.int16) - clean[moment]).sum(-1)
+            blocks = block_reduce(change, (PATCH, PATCH), np.sum)
+            sums = sliding_window_view(blocks, (tall // PATCH, wide // PATCH)).sum((2, 3))
+            best = np.unravel_index(sums.argmax(), sums.shape)
+            top, left = min(PATCH * int(best[0]), height - tall), min(PATCH * int(best[1]), width - wide)
         flip = -1 if draw.random() < 0.5 else 1
         cut = [clip[frames, top : top + tall, left : left + wide][:, :, ::flip] for clip in (damaged, clean)]
         return [torch.from_numpy(np.ascontiguousarray(part)) for part in cut]
@@ -121,8 +134,12 @@ class Copies:
             return [tuple(min(side, edge) // MERGED for edge in shapes[kind][1:3]) for kind, side in sides.items()]
 
         rows = [draw.choice(draw.choice(self.by_source))]
-        alike = [[row for row in copies if cut(row) == cut(rows[0])] for copies in self.by_source]
-        alike = [copies for copies in alike if copies]
+        shape = cut(rows[0])
+        key = (*sides.items(), *shape)
+        if key not in self.alike:
+            found = [[row for row in copies if cut(row) == shape] for copies in self.by_source]
+            self.alike[key] = [copies for copies in found if copies]
+        alike = self.alike[key]
         rows += [draw.choice(draw.choice(alike)) for _ in range(size - 1)]
         views: list[list[Tensor]] = [[] for _ in sides]
         clean: list[list[Tensor]] = [[] for _ in sides]
@@ -267,7 +284,9 @@ class Prefill:
 
     def split(self, prompt: Prompt, more: str = "") -> tuple[list[int], list[int]]:
         """Ids up to the last video, and after it."""
-        chat = self.processor.apply_chat_template(prompt.messages(2), tokenize=False, add_generation_prompt=True)
+        chat = self.processor.apply_chat_template(
+            prompt.messages(len(KINDS)), tokenize=False, add_generation_prompt=True
+        )
         before, mark, after = (chat + prompt.stem + more).rpartition("<|video_pad|>")
         tokenizer = self.processor.tokenizer
         return tokenizer(before + mark)["input_ids"], tokenizer(after)["input_ids"]
@@ -431,7 +450,7 @@ class Clock:
 
     def __iter__(self) -> Iterator[int]:
         while self.step < self.steps:
-            warm, done = min(1.0, (self.step + 1) / 200), self.step / self.steps
+            warm, done = min(1.0, (self.step + 1) / min(200, self.steps / 5)), self.step / self.steps
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
             yield self.step
@@ -474,6 +493,8 @@ def train_heads_and_model(name: str, phase: dict[str, Any], out: Path, data: Pat
     """The phases `vision` (tower alone), `joint` and `full` (through the prompt)."""
     spoken = name != "vision"
     train, val, targets = Copies(data, "train"), Copies(data, "val"), DenseTargets()
+    if not spoken:  # windows of few shapes: worth a compiler's time
+        model.model.visual.compile(dynamic=False)
     clock = Clock(name, phase, out, {"model": model if spoken else model.model.visual, "heads": heads})
     began, first = time.monotonic(), clock.step
 
@@ -494,7 +515,7 @@ def train_heads_and_model(name: str, phase: dict[str, Any], out: Path, data: Pat
     for step in clock:
         model.train()
         draw = seed_of(name, step)
-        sides = phase["sides"] if spoken else {kind: 112 for kind in [draw.choice(("whole", "crop", "crop"))]}
+        sides = phase["sides"] if spoken else {kind: SIDES[kind] for kind in [KINDS[step % len(KINDS)]]}
         batch = train.batch(phase["batch"], sides, phase["pairs"], draw)
         with AUTOCAST:
             loss, parts, _, _, _ = run(batch, draw)
@@ -509,7 +530,7 @@ def train_heads_and_model(name: str, phase: dict[str, Any], out: Path, data: Pat
             with torch.no_grad(), AUTOCAST:
                 for number in range(256 // phase["batch"]):
                     check = seed_of("val", number)
-                    held = val.batch(phase["batch"], phase.get("sides", {"crop": 112}), phase["pairs"], check)
+                    held = val.batch(phase["batch"], phase.get("sides", {"face": SIDES["face"]}), phase["pairs"], check)
                     _, _, guess, answers, inputs = run(held, check)
                     guesses += guess.tolist()
                     truths += held.quality.tolist()
@@ -532,12 +553,10 @@ def train_adapter(phase: dict[str, Any], lora: dict[str, Any], out: Path, data: 
     cache.mkdir(exist_ok=True)
 
     def features(copies: Copies, row: dict[str, Any]) -> dict[str, Any]:
-        """Views' shapes and tokens of one copy as it is rated: whole view, crop in the middle, all pairs."""
+        """Views' shapes and tokens of one copy as it is rated: whole view, middle of the face and crop, all pairs."""
         file = cache / f"{row['name']}.pt"
         if not file.exists():
-            views = [
-                torch.from_numpy(np.load(copies.folder / f"{row['name']}.{kind}.npy")) for kind in ("whole", "crop")
-            ]
+            views = [torch.from_numpy(view) for view in rated_views(copies.folder, row["name"])]
             with torch.no_grad(), AUTOCAST:
                 tokens = vision_tokens(model, [view[None].to(DEVICE) for view in views])
             kept = [token[0].bfloat16().cpu() for token in tokens]
@@ -564,7 +583,7 @@ def train_adapter(phase: dict[str, Any], lora: dict[str, Any], out: Path, data: 
     def run(
         shapes: str, chosen: list[tuple[dict[str, Any], list[Tensor]]], draw: random.Random, words: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens = [torch.stack([sample[1][view] for sample in chosen]).float().to(DEVICE) for view in range(2)]
+        tokens = [torch.stack([sample[1][view] for sample in chosen]).float().to(DEVICE) for view in range(len(KINDS))]
         quality = torch.tensor([sample[0]["quality"] for sample in chosen]).to(DEVICE)
         parts = [prefill.parts(row, draw, words and number % 4 == 0) for number, (row, _) in enumerate(chosen)]
         inputs = prefill.inputs(model.model, json.loads(shapes), parts)
@@ -608,7 +627,6 @@ def main() -> None:
     parser.add_argument("--init", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--config", type=Path, default=Path(__file__).parent.parent / "configs" / "embedded.yaml")
-    parser.add_argument("--skip", nargs="*", default=[], help="phases that the first weights have been through")
     args = parser.parse_args()
     recipe = yaml.safe_load(args.config.read_text())
     torch.manual_seed(recipe["seed"])
@@ -617,8 +635,6 @@ def main() -> None:
     before = args.init
     heads = Heads(recipe["text"]["hidden_size"]).to(DEVICE)
     for name, phase in recipe["phases"].items():
-        if name in args.skip:
-            continue
         folder = args.out / name
         if not folder.exists():
             model = AutoModelForImageTextToText.from_pretrained(before, dtype=torch.float32).to(DEVICE)

@@ -23,6 +23,7 @@ def test_sampling_from_text() -> None:
 def test_view_from_text() -> None:
     assert View.from_text("whole:448") == View()
     assert View.from_text("crop:336") == View(kind="crop", size=336)
+    assert View.from_text("face:224") == View(kind="face", size=224)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,7 @@ def test_bad_sampling_is_refused_with_what_was_received(text: str, complaint: st
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("whole", "is not of the form whole:448 or crop:336"),
+        ("whole", "is not of the form whole:448, crop:336 or face:224"),
         ("part:448", "is not of the form"),
         ("whole:-448", "is not of the form"),
         ("whole:10", "max_pixels: Input should be greater than or equal to 784 (received 100)"),

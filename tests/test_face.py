@@ -7,9 +7,11 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import lmm_qa
-from lmm_qa.face import find_face
+from lmm_qa.face import Face, face_window, find_face
 
 PORTRAIT = Path(lmm_qa.__file__).parent / "samples" / "astronaut_clean.mp4"
 EYES, MOUTH = (0.503, 0.393), (0.498, 0.55)
@@ -37,6 +39,20 @@ def test_a_face_is_followed(portrait: np.ndarray) -> None:
     moved = np.stack([np.roll(frame, (0, 3 * number), axis=(0, 1)) for number, frame in enumerate(portrait)])
     left = find_face(moved).boxes[:, 0] - find_face(portrait).boxes[:, 0]
     assert left == pytest.approx(3 * np.arange(30) / 384, abs=0.02)
+
+
+@given(
+    st.lists(st.floats(-0.5, 1.4), min_size=2, max_size=2),
+    st.floats(0.001, 2),
+    st.integers(1, 900),
+    st.integers(1, 900),
+)
+def test_a_window_of_the_face_stays_in_the_picture(corner: list[float], size: float, height: int, width: int) -> None:
+    boxes = np.array([[*corner, corner[0] + size, corner[1] + size * width / height]])
+    x, y, side = face_window(Face(boxes, found=True), height, width)
+    assert 1 <= side <= min(height, width)
+    assert 0 <= x <= width - side
+    assert 0 <= y <= height - side
 
 
 def test_the_face_seen_most_is_taken_for_the_face(portrait: np.ndarray) -> None:

@@ -20,6 +20,7 @@ import pytest
 from clips import UNEVEN, ffmpeg, ffmpeg_frames, read_number, read_or_die, read_or_hang
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from lmm_qa import video
 from lmm_qa.config import Sampling, View
@@ -32,6 +33,7 @@ from lmm_qa.errors import (
     DecoderCrashed,
     UsageError,
 )
+from lmm_qa.face import face_window, find_face
 from lmm_qa.video import (
     DecoderPool,
     Frames,
@@ -44,6 +46,7 @@ from lmm_qa.video import (
     window_spans,
 )
 
+SAMPLES = Path(video.__file__).parent / "samples"
 WHOLE = View()
 FACTOR = 2
 """Small, so that the clips (192x128) keep their size."""
@@ -158,11 +161,16 @@ def test_crops_fit_the_grid_and_the_picture(height: int, width: int, size: int, 
         assert cropped > min(size, side) - factor
 
 
-@given(st.integers(1, 90), st.integers(1, 90), st.sampled_from(["whole", "crop"]), st.floats(0, 1), st.floats(0, 1))
+@given(
+    st.integers(1, 90), st.integers(1, 90), st.sampled_from(["whole", "crop", "face"]), st.floats(0, 1), st.floats(0, 1)
+)
 def test_rendered_pictures_have_the_foretold_size(height: int, width: int, kind: str, x: float, y: float) -> None:
     view = View(kind=kind, size=56, max_pixels=56 * 56, center=(x, y))
-    picture = np.zeros((height, width, 3), np.uint8)
-    assert video._render(picture, view, 28).shape == (*view_size(height, width, view, 28), 3)
+    rendered = video._Rendered([view], 28)
+    for index in range(5):
+        rendered.add(index, np.zeros((height, width, 3), np.uint8))
+    (pictures,) = rendered.stacked([4, 0, 0])
+    assert pictures.shape == (3, *view_size(height, width, view, 28), 3)
 
 
 def test_crop_takes_the_pixels_as_decoded(clips_dir: Path) -> None:
@@ -170,6 +178,28 @@ def test_crop_takes_the_pixels_as_decoded(clips_dir: Path) -> None:
     frames = read(clips_dir / "h264.mp4", Sampling(frames=3), WHOLE, crop)
     assert frames.views[0].shape == (3, 128, 192, 3)
     assert np.array_equal(frames.views[1], frames.views[0][:, 32:96, 128:192])
+
+
+def test_the_face_fills_its_view() -> None:
+    """One window for all frames, with the face of the clip (by the script that made it) in its middle."""
+    views = WHOLE, View(kind="face", size=144)
+    frames = read(SAMPLES / "astronaut_clean.mp4", Sampling(frames=6), *views)
+    whole, face = frames.views
+    assert face.shape == (6, 144, 144, 3)
+    x, y, side = face_window(find_face(whole[:3]), *whole.shape[1:3])
+    assert side < 250
+    assert x + side / 2 == pytest.approx(0.50 * 384, abs=0.1 * side)
+    assert y + side / 2 == pytest.approx(0.45 * 384, abs=0.1 * side)
+    inner = (slice(4, -4),) * 2  # at the edge of a box, resizing looks beyond it
+    for number in range(6):
+        window = Image.fromarray(whole[number, y : y + side, x : x + side])
+        cut = np.asarray(window.resize((144, 144), Image.Resampling.BICUBIC)).astype(int)
+        assert np.abs(cut - face[number])[inner].max() < 2
+
+
+def test_a_clip_with_no_face_has_a_view_of_it(clips_dir: Path) -> None:
+    frames = read(clips_dir / "h264.mp4", Sampling(frames=2), WHOLE, View(kind="face", size=56), factor=28)
+    assert frames.views[1].shape == (2, 56, 56, 3)
 
 
 def test_whole_view_is_resized_into_the_budget(clips_dir: Path) -> None:
