@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
@@ -36,6 +37,13 @@ Pixels = NDArray[np.uint8]
 
 UNQUANTIZED = ["visual", "vision_tower", "multi_modal_projector", "lm_head"]
 """Modules that stay in full precision: small beside the language model, and the pixels go through them."""
+
+TOKENS_AT_ONCE = 16_384
+"""Tokens that a GPU gets together, padding included: 24 clips of the embedded model, 12 of 1,319 tokens. A clip of more
+goes alone."""
+
+PROMPT_TOKENS = 64
+"""About as many as come with the vision tokens of a clip."""
 
 NO_SPACE_AFTER = frozenset("\"'`\u2018“„«([{<-\u2013\u2014/_*#")
 """Characters that are written without a space before the next word."""
@@ -208,8 +216,10 @@ class Backbone:
         Raises:
             ModelError: they are not finite, as happens in float16 with models that were not made for it.
         """
-        prepared = (prepare_inputs(self.processor, batch, prompt).to(self.device) for batch in self.batches(clips))
-        logits = torch.cat([self.last_logits(inputs) for inputs in prepared])
+        rows: dict[int, torch.Tensor] = {}
+        for places, inputs in self.prepared(clips, prompt):
+            rows |= zip(places, self.last_logits(inputs), strict=True)
+        logits = torch.stack([rows[place] for place in range(len(clips))])
         return self.level_logits(logits, prompt, len(clips[0].views))
 
     def level_logits(self, logits: torch.Tensor, prompt: Prompt, videos: int) -> list[LevelLogits]:
@@ -230,15 +240,52 @@ class Backbone:
             for row, normalizer in zip(logits[:, tokens].cpu().numpy(), normalizers.tolist(), strict=True)
         ]
 
-    def batches(self, clips: Sequence[ClipInput]) -> list[Sequence[ClipInput]]:
-        """Those clips that go through the model together.
+    def batches(self, clips: Sequence[ClipInput]) -> list[list[int]]:
+        """Which clips go through the model together: their places in `clips`.
 
-        A GPU is quickest with all of them, unless they differ in their number of frames and the family has no patch
-        grid: it stacks its videos. A CPU is quickest with one at a time: what a layer hands to the next stays in its
-        caches.
+        A GPU gets as many as fill `TOKENS_AT_ONCE`, clips of similar length together; where the family has no patch
+        grid, and so stacks its videos, clips of as many frames. A CPU gets one at a time: what a layer hands to the
+        next stays in its caches.
         """
-        stackable = patch_factor(self.processor) is not None or len({len(clip.seconds) for clip in clips}) == 1
-        return [clips] if stackable and self.device.type != "cpu" else [[clip] for clip in clips]
+        if self.device.type == "cpu":
+            return [[place] for place in range(len(clips))]
+        grid = patch_factor(self.processor)
+        patch = 2 * (grid or 28) ** 2  # pixels that one token covers; without a grid, about
+        lengths = [sum(view[..., 0].size for view in clip.views) // patch + PROMPT_TOKENS for clip in clips]
+        kinds = [0 if grid else len(clip.seconds) for clip in clips]
+        found: list[list[int]] = []
+        for place in sorted(range(len(clips)), key=lambda place: (kinds[place], lengths[place])):
+            last = found[-1] if found else []
+            fits = (len(last) + 1) * lengths[place] <= TOKENS_AT_ONCE  # it is the longest: the others are padded
+            if last and fits and kinds[last[0]] == kinds[place]:
+                last.append(place)
+            else:
+                found.append([place])
+        return found
+
+    def prepared(self, clips: Sequence[ClipInput], prompt: Prompt) -> Iterator[tuple[list[int], Any]]:
+        """Places of the clips of each batch, and its inputs on the device.
+
+        A GPU is kept busy: while the model runs on one batch, the next is prepared and sent.
+        """
+
+        def prepare(places: list[int]) -> Any:
+            inputs = prepare_inputs(self.processor, [clips[place] for place in places], prompt)
+            if self.device.type != "cuda":
+                return inputs.to(self.device)
+            return {name: value.pin_memory().to(self.device, non_blocking=True) for name, value in inputs.items()}
+
+        batches = self.batches(clips)
+        if self.device.type == "cpu":
+            yield from ((places, prepare(places)) for places in batches)
+            return
+        with ThreadPoolExecutor(1) as thread:
+            coming = thread.submit(prepare, batches[0])
+            for places, following in zip(batches, [*batches[1:], None], strict=True):
+                inputs = coming.result()
+                if following:
+                    coming = thread.submit(prepare, following)
+                yield places, inputs
 
     @torch.inference_mode()
     def last_logits(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -373,14 +420,14 @@ class Prefill:
         self.backbone = backbone
         self.clips = clips
         self.system = system
-        batches = backbone.batches(clips) if backbone.shares_prefills else []
-        self._begun = [(batch, self._begin(batch)) for batch in batches]
-
-    def _begin(self, clips: Sequence[ClipInput]) -> Context:
-        any_prompt, videos = Prompt(system=self.system, question="?", stem="?"), len(clips[0].views)
-        processor = self.backbone.processor
-        inputs = prepare_inputs(processor, clips, any_prompt).to(self.backbone.device)
-        return self.backbone.begin(without_question(processor, inputs, any_prompt, videos, {}))[0]
+        any_prompt = Prompt(system=system, question="?", stem="?")
+        self._begun = [
+            (
+                places,
+                backbone.begin(without_question(backbone.processor, inputs, any_prompt, len(clips[0].views), {}))[0],
+            )
+            for places, inputs in (backbone.prepared(clips, any_prompt) if backbone.shares_prefills else ())
+        ]
 
     def ask(self, prompts: Sequence[Prompt]) -> list[list[LevelLogits]]:
         """Several questions about each clip.
@@ -396,10 +443,11 @@ class Prefill:
         if not self._begun:
             columns = [self.backbone.read(self.clips, prompt) for prompt in prompts]
         else:
-            logits = torch.cat([
-                self.backbone.go_on(deepcopy(begun), [[self._tokens(clip, each) for each in prompts] for clip in batch])
-                for batch, begun in self._begun
-            ])  # fmt: skip
+            rows: dict[int, torch.Tensor] = {}
+            for places, begun in self._begun:
+                questions = [[self._tokens(self.clips[place], each) for each in prompts] for place in places]
+                rows |= zip(places, self.backbone.go_on(deepcopy(begun), questions), strict=True)
+            logits = torch.stack([rows[place] for place in range(len(self.clips))])
             videos = len(self.clips[0].views)
             columns = [self.backbone.level_logits(logits[:, number], prompt, videos)
                        for number, prompt in enumerate(prompts)]  # fmt: skip
@@ -418,18 +466,18 @@ class Prefill:
             ConfigError: see `ask`.
         """
         self._check(prompts)
-        asked = iter(zip(self.clips, prompts, strict=True))
-        answers: list[list[int]] = []
+        answers: dict[int, list[int]] = {}
         if not self._begun:
-            for clip, prompt in asked:
+            for place, (clip, prompt) in enumerate(zip(self.clips, prompts, strict=True)):
                 inputs = prepare_inputs(self.backbone.processor, [clip], prompt).to(self.backbone.device)
-                answers += self._write(*self.backbone.begin(inputs), max_tokens)
-        for batch, begun in self._begun:
+                (answers[place],) = self._write(*self.backbone.begin(inputs), max_tokens)
+        for places, begun in self._begun:
             context = deepcopy(begun)
-            questions = [[self._tokens(*pair)] for pair in islice(asked, len(batch))]
-            answers += self._write(context, self.backbone.go_on(context, questions)[:, 0], max_tokens)
+            questions = [[self._tokens(self.clips[place], prompts[place])] for place in places]
+            written = self._write(context, self.backbone.go_on(context, questions)[:, 0], max_tokens)
+            answers |= zip(places, written, strict=True)
         tokenizer = self.backbone.processor.tokenizer
-        return [text_after(tokenizer, prompt.stem, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        return [text_after(tokenizer, prompt.stem, answers[place]) for place, prompt in enumerate(prompts)]
 
     def _write(self, context: Context, logits: torch.Tensor, max_tokens: int) -> list[list[int]]:
         """The likeliest token again and again, for all clips of a context; `logits` are those of the first."""

@@ -105,7 +105,14 @@ WhoSpeaks = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, mps, cpu.", show_default="the best one here")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Clips that go through the model together.")]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="The most clips that go through the model together. Lower it where a GPU runs out of memory.",
+        show_default="64 on a GPU, and no more than 16,384 tokens; 1 on a CPU",
+    ),
+]
 Workers = Annotated[int, typer.Option(min=1, help="Decoding processes.")]
 Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds that decoding one clip may take.")]
 WORKERS = min(4, os.cpu_count() or 1)
@@ -184,7 +191,7 @@ def rate(
     ] = None,
     device: Device = None,
     dtype: Annotated[Dtype | None, typer.Option(help="Number format.", show_default="suits the device")] = None,
-    batch_size: BatchSize = 4,
+    batch_size: BatchSize = None,
     workers: Workers = WORKERS,
     timeout: Timeout = 60.0,
     root: Annotated[
@@ -269,7 +276,7 @@ def explain(
     model: Model = None,
     speaker: WhoSpeaks = Speaker.ADAPTER,
     device: Device = None,
-    batch_size: BatchSize = 4,
+    batch_size: BatchSize = None,
     workers: Workers = WORKERS,
     timeout: Timeout = 60.0,
 ) -> None:

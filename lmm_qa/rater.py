@@ -391,7 +391,7 @@ class Rater:
         clips: Iterable[str | Path | Clip],
         *,
         details: Details = Details(),
-        batch_size: int = 4,
+        batch_size: int | None = None,
         workers: int = 2,
         timeout: float = 60.0,
     ) -> Iterator[Rating | Failure]:
@@ -400,7 +400,8 @@ class Rater:
         Args:
             clips: paths, or entries of a manifest.
             details: what is asked besides the score.
-            batch_size: clips that go through the model together.
+            batch_size: clips that are handed to the model together. It takes them in batches of similar length (see
+                `Backbone.batches`), and gives their results together. By default 64 on a GPU, 1 on a CPU.
             workers: decoding processes.
             timeout: seconds that decoding one clip may take.
 
@@ -408,6 +409,8 @@ class Rater:
             UsageError: one of these numbers is not positive.
             ModelError: the model gives numbers that are not finite.
         """
+        if batch_size is None:
+            batch_size = 1 if self.backbone.device.type == "cpu" else 64
         if batch_size < 1:
             raise UsageError(f"batch_size must be positive, received {batch_size}")
         named = (clip if isinstance(clip, Clip) else Clip(Path(clip), str(clip), "argument") for clip in clips)

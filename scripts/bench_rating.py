@@ -133,8 +133,11 @@ def prepared(rater: Rater, clips: Sequence[Path], batch_size: int) -> list[Any]:
     settings, backbone = rater.settings, rater.backbone
     frames = [clip_input(read_frames(clip, settings.sampling, settings.views, rater.factor)) for clip in clips]
     starts = range(0, len(frames), batch_size)
-    batches = [batch for start in starts for batch in backbone.batches(frames[start : start + batch_size])]
-    return [prepare_inputs(backbone.processor, batch, settings.prompt).to(backbone.device) for batch in batches]
+    return [
+        inputs
+        for start in starts
+        for _, inputs in backbone.prepared(frames[start : start + batch_size], settings.prompt)
+    ]
 
 
 def bare_forward(rater: Rater, batches: Sequence[Any]) -> None:
@@ -220,9 +223,10 @@ def stages(rater: Rater, clips: Sequence[Path], batch_size: int) -> dict[str, fl
             for clip in clips[start : start + batch_size]
         ]
         spent["decode"] += now() - began
-        for batch in backbone.batches([clip_input(each) for each in frames]):
+        clips_in = [clip_input(each) for each in frames]
+        for places in backbone.batches(clips_in):
             began = now()
-            inputs = prepare_inputs(backbone.processor, batch, settings.prompt)
+            inputs = prepare_inputs(backbone.processor, [clips_in[place] for place in places], settings.prompt)
             spent["preprocess"] += (ready := now()) - began
             inputs = inputs.to(backbone.device)
             spent["transfer"] += (moved := now()) - ready

@@ -22,10 +22,12 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -45,6 +47,8 @@ from lmm_qa.degrade import DAMAGES, FACIAL, TEMPORAL
 from lmm_qa.explain import Finding, explanation_prompt, sentence
 from lmm_qa.levels import LEVELS
 from lmm_qa.prompting import Prompt, load_prompt
+
+Made = TypeVar("Made")
 
 CAUSES = tuple(DAMAGES)
 KINDS = ("whole", "face", "crop")
@@ -84,6 +88,7 @@ class Copies:
         self.folder, self.split = folder, split
         self.rows: list[dict[str, Any]] = []
         self.sizes: dict[str, tuple[tuple[int, ...], ...]] = {}
+        self.header = 0  # bytes before the pixels, the same in all files
         self.refresh()
 
     def refresh(self) -> None:
@@ -102,28 +107,35 @@ class Copies:
         """(frames, height, width, 3) of each view."""
         if row["segment"] not in self.sizes:
             clean = self.clean[row["segment"]]
-            self.sizes[row["segment"]] = tuple(
-                np.load(self.folder / f"{clean}.{kind}.npy", mmap_mode="r").shape for kind in KINDS
-            )
+            views = [np.load(self.folder / f"{clean}.{kind}.npy", mmap_mode="r") for kind in KINDS]
+            self.header = views[0].offset
+            self.sizes[row["segment"]] = tuple(view.shape for view in views)
         return self.sizes[row["segment"]]
+
+    def read(self, name: str, kind: str, shape: tuple[int, ...], pairs: list[int]) -> Any:
+        """The frames of these pairs, (2 pairs, H, W, 3); other threads go on meanwhile."""
+        size = 2 * math.prod(shape[1:])
+        file = self.folder / f"{name}.{kind}.npy"
+        found = [np.fromfile(file, np.uint8, size, offset=self.header + pair * size) for pair in pairs]
+        return np.concatenate(found).reshape(-1, *shape[1:])
 
     def window(self, row: dict[str, Any], kind: str, side: int, pairs: list[int], draw: random.Random) -> list[Any]:
         """A part of a view of a copy and of its source; damage to a face is inside, more often than by chance."""
-        damaged = np.load(self.folder / f"{row['name']}.{kind}.npy", mmap_mode="r")
-        clean = np.load(self.folder / f"{self.clean[row['segment']]}.{kind}.npy", mmap_mode="r")
+        shape = self.shapes(row)[KINDS.index(kind)]
+        damaged = self.read(row["name"], kind, shape, pairs)
+        clean = self.read(self.clean[row["segment"]], kind, shape, pairs)
         height, width = damaged.shape[1:3]
         tall, wide = min(side, height) // MERGED * MERGED, min(side, width) // MERGED * MERGED
         top, left = draw.randint(0, height - tall), draw.randint(0, width - wide)
-        frames = [2 * pair + offset for pair in pairs for offset in (0, 1)]
         if (tall, wide) != (height, width) and set(row["causes"]) & set(FACIAL) and draw.random() < 0.7:
-            moment = frames[draw.randrange(len(frames))]
+            moment = draw.randrange(len(damaged))
             change = np.abs(damaged[moment].astype(np.int16) - clean[moment]).sum(-1)
             blocks = block_reduce(change, (PATCH, PATCH), np.sum)
             sums = sliding_window_view(blocks, (tall // PATCH, wide // PATCH)).sum((2, 3))
             best = np.unravel_index(sums.argmax(), sums.shape)
             top, left = min(PATCH * int(best[0]), height - tall), min(PATCH * int(best[1]), width - wide)
         flip = -1 if draw.random() < 0.5 else 1
-        cut = [clip[frames, top : top + tall, left : left + wide][:, :, ::flip] for clip in (damaged, clean)]
+        cut = [clip[:, top : top + tall, left : left + wide][:, :, ::flip] for clip in (damaged, clean)]
         return [torch.from_numpy(np.ascontiguousarray(part)) for part in cut]
 
     def batch(self, size: int, sides: dict[str, int], pairs: int, draw: random.Random) -> Batch:
@@ -483,6 +495,16 @@ class Clock:
             file.write(line + "\n")
 
 
+def ahead(make: Callable[[int], Made], steps: range) -> Iterator[Made]:
+    """What `make` gives for each step, made in a thread while the last is worked on."""
+    with ThreadPoolExecutor(1) as thread:
+        coming = deque(thread.submit(make, step) for step in steps[:2])
+        for step in steps:
+            yield coming.popleft().result()
+            if step + 2 in steps:
+                coming.append(thread.submit(make, step + 2))
+
+
 def seed_of(name: str, step: int) -> random.Random:
     """A step's samples depend on the step alone, so that a resumed run draws what an undisturbed one would."""
     return random.Random(f"{name} {step}")
@@ -512,16 +534,18 @@ def train_heads_and_model(name: str, phase: dict[str, Any], out: Path, data: Pat
             loss = 0.5 * loss + losses["levels"] + 3 * losses["closed"] + 0.3 * losses["words"]
         return loss, {key: round(value.item(), 4) for key, value in losses.items()}, guess, answers, inputs
 
-    for step in clock:
-        model.train()
+    def drawn(step: int) -> tuple[Batch, random.Random]:
+        if step % 50 == 0:
+            train.refresh()
         draw = seed_of(name, step)
         sides = phase["sides"] if spoken else {kind: SIDES[kind] for kind in [KINDS[step % len(KINDS)]]}
-        batch = train.batch(phase["batch"], sides, phase["pairs"], draw)
+        return train.batch(phase["batch"], sides, phase["pairs"], draw), draw
+
+    for step, (batch, draw) in zip(clock, ahead(drawn, range(clock.step, clock.steps)), strict=True):
+        model.train()
         with AUTOCAST:
             loss, parts, _, _, _ = run(batch, draw)
         clock.update(loss)
-        if step % 50 == 0:
-            train.refresh()
         if step % 150 == 0 or step == clock.steps - 1:
             model.eval()
             guesses: list[float] = []

@@ -188,12 +188,42 @@ def test_what_else_is_in_a_padded_batch_changes_nothing(backbone: Backbone) -> N
 def test_a_gpu_gets_clips_together(family: str, load: Callable[[str], Backbone]) -> None:
     backbone = load(family)
     clips = [clip(backbone, (2, 3), frames=frames) for frames in (4, 4, 6)]
-    assert backbone.batches(clips) == [[one] for one in clips]
+    assert backbone.batches(clips) == [[0], [1], [2]]
     model: Any = SimpleNamespace(device="cuda")
     model.eval = lambda: model
     gpu = Backbone(model, backbone.processor, {})
-    assert gpu.batches(clips[:2]) == [clips[:2]]
-    assert gpu.batches(clips) == ([clips] if family in QWEN else [[one] for one in clips])
+    assert gpu.batches(clips) == ([[0, 1, 2]] if family in QWEN else [[0, 1], [2]])
+
+
+def test_batches_are_of_similar_lengths_and_bounded(
+    load: Callable[[str], Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load("qwen2_vl")
+    monkeypatch.setattr("lmm_qa.backbone.PROMPT_TOKENS", 10)
+    monkeypatch.setattr("lmm_qa.backbone.TOKENS_AT_ONCE", 60)
+    clips = [clip(backbone, (1, moments), frames=2) for moments in (2, 9, 2, 10, 3, 70, 2, 2)]
+    model: Any = SimpleNamespace(device="cuda", eval=lambda: model)
+    # Of 12, 19, 12, 20, 13, 80, 12 and 12 tokens.
+    assert Backbone(model, backbone.processor, {}).batches(clips) == [[0, 2, 6, 7], [4, 1, 3], [5]]
+
+
+class Elsewhere(str):
+    """A device that is not called a CPU, and is one."""
+
+    type = "elsewhere"
+
+
+def test_a_gpu_gets_the_next_batch_while_it_works(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next is prepared in a thread; what is read is what each clip alone gives, in the order of the clips."""
+    clips = [clip(backbone, (2, 3), (2, 2), frames=2 * frames, seed=frames) for frames in (3, 1, 4, 2, 1)]
+    alone = [backbone.read([one], PROMPT)[0] for one in clips]
+    monkeypatch.setattr("lmm_qa.backbone.TOKENS_AT_ONCE", 200)
+    monkeypatch.setattr(Backbone, "device", Elsewhere("cpu"))
+    assert 1 < len(backbone.batches(clips)) < 5
+    for reading, one in zip(backbone.read(clips, PROMPT), alone, strict=True):
+        assert_same_reading(reading, one)
+    for (answer,), one in zip(backbone.prefill(clips).ask([PROMPT]), alone, strict=True):
+        assert_same_reading(answer, one, 2e-5)
 
 
 def test_clips_of_different_lengths_go_together(backbone: Backbone) -> None:
@@ -302,7 +332,8 @@ VIEWS = [((2, 2), (2, 2)), ((6, 5), (4, 4)), ((3, 4), (2, 3))]
 def grouping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clips as a CPU gets them, and as a GPU does."""
     if request.param == "together":
-        monkeypatch.setattr(Backbone, "batches", lambda self, clips: [clips])
+        orders = {1: [[0]], 3: [[2, 0], [1]]}
+        monkeypatch.setattr(Backbone, "batches", lambda self, clips: orders[len(clips)])
 
 
 def unlike_clips(backbone: Backbone) -> list[ClipInput]:
@@ -367,7 +398,7 @@ def test_words_end_where_the_answer_does(
 ) -> None:
     backbone = load("qwen2_vl")
     clips = unlike_clips(backbone)
-    monkeypatch.setattr(Backbone, "batches", lambda self, clips: [clips])
+    monkeypatch.setattr(Backbone, "batches", lambda self, clips: [[2, 1, 0]])
     prefill, tokenizer = backbone.prefill(clips), backbone.processor.tokenizer
     stop = generated(backbone, clips[0], PROMPT, max_new_tokens=10)[4]
     if where == "tokenizer":
