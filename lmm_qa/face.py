@@ -44,15 +44,14 @@ class Face:
     """False: no face was found, and this is where one mostly is."""
 
 
-def find_face(frames: NDArray[np.uint8], searched: int = _KEY_FRAMES) -> Face:
+def find_face(frames: NDArray[np.uint8]) -> Face:
     """The face that is seen in most frames, followed through the clip.
 
     Args:
         frames: (T, H, W, 3) uint8 RGB.
-        searched: how many of them are looked at, evenly spread; it is followed on straight lines between them.
     """
     count, height, width = frames.shape[:3]
-    keys = np.unique(np.linspace(0, count - 1, min(count, searched)).round().astype(int))
+    keys = np.unique(np.linspace(0, count - 1, min(count, _KEY_FRAMES)).round().astype(int))
     seen = [_detect(frames[key]) for key in keys]
     everywhere = np.concatenate(seen)
     support = np.array([sum((_overlap(box, others) > _OVERLAP).any() for others in seen) for box in everywhere])

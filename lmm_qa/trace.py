@@ -131,18 +131,16 @@ class Tracer:
         rows = np.stack(self._rows)
         pictures = rows[..., self._across]
         before = np.concatenate([pictures[:1] if self._before is None else self._before, pictures[:-1]])
-        across = _distance(pictures, before).reshape(-1, _SIDE) @ _BLOCK
-        changes = across.reshape(len(rows), _BLOCKS, -1, _BLOCKS).mean(axis=2).reshape(len(rows), -1)
+        change, step = _distance(pictures, before), _SIDE // _BLOCKS
+        # Slices instead of a product of matrices: as quick, and no threads that wait for more.
+        across = sum(change[..., start::step] for start in range(1, step)) + change[..., ::step]
+        changes = (across.reshape(len(rows), _BLOCKS, step, _BLOCKS).sum(axis=2) / step**2).reshape(len(rows), -1)
         quarter = changes.shape[1] // 4
         lines = rows[:, :: max(1, _SIDE // max(_LEAST_ROWS, _PAIRS // rows.shape[2]))]
         roots = np.sqrt(_distance(lines[..., 1:], lines[..., :-1])).reshape(len(rows), -1)
         detail = roots.sum(axis=1) / max(1, roots.shape[1])
         self._measured.append(np.stack([changes.max(axis=1), np.partition(changes, quarter)[:, quarter], detail]))
         self._before, self._rows = pictures[-1:], []
-
-
-_BLOCK = np.kron(np.eye(_BLOCKS), np.full((_SIDE // _BLOCKS, 1), _BLOCKS / _SIDE)).astype(np.float32)
-"""(samples, blocks): takes the mean of each block."""
 
 
 def _spread(side: int, count: int) -> NDArray[np.intp]:

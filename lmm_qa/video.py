@@ -101,6 +101,10 @@ ONE_PICTURE_A_PACKET = frozenset({"h264", "hevc", "vp9", "av1", "gif", "mjpeg", 
 SEARCHED = 3
 """Pictures of a clip in which the face is looked for: two have to agree, and each costs 10 to 40 ms."""
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+"""Environment of the worker processes: there is one for each core that is to decode, and threads that wait for a small
+product of matrices keep the others from theirs (0.19 instead of 0.06 processor seconds a clip were seen)."""
+
 LUMA_FIRST = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "nv12", "gray"})
 """Pixel formats whose first plane is the brightness, one byte a pixel."""
 
@@ -1082,6 +1086,7 @@ class _Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._complaints,
+                env=os.environ | ONE_THREAD,
             )
         try:
             _exchange(process, None, _START_LIMIT)
