@@ -11,8 +11,10 @@ has, why in words, how the score goes over time.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import product, tee
 from pathlib import Path
@@ -55,8 +57,14 @@ MAX_WORDS = 96
 WINDOWS_AT_ONCE = 8
 """Windows of a timeline that go through the model together."""
 
+SIDE_BY_SIDE = 4
+"""Clips that go through the model at the same time on a CPU, each on its share of the cores; one on each of two."""
+
 Seen = Frames | Windows
 """What was read of a clip: the sampled frames; or those of each window too."""
+
+Read = tuple[Clip, str | None, Seen | ClipError]
+"""A clip, its content id where it could be read, and what was seen."""
 
 
 @dataclass(frozen=True)
@@ -417,29 +425,45 @@ class Rater:
         ours, theirs = tee(named)
         paths = (clip.path for clip in theirs)
         looks = (self.settings.sampling, self.settings.views, self.factor)
-        with DecoderPool(workers, timeout) as pool:
+        with DecoderPool(workers, timeout) as pool, self._threads(details) as (threads, most):
             decoded: Iterator[Seen | ClipError]
             decoded = pool.imap_windows(paths, *looks, WINDOW, STEP) if details.timeline else pool.imap(paths, *looks)
-            waiting: list[tuple[Clip, str | None, Seen | ClipError]] = []
-            for clip, seen in zip(ours, decoded, strict=True):
-                waiting.append((clip, *_with_content(clip, seen)))
+            read = ((clip, *_with_content(clip, seen)) for clip, seen in zip(ours, decoded, strict=True))
+            coming: deque[Future[list[Rating | Failure]]] = deque()
+            for batch, failed in _batches(read, batch_size):
+                coming.append(threads.submit(self._settle, batch, details))
                 # Failures wait only for the clips before them.
-                if sum(not isinstance(entry[2], ClipError) for entry in waiting) in (0, batch_size):
-                    yield from self._settle(waiting, details)
-                    waiting = []
-            yield from self._settle(waiting, details)
+                while coming and (failed or len(coming) > most or coming[0].done()):
+                    yield from coming.popleft().result()
+            while coming:
+                yield from coming.popleft().result()
 
-    def _settle(
-        self, waiting: Sequence[tuple[Clip, str | None, Seen | ClipError]], details: Details
-    ) -> Iterator[Rating | Failure]:
+    @contextmanager
+    def _threads(self, details: Details) -> Iterator[tuple[ThreadPoolExecutor, int]]:
+        """Threads that rate batches, and their number.
+
+        The cores of a CPU do more in `SIDE_BY_SIDE` models' work than in one whose layers they share: they never wait
+        for each other. A GPU takes one batch at a time, and so does a model whose adapter is put aside meanwhile.
+        """
+        cores = torch.get_num_threads()
+        alone = self.backbone.device.type != "cpu" or details.speaker == "base"
+        most = 1 if alone else min(SIDE_BY_SIDE, cores)
+        try:
+            with ThreadPoolExecutor(most, initializer=torch.set_num_threads, initargs=(cores // most,)) as threads:
+                yield threads, most
+        finally:
+            torch.set_num_threads(cores)
+
+    def _settle(self, waiting: Sequence[Read], details: Details) -> list[Rating | Failure]:
         """Results for clips that are read or failed, in order."""
         good = [(clip, content, seen) for clip, content, seen in waiting if content and not isinstance(seen, ClipError)]
         ratings = iter(self._rate_batch(good, details))
-        for clip, content, seen in waiting:
-            if isinstance(seen, ClipError):
-                yield Failure(clip.name, content, seen, self.source.name, self.rater_id)
-            else:
-                yield next(ratings)
+        return [
+            Failure(clip.name, content, seen, self.source.name, self.rater_id)
+            if isinstance(seen, ClipError)
+            else next(ratings)
+            for clip, content, seen in waiting
+        ]
 
     def _rate_batch(self, clips: Sequence[tuple[Clip, str, Seen]], details: Details) -> list[Rating]:
         """One prefill for all; then each clip's level logits become its score."""
@@ -541,6 +565,19 @@ def _calibrated(rating: Rating, calibration: Calibration, raw_rater_id: str) -> 
     mos, low, high = calibration.apply(rating.score, rating.std)
     use = CalibrationUse(calibration.identity, calibration.knows(rating.clip, rating.content_id), raw_rater_id)
     return replace(rating, score=mos, raw_score=rating.score, interval=(low, high), calibration=use)
+
+
+def _batches(read: Iterable[Read], size: int) -> Iterator[tuple[list[Read], bool]]:
+    """As many clips that could be read, failures between them; and failures before which nothing waits. Says which."""
+    waiting: list[Read] = []
+    for clip in read:
+        waiting.append(clip)
+        good = sum(not isinstance(entry[2], ClipError) for entry in waiting)
+        if good in (0, size):
+            yield waiting, good == 0
+            waiting = []
+    if waiting:
+        yield waiting, False
 
 
 def clip_input(frames: Frames) -> ClipInput:
