@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 Quantization = Literal["4bit", "8bit"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Pixels = NDArray[np.uint8]
+Each = TypeVar("Each")
 
 UNQUANTIZED = ["visual", "vision_tower", "multi_modal_projector", "lm_head"]
 """Modules that stay in full precision: small beside the language model, and the pixels go through them."""
@@ -216,11 +217,8 @@ class Backbone:
         Raises:
             ModelError: they are not finite, as happens in float16 with models that were not made for it.
         """
-        rows: dict[int, torch.Tensor] = {}
-        for places, inputs in self.prepared(clips, prompt):
-            rows |= zip(places, self.last_logits(inputs), strict=True)
-        logits = torch.stack([rows[place] for place in range(len(clips))])
-        return self.level_logits(logits, prompt, len(clips[0].views))
+        read = ((places, self.last_logits(inputs)) for places, inputs in self.prepared(clips, prompt))
+        return self.level_logits(torch.stack(_by_place(read)), prompt, len(clips[0].views))
 
     def level_logits(self, logits: torch.Tensor, prompt: Prompt, videos: int) -> list[LevelLogits]:
         """Those of the prompt's levels, out of (B, vocabulary) logits at the end of its stem.
@@ -409,6 +407,12 @@ class Context:
     """(B, 1) position of the next token."""
 
 
+def _by_place(batches: Iterable[tuple[list[int], Iterable[Each]]]) -> list[Each]:
+    """What batches gave for each of their clips, in the order of all clips."""
+    found = {place: each for places, batch in batches for place, each in zip(places, batch, strict=True)}
+    return [found[place] for place in range(len(found))]
+
+
 class Prefill:
     """Clips that a model has looked at, to ask it many things about each. Made by `Backbone.prefill`.
 
@@ -443,11 +447,13 @@ class Prefill:
         if not self._begun:
             columns = [self.backbone.read(self.clips, prompt) for prompt in prompts]
         else:
-            rows: dict[int, torch.Tensor] = {}
-            for places, begun in self._begun:
-                questions = [[self._tokens(self.clips[place], each) for each in prompts] for place in places]
-                rows |= zip(places, self.backbone.go_on(deepcopy(begun), questions), strict=True)
-            logits = torch.stack([rows[place] for place in range(len(self.clips))])
+            questions = [[self._tokens(clip, prompt) for prompt in prompts] for clip in self.clips]
+            logits = torch.stack(
+                _by_place(
+                    (places, self.backbone.go_on(deepcopy(begun), [questions[place] for place in places]))
+                    for places, begun in self._begun
+                )
+            )
             videos = len(self.clips[0].views)
             columns = [self.backbone.level_logits(logits[:, number], prompt, videos)
                        for number, prompt in enumerate(prompts)]  # fmt: skip
@@ -466,18 +472,20 @@ class Prefill:
             ConfigError: see `ask`.
         """
         self._check(prompts)
-        answers: dict[int, list[int]] = {}
-        if not self._begun:
-            for place, (clip, prompt) in enumerate(zip(self.clips, prompts, strict=True)):
-                inputs = prepare_inputs(self.backbone.processor, [clip], prompt).to(self.backbone.device)
-                (answers[place],) = self._write(*self.backbone.begin(inputs), max_tokens)
+        started = self._started(list(zip(self.clips, prompts, strict=True)))
+        answers = _by_place((places, self._write(context, logits, max_tokens)) for places, context, logits in started)
+        tokenizer = self.backbone.processor.tokenizer
+        return [text_after(tokenizer, prompt.stem, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+    def _started(self, asked: Sequence[tuple[ClipInput, Prompt]]) -> Iterator[tuple[list[int], Context, torch.Tensor]]:
+        """Places, context and logits of the first word of each batch, one question a clip."""
         for places, begun in self._begun:
             context = deepcopy(begun)
-            questions = [[self._tokens(self.clips[place], prompts[place])] for place in places]
-            written = self._write(context, self.backbone.go_on(context, questions)[:, 0], max_tokens)
-            answers |= zip(places, written, strict=True)
-        tokenizer = self.backbone.processor.tokenizer
-        return [text_after(tokenizer, prompt.stem, answers[place]) for place, prompt in enumerate(prompts)]
+            yield places, context, self.backbone.go_on(context, [[self._tokens(*asked[each])] for each in places])[:, 0]
+        if not self._begun:
+            for place, (clip, prompt) in enumerate(asked):
+                inputs = prepare_inputs(self.backbone.processor, [clip], prompt).to(self.backbone.device)
+                yield [place], *self.backbone.begin(inputs)
 
     def _write(self, context: Context, logits: torch.Tensor, max_tokens: int) -> list[list[int]]:
         """The likeliest token again and again, for all clips of a context; `logits` are those of the first."""
@@ -492,7 +500,7 @@ class Prefill:
         return [list(takewhile(lambda token: token not in stops, row)) for row in written]
 
     def _tokens(self, clip: ClipInput, prompt: Prompt) -> list[int]:
-        return _question_tokens(self.backbone.processor, prompt, len(clip.views), clip.slots)
+        return question_tokens(self.backbone.processor, prompt, len(clip.views), clip.slots)
 
     def _check(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
@@ -652,7 +660,7 @@ def without_question(
 
     For families with a patch grid; of several clips together, where the question has no slots.
     """
-    tail = len(_question_tokens(processor, prompt, videos, slots))
+    tail = len(question_tokens(processor, prompt, videos, slots))
     return {name: value[:, :-tail] if name in SEQUENCES else value for name, value in inputs.items()}
 
 
@@ -663,8 +671,13 @@ def with_question(
 
     Any prompt whose system message is the one that the inputs were prepared with.
     """
-    tail = torch.tensor(_question_tokens(processor, prompt, videos, slots))[None]
-    added = {"input_ids": tail, "attention_mask": torch.ones_like(tail), "mm_token_type_ids": torch.zeros_like(tail)}
+    tail = torch.tensor(question_tokens(processor, prompt, videos, slots))[None]
+    return with_tokens(inputs, tail, torch.ones_like(tail))
+
+
+def with_tokens(inputs: Mapping[str, torch.Tensor], ids: torch.Tensor, real: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Prepared inputs with further words, (B, n) token ids; `real`, of the same shape, is false at padding."""
+    added = {"input_ids": ids, "attention_mask": real, "mm_token_type_ids": torch.zeros_like(ids)}
     return {
         name: torch.cat((value, added[name].to(value)), dim=1) if name in SEQUENCES else value
         for name, value in inputs.items()
@@ -675,7 +688,7 @@ SEQUENCES = ("input_ids", "attention_mask", "mm_token_type_ids")
 """Inputs that hold a number for each token."""
 
 
-def _question_tokens(processor: Any, prompt: Prompt, videos: int, slots: dict[str, float]) -> list[int]:
+def question_tokens(processor: Any, prompt: Prompt, videos: int, slots: dict[str, float]) -> list[int]:
     """What comes after the last video: a special token, so that it is split into tokens by itself."""
     text = prompt_text(processor, prompt, videos, slots).rpartition(processor.video_token)[2]
     return list(processor.tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -27,7 +27,7 @@ ASSUMED: Box = (0.3, 0.2, 0.7, 0.6)
 _DETECTION_SIDE = 240
 """Long side in pixels of the pictures that are searched: a face of a tenth of it is too small to matter here."""
 _KEY_FRAMES = 12
-_AROUND = 1.5
+AROUND = 1.5
 """Side of `face_window` in sides of the box, which ends at the brows: hair, chin and the edge of the face come in."""
 _OVERLAP = 0.3
 _SEEN_AT_LEAST = 2
@@ -67,7 +67,7 @@ def find_face(frames: NDArray[np.uint8]) -> Face:
     return Face(np.concatenate([path - halves, path + halves], axis=1), found=True)
 
 
-def face_window(face: Face, height: int, width: int, around: float = _AROUND) -> tuple[int, int, int]:
+def face_window(face: Face, height: int, width: int, around: float = AROUND) -> tuple[int, int, int]:
     """One square window of the picture for the whole clip, with the face inside.
 
     Args:

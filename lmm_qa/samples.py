@@ -20,7 +20,16 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from lmm_qa.backbone import SEQUENCES, join_inputs, level_tokens, patch_factor, prepare_inputs, with_question
+from lmm_qa.backbone import (
+    SEQUENCES,
+    join_inputs,
+    level_tokens,
+    patch_factor,
+    prepare_inputs,
+    question_tokens,
+    with_question,
+    with_tokens,
+)
 from lmm_qa.config import Sampling
 from lmm_qa.dataset import Example
 from lmm_qa.defects import VISIBLE, questions
@@ -231,9 +240,7 @@ class Samples(Dataset[Sample]):
 
     def _question(self, prompt: Prompt, slots: dict[str, float]) -> list[int]:
         """The tokens that come after the last video."""
-        nothing = {"input_ids": torch.empty(1, 0, dtype=torch.int64)}
-        found = with_question(self.processor, nothing, prompt, len(self.settings.views), slots)
-        return list(found["input_ids"][0].tolist())
+        return question_tokens(self.processor, prompt, len(self.settings.views), slots)
 
 
 def ask(example: Example, count: int, draw: random.Random) -> dict[str, bool]:
@@ -319,7 +326,7 @@ def _alone(sample: Sample, record: Record) -> Sample:
     """A clip with a record in place of the rating prompt."""
     inputs, ids = sample["inputs"], torch.tensor([record.tokens])
     before = {name: each[:, : sample["begun"]] if name in SEQUENCES else each for name, each in inputs.items()}
-    return {**sample, "inputs": _longer(before, ids, torch.ones_like(ids))}
+    return {**sample, "inputs": with_tokens(before, ids, torch.ones_like(ids))}
 
 
 def _together(inputs: Tensors, samples: Sequence[Sample]) -> tuple[Tensors, Answers]:
@@ -348,7 +355,7 @@ def _together(inputs: Tensors, samples: Sequence[Sample]) -> tuple[Tensors, Answ
         passed = passed + (tokens >= 0).sum(1)
     added = torch.cat(ids, dim=1)
     answers = _answers(columns, at, torch.cat(parts, dim=1), torch.cat(back, dim=1))
-    return _longer(inputs, added.clamp(min=0), added >= 0), answers
+    return with_tokens(inputs, added.clamp(min=0), added >= 0), answers
 
 
 def _apart(inputs: Tensors, samples: Sequence[Sample]) -> tuple[Tensors, Answers]:
@@ -375,12 +382,3 @@ def _answers(
         segments=segments,
         back=back,
     )
-
-
-def _longer(inputs: Tensors, ids: torch.Tensor, real: torch.Tensor) -> Tensors:
-    """Inputs with further tokens; where `real` is false, they are padding."""
-    added = {"input_ids": ids, "attention_mask": real, "mm_token_type_ids": torch.zeros_like(ids)}
-    return {
-        name: torch.cat((value, added[name].to(value)), dim=1) if name in SEQUENCES else value
-        for name, value in inputs.items()
-    }

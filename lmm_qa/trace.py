@@ -133,7 +133,7 @@ class Tracer:
         before = np.concatenate([pictures[:1] if self._before is None else self._before, pictures[:-1]])
         change, step = _distance(pictures, before), _SIDE // _BLOCKS
         # Slices instead of a product of matrices: as quick, and no threads that wait for more.
-        across = sum(change[..., start::step] for start in range(1, step)) + change[..., ::step]
+        across = sum((change[..., start::step] for start in range(1, step)), start=change[..., ::step])
         changes = (across.reshape(len(rows), _BLOCKS, step, _BLOCKS).sum(axis=2) / step**2).reshape(len(rows), -1)
         quarter = changes.shape[1] // 4
         lines = rows[:, :: max(1, _SIDE // max(_LEAST_ROWS, _PAIRS // rows.shape[2]))]

@@ -47,6 +47,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -402,9 +403,10 @@ def read_frames(path: str | Path, sampling: Sampling, views: Sequence[View], fac
     def choose(seconds: Sequence[float]) -> list[int]:
         return sample_indices(seconds, sampling)
 
-    if _decord_first(scan.info) and (sought := _seek(scan, choose(scan.seconds), _Rendered(views, factor))):
+    empty = partial(_Rendered, views, factor)
+    if _decord_first(scan.info) and (sought := _seek(scan, choose(scan.seconds), empty)):
         return _gathered(scan, choose(scan.seconds), sought, "decord", None)
-    scan, kept, trace = _decode_whole(scan, choose, lambda: _Rendered(views, factor))
+    scan, kept, trace = _decode_whole(scan, choose, empty)
     return _gathered(scan, choose(scan.seconds), kept, "pyav", trace)
 
 
@@ -450,7 +452,7 @@ def read_windows(
         whole = sample_indices(seconds, sampling)
         return sorted({*whole, *(index for look in looks(seconds) for index in look)})
 
-    scan, kept, trace = _decode_whole(scan, choose, lambda: _Rendered(views, factor))
+    scan, kept, trace = _decode_whole(scan, choose, partial(_Rendered, views, factor))
     chosen = choose(scan.seconds)
     row = {index: number for number, index in enumerate(chosen)}
     return Windows(
@@ -897,7 +899,7 @@ def _decord_first(info: ClipInfo) -> bool:
     )
 
 
-def _seek(scan: _Scan, indices: Sequence[int], empty: _Rendered) -> _Rendered | None:
+def _seek(scan: _Scan, indices: Sequence[int], empty: Callable[[], _Rendered]) -> _Rendered | None:
     """Have decord seek to the sampled frames; None where it is not installed (ARM), fails, or counts otherwise."""
     try:
         import decord
@@ -906,9 +908,10 @@ def _seek(scan: _Scan, indices: Sequence[int], empty: _Rendered) -> _Rendered | 
         reader = decord.VideoReader(str(scan.path.absolute()), ctx=decord.cpu(0), num_threads=1)
         if len(reader) != len(scan.seconds):  # decord knows nothing of edit lists
             return None
+        kept = empty()
         for index in sorted(set(indices)):
-            empty.add(index, reader[index].asnumpy())
-        return empty
+            kept.add(index, reader[index].asnumpy())
+        return kept
     except Exception:  # decord's own classes are not there to be named where it is not installed
         return None
 

@@ -29,12 +29,13 @@ import numpy as np
 from PIL import Image
 
 from lmm_qa.degrade import COMPRESSION, DAMAGES, FACIAL, Pixels
-from lmm_qa.face import ASSUMED, Face, face_window, find_face
+from lmm_qa.face import AROUND, ASSUMED, Face, face_window, find_face
 from lmm_qa.reference import ceiling, make_copy
 
 SHORT, LONG = 48, 250  # frames of a segment: about two seconds, up to ten
 FPS = 25.0
 COPIES = 46  # of a segment
+KINDS = ("whole", "face", "crop")  # of views, in the order of the prompt
 PAIRS = 6  # moments looked at, two frames each
 CROP, WHOLE_PIXELS, FACTOR = 168, 168 * 168, 28
 FACE, FACE_SEEN = 168, 140  # the face is kept somewhat larger than it is looked at, so that training can shift it
@@ -158,7 +159,7 @@ def views(frames: Pixels, window: tuple[int, int, int]) -> dict[str, Pixels]:
 
 def rated_views(folder: Path, name: str) -> tuple[Pixels, ...]:
     """A prepared copy as it is rated: whole, middle of the face's surroundings, crop."""
-    whole, face, crop = (np.load(folder / f"{name}.{kind}.npy") for kind in ("whole", "face", "crop"))
+    whole, face, crop = (np.load(folder / f"{name}.{kind}.npy") for kind in KINDS)
     edge = (FACE - FACE_SEEN) // 2
     return whole, np.ascontiguousarray(face[:, edge:-edge, edge:-edge]), crop
 
@@ -173,7 +174,7 @@ def prepare(job: Job) -> list[dict[str, object]]:
     looked_at, face = sampled(len(source)), find_face(source)
     height, width = source.shape[1:3]
     seen = Face(np.array([ASSUMED]), found=False) if rng.uniform() < BLIND else face
-    window = face_window(seen, height, width, 1.5 * FACE / FACE_SEEN * float(rng.uniform(0.9, 1.1)))
+    window = face_window(seen, height, width, AROUND * FACE / FACE_SEEN * float(rng.uniform(0.9, 1.1)))
     rows: list[dict[str, object]] = []
     for number, damages in enumerate(recipe(rng, len(source) > SHORT)):
         seed = int(rng.integers(2**31))

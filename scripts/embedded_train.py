@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from embedded_data import FACE_SEEN, rated_views
+from embedded_data import FACE_SEEN, KINDS, rated_views
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.fft import dct
 from scipy.stats import spearmanr
@@ -51,7 +51,6 @@ from lmm_qa.prompting import Prompt, load_prompt
 Made = TypeVar("Made")
 
 CAUSES = tuple(DAMAGES)
-KINDS = ("whole", "face", "crop")
 SIDES = {"whole": 112, "face": FACE_SEEN, "crop": 112}  # of the windows of the phase `vision`, one view at a time
 PATCH, MERGED = 14, 28
 CHECKPOINT_SECONDS = 240
@@ -538,7 +537,8 @@ def train_heads_and_model(name: str, phase: dict[str, Any], out: Path, data: Pat
         if step % 50 == 0:
             train.refresh()
         draw = seed_of(name, step)
-        sides = phase["sides"] if spoken else {kind: SIDES[kind] for kind in [KINDS[step % len(KINDS)]]}
+        kind = KINDS[step % len(KINDS)]
+        sides = phase["sides"] if spoken else {kind: SIDES[kind]}
         return train.batch(phase["batch"], sides, phase["pairs"], draw), draw
 
     for step, (batch, draw) in zip(clock, ahead(drawn, range(clock.step, clock.steps)), strict=True):
