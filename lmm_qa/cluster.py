@@ -289,7 +289,10 @@ class _RayRater:
                 "of the clips and of the model under the same paths"
             ) from None
         self._rater = self._rater or self._plan.load()
-        yield from self._rater.rate_all(iter(lambda: ray.get(self._queue.take.remote(self._number)), None), **options)
+        clips = iter(lambda: ray.get(self._queue.take.remote(self._number)), None)
+        # No `yield from`: Ray sends values into its generators, and what `rate_all` delegates to need not take them.
+        for result in self._rater.rate_all(clips, **options):  # noqa: UP028
+            yield result
 
 
 def _dtype(plan: RaterPlan) -> str:

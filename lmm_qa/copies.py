@@ -28,7 +28,7 @@ import numpy as np
 from lmm_qa.defects import BY_NAME, truth
 from lmm_qa.degrade import COMPRESSION, DAMAGES, FACIAL, PICTURE, REPEATABLE_X264, TEMPORAL, Pixels, encode
 from lmm_qa.errors import ClipError, ClipTruncated, ClipUnreadable, LmmQaError, MissingExtra, ResultsError, UsageError
-from lmm_qa.explain import Finding, opening, sentence
+from lmm_qa.explain import Finding, is_good, opening, sentence
 from lmm_qa.face import Face, find_face
 from lmm_qa.manifest import Clip, content_id
 from lmm_qa.prompting import DEFAULT_PROMPT, load_prompt
@@ -327,7 +327,8 @@ def _words(row: Row) -> Row:
     denied = [name for name, there in known.items() if there is False]
     prompt, (low, high) = load_prompt(DEFAULT_PROMPT), row["scale"]
     level = prompt.levels[round((row["mos"] - low) / (high - low) * (len(prompt.levels) - 1))]
-    said = sentence(findings, denied, random.Random(f"{row['seed']} {row['clip']}"), strengths)
+    draw = random.Random(f"{row['seed']} {row['clip']}")
+    said = sentence(findings, denied, draw, strengths, is_good(level, prompt.levels))
     times = {one.defect: " and".join(f" from {first} to {last} s" for first, last in one.seconds) for one in findings}
     unsure = [f"?{name}" for name, there in known.items() if there is None]
     return {

@@ -146,11 +146,16 @@ _MERITS = {
 
 _JOINED = (": {}.", ", as {}.", " because {}.", ". {}.")
 _FLAWLESS = (". No defect stands out.", ": no defect stands out.", ". There is no visible defect.")
+_UNTOLD = (". What lowers it is none of the defects asked about.", ", for none of the reasons asked about.")
 _MERIT = ("{}.", "On the positive side, {}.", "Still, {}.", "At least {}.")
 
 
 def sentence(
-    found: Sequence[Finding], denied: Collection[str], draw: random.Random, strengths: Sequence[float] = ()
+    found: Sequence[Finding],
+    denied: Collection[str],
+    draw: random.Random,
+    strengths: Sequence[float] = (),
+    good: bool = True,
 ) -> str:
     """What follows the opening, such as `: the picture is blurred. The colours are natural.`
 
@@ -159,6 +164,7 @@ def sentence(
         denied: names of defects that are not there; what is good is chosen from their opposites.
         draw: where the variety comes from.
         strengths: of the defects found, 0 to 1; without them no word says how strong.
+        good: whether the level is one that a clip without a defect may have (see `is_good`).
     """
     clauses = []
     for number, one in enumerate(found[:MAX_NAMED]):
@@ -175,10 +181,15 @@ def sentence(
         joined = draw.choice(_JOINED)
         said = joined.format(_capital(listed) if joined.startswith(".") else listed)
     else:
-        said = draw.choice(_FLAWLESS)
+        said = draw.choice(_FLAWLESS if good else _UNTOLD)
     if merits := [merit for name, merit in _MERITS.items() if name in denied]:
         said += " " + _capital(draw.choice(_MERIT if clauses else _MERIT[:1]).format(draw.choice(merits)))
     return said
+
+
+def is_good(level: str, levels: Sequence[str]) -> bool:
+    """Whether a level is in the better half: below it, something must be wrong. `levels`: worst first."""
+    return 2 * list(levels).index(level) > len(levels) - 1
 
 
 def _capital(text: str) -> str:
@@ -208,6 +219,10 @@ _MENTIONS = {
     "bitrate_switch": r"bit-? ?rate",
     "quantisation": r"quanti[sz]\w*",
 }
+_FAULTLESS = (
+    r"\b(?:(?:no|without) (?:a |any )?(?:(?!other|further|more)\w+ )?(?:defect|flaw|problem|artefact|artifact)s?"
+    r"|flawless\w*)\b"
+)
 _NEGATION = r"\b(?:no|not|without|free of|neither|nor|hardly any|isn't|aren't)\b[^.;:]{0,25}$"
 
 
@@ -230,7 +245,7 @@ def objection(
     Args:
         text: the whole explanation, opening included.
         level: the level word that was read.
-        levels: all level words.
+        levels: all level words, worst first.
         found: names of the defects that it may name.
         judged: names of the defects that were asked for: of those it must name one, if one was found.
     """
@@ -242,6 +257,11 @@ def objection(
         return f"it names what was not found: {', '.join(invented)}"
     if (told := set(found) & set(judged)) and not named & told:
         return "it names none of the defects that were found"
+    if claim := re.search(_FAULTLESS, text.lower()):
+        if found:
+            return f"it says {claim[0]}, and {', '.join(sorted(found))} was found"
+        if not is_good(level, levels):
+            return f"it says {claim[0]}, and the rating {level}"
     if not text.rstrip().endswith("."):
         return "it does not come to an end"
     if again := re.search(r"\b(\w+(?:\W+\w+){2,4})\W+\1\b", text.lower()):
@@ -268,4 +288,4 @@ def explain(text: str | None, level: str, levels: Sequence[str], found: Sequence
         why = objection(whole, level, levels, [one.defect for one in told], VISIBLE)
         if why is None:
             return whole, None
-    return begun + sentence(told, denied, random.Random(seed)), why
+    return begun + sentence(told, denied, random.Random(seed), good=is_good(level, levels)), why

@@ -1,12 +1,15 @@
 """Prepare the training data of the embedded model: clean clips in, damaged copies with labels out.
 
-    python scripts/embedded_data.py --clips CLIPS --portraits PORTRAITS --out data/embedded
+    python scripts/embedded_data.py --clips CLIPS --portraits PORTRAITS --pictures PICTURES --out data/embedded
 
 CLIPS holds video files and an `index.csv` with columns `clip` and `split` (train / val / test). From each clip of train
 and val a few segments are cut (random window in time, space and size). PORTRAITS (may be left out) holds pictures and
 an `index.csv` with columns `image` and `repository`; each becomes a train segment under a slow camera, with a face that
-does not move, unless its repository gave clips to val or test. Each segment is damaged in known ways; what is stored of
-a damaged copy is what the rater will look at, its views, so that training reads pixels and decodes nothing.
+does not move, unless its repository gave clips to val or test. PICTURES (may be left out) is a folder of photographs of
+anything, large ones: windows of them go the same way, without damage to faces, so that there is more than heads to
+learn blur, noise and compression from. Each segment is damaged in known ways, the first two of a source in all of them,
+the others in some; what is stored of a damaged copy is what the rater will look at, its views, so that training reads
+pixels and decodes nothing.
 
 Labels run from 0 to 1 (mapped to the declared scale in training) and come from `lmm_qa.reference`: VMAF on the frames
 that are looked at, stated curves where VMAF cannot judge, times the ceiling of the source itself.
@@ -34,7 +37,7 @@ from lmm_qa.reference import ceiling, make_copy
 
 SHORT, LONG = 48, 250  # frames of a segment: about two seconds, up to ten
 FPS = 25.0
-COPIES = 46  # of a segment
+COPIES, FEWER = 46, 16  # of one of the first two segments of a clip, the first of a portrait; and of any other
 KINDS = ("whole", "face", "crop")  # of views, in the order of the prompt
 PAIRS = 6  # moments looked at, two frames each
 CROP, WHOLE_PIXELS, FACTOR = 168, 168 * 168, 28
@@ -58,10 +61,15 @@ class Job:
     segment: int
     out: Path
     still: bool = False
+    head: bool = True
 
     @property
     def name(self) -> str:
         return f"{self.source.stem}--{self.segment}"
+
+    @property
+    def fewer(self) -> bool:
+        return not self.head or self.segment >= (1 if self.still else 2)
 
 
 def recipe(rng: np.random.Generator, long: bool) -> list[list[tuple[str, float]]]:
@@ -76,6 +84,12 @@ def recipe(rng: np.random.Generator, long: bool) -> list[list[tuple[str, float]]
         if not {one, other} <= set(COMPRESSION):
             copies.append([(one, float(rng.uniform(0.2, 0.9))), (other, float(rng.uniform(0.2, 0.9)))])
     return copies
+
+
+def some(rng: np.random.Generator, copies: list[list[tuple[str, float]]], head: bool) -> list[list[tuple[str, float]]]:
+    """The undamaged copy and some of the others; where there is no head, none that is damaged there."""
+    fit = [damages for damages in copies[1:] if head or not {cause for cause, _ in damages} & set(FACIAL)]
+    return [copies[0]] + [fit[number] for number in rng.choice(len(fit), FEWER - 1, replace=False)]
 
 
 def read_segment(job: Job, rng: np.random.Generator) -> tuple[Pixels, float]:
@@ -120,8 +134,10 @@ def pan_portrait(job: Job, rng: np.random.Generator) -> tuple[Pixels, float]:
     picture = Image.open(job.source).convert("RGB")
     side = min(picture.size)
     out = int(rng.integers(320, 600))
-    place, speed = rng.uniform(0.3, 0.7, 2), rng.normal(0, 0.03, 2)
-    zoom, growth = float(rng.uniform(0.75, 0.92)), float(rng.normal(0, 0.03))
+    place, speed = rng.uniform(0.3, 0.7, 2) if job.head else rng.uniform(0, 1, 2), rng.normal(0, 0.03, 2)
+    zoom, growth = float(rng.uniform(0.6 if job.segment else 0.75, 0.92)), float(rng.normal(0, 0.03))
+    if not job.head:  # a window of a large photograph, shrunk somewhat, so that it is sharp
+        side = min(side, int(out * float(rng.uniform(1.2, 3))))
     frames = []
     for number in range(SHORT):
         now = number / SHORT
@@ -176,7 +192,8 @@ def prepare(job: Job) -> list[dict[str, object]]:
     seen = Face(np.array([ASSUMED]), found=False) if rng.uniform() < BLIND else face
     window = face_window(seen, height, width, AROUND * FACE / FACE_SEEN * float(rng.uniform(0.9, 1.1)))
     rows: list[dict[str, object]] = []
-    for number, damages in enumerate(recipe(rng, len(source) > SHORT)):
+    copies = recipe(rng, len(source) > SHORT)
+    for number, damages in enumerate(some(rng, copies, job.head) if job.fewer else copies):
         seed = int(rng.integers(2**31))
         causes = [cause for cause, _ in damages]
         if set(causes) <= EACH_FRAME:
@@ -190,9 +207,10 @@ def prepare(job: Job) -> list[dict[str, object]]:
             np.save(job.out / f"{name}.{kind}.npy", view)
         rows.append(
             {
-                "name": name, "source": job.source.name, "split": job.split, "segment": job.name, "still": job.still,
-                "duration": len(source) / FPS, "causes": causes, "strengths": [strength for _, strength in damages],
-                "vmaf": copy.vmaf, "ceiling": limit, "quality": copy.quality * limit,
+                "name": name, "source": job.source.name, "split": job.split, "segment": job.name,
+                "still": job.still, "head": job.head, "duration": len(source) / FPS, "causes": causes,
+                "strengths": [strength for _, strength in damages], "vmaf": copy.vmaf, "ceiling": limit,
+                "quality": copy.quality * limit,
             }
         )  # fmt: skip
     partial = rows_file.with_suffix(".tmp")
@@ -205,8 +223,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, required=True)
     parser.add_argument("--portraits", type=Path)
+    parser.add_argument("--pictures", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--segments", type=int, default=2, help="segments of each clip; every second one is longer")
+    parser.add_argument("--segments", type=int, default=4, help="segments of each clip; every second one is longer")
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     with (args.clips / "index.csv").open(newline="") as file:
@@ -216,16 +235,23 @@ def main() -> None:
         Job(args.clips / row["clip"], row["split"], segment, args.out)
         for segment in range(args.segments)
         for row in index
-        if row["split"] != "test"
+        if row["split"] == "train" or (row["split"] == "val" and segment < 2)
     ]
     if args.portraits:
         held_out = {row["repository"].partition("/")[2].partition("_")[0] for row in index if row["split"] != "train"}
         with (args.portraits / "index.csv").open(newline="") as file:
             jobs += [
-                Job(args.portraits / row["image"], "train", 0, args.out, still=True)
+                Job(args.portraits / row["image"], "train", segment, args.out, still=True)
                 for row in csv.DictReader(file)
                 if row["repository"].partition("/")[2].partition("_")[0] not in held_out
+                for segment in range(args.segments // 2)
             ]
+    if args.pictures:
+        jobs += [
+            Job(picture, "train", segment, args.out, still=True, head=False)
+            for picture in sorted(args.pictures.iterdir())
+            for segment in range(args.segments - 1)
+        ]
     # A fixed shuffle inside each round: a training that starts early sees all splits and sources.
     jobs.sort(key=lambda job: (job.segment, zlib.crc32(job.name.encode())))
     with ProcessPoolExecutor(args.workers) as pool:

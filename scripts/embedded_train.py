@@ -44,7 +44,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention, appl
 
 from lmm_qa.defects import BY_NAME, questions, truth
 from lmm_qa.degrade import DAMAGES, FACIAL, TEMPORAL
-from lmm_qa.explain import Finding, explanation_prompt, sentence
+from lmm_qa.explain import Finding, explanation_prompt, is_good, sentence
 from lmm_qa.levels import LEVELS
 from lmm_qa.prompting import Prompt, load_prompt
 
@@ -57,6 +57,9 @@ CHECKPOINT_SECONDS = 240
 DENSE = 11  # targets a merged token: 6 bands, motion in 2 bands, brightness, and loss and structure against the source
 ASKED = 5  # closed questions a sample
 VISIBLE_LOSS = 0.05  # a damage that costs less of the quality is neither asserted nor denied
+SHARES = {"clip": 0.5, "portrait": 0.25, "picture": 0.25}  # of the samples, by what they were made of
+RECOLOURED = 0.7  # share of the samples of which the colours are changed, unless colours are what is damaged
+LIGHT = {"overexposure", "underexposure", "colour_cast"}
 TIMED = ("stall", "buffering", "bitrate_switch", "lips")  # defects of which the words say when
 AUTOCAST = torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -70,6 +73,16 @@ def known_defects(row: dict[str, Any]) -> dict[str, bool | None]:
     return known | ({"lips": None} if row["still"] else {})
 
 
+def recoloured(clips: list[Any], draw: random.Random) -> list[Any]:
+    """The same change of tone, white balance and saturation in each clip: the model is not to know sources again."""
+    grey = np.array([0.299, 0.587, 0.114], np.float32)
+    saturation, gamma = draw.uniform(0.4, 1.3), math.exp(draw.uniform(-0.25, 0.25))
+    gains = np.array([draw.uniform(0.88, 1.0) for _ in range(3)], np.float32)
+    mix = (saturation * np.eye(3, dtype=np.float32) + (1 - saturation) * grey) * gains[:, None]
+    tone = (255 * np.linspace(0, 1, 256, dtype=np.float32) ** gamma).astype(np.float32)
+    return [(tone[clip] @ mix.T).clip(0, 255).astype(np.uint8) for clip in clips]
+
+
 @dataclass(frozen=True)
 class Batch:
     views: list[Tensor]  # each (B, T, H, W, 3) uint8
@@ -78,6 +91,23 @@ class Batch:
     causes: Tensor  # (B, len(CAUSES)) strength, 0 where absent (an absent cause and strength 0 look alike)
     spatial: Tensor  # (B,) 1 where every frame shows the moment of the source's frame
     rows: list[dict[str, Any]]
+
+
+class Tree:
+    """Copies by what they were made of, source and segment, so that each branch is drawn as often as the next."""
+
+    def __init__(self, rows: list[dict[str, Any]]) -> None:
+        self.kinds: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = {}
+        for row in rows:
+            kind = "clip" if not row["still"] else "portrait" if row["head"] else "picture"
+            sources = self.kinds.setdefault(kind, {})
+            sources.setdefault(row["source"], {}).setdefault(row["segment"], []).append(row)
+
+    def draw(self, draw: random.Random) -> dict[str, Any]:
+        kinds = list(self.kinds)
+        sources = self.kinds[draw.choices(kinds, [SHARES[kind] for kind in kinds])[0]]
+        segments = sources[draw.choice(list(sources))]
+        return draw.choice(segments[draw.choice(list(segments))])
 
 
 class Copies:
@@ -95,12 +125,10 @@ class Copies:
         self.rows = [row for row in rows if row["split"] == self.split]
         self.clean = {row["segment"]: row["name"] for row in rows if not row["causes"]}
         self.rows = [row for row in self.rows if row["segment"] in self.clean]
-        by_source: dict[str, list[dict[str, Any]]] = {}
         for row in self.rows:
             row["known"] = known_defects(row)
-            by_source.setdefault(row["source"], []).append(row)
-        self.by_source = list(by_source.values())
-        self.alike: dict[Any, list[list[dict[str, Any]]]] = {}
+        self.tree = Tree(self.rows)
+        self.alike: dict[Any, Tree] = {}
 
     def shapes(self, row: dict[str, Any]) -> tuple[tuple[int, ...], ...]:
         """(frames, height, width, 3) of each view."""
@@ -135,23 +163,23 @@ class Copies:
             top, left = min(PATCH * int(best[0]), height - tall), min(PATCH * int(best[1]), width - wide)
         flip = -1 if draw.random() < 0.5 else 1
         cut = [clip[:, top : top + tall, left : left + wide][:, :, ::flip] for clip in (damaged, clean)]
+        if self.split == "train" and not set(row["causes"]) & LIGHT and draw.random() < RECOLOURED:
+            cut = recoloured(cut, draw)
         return [torch.from_numpy(np.ascontiguousarray(part)) for part in cut]
 
     def batch(self, size: int, sides: dict[str, int], pairs: int, draw: random.Random) -> Batch:
-        """Samples drawn evenly over the sources; all windows of a view have one shape, that of the first drawn."""
+        """Samples drawn from the tree; all windows of a view have one shape, that of the first drawn."""
 
         def cut(row: dict[str, Any]) -> list[tuple[int, ...]]:
             shapes = dict(zip(KINDS, self.shapes(row), strict=True))
             return [tuple(min(side, edge) // MERGED for edge in shapes[kind][1:3]) for kind, side in sides.items()]
 
-        rows = [draw.choice(draw.choice(self.by_source))]
+        rows = [self.tree.draw(draw)]
         shape = cut(rows[0])
         key = (*sides.items(), *shape)
         if key not in self.alike:
-            found = [[row for row in copies if cut(row) == shape] for copies in self.by_source]
-            self.alike[key] = [copies for copies in found if copies]
-        alike = self.alike[key]
-        rows += [draw.choice(draw.choice(alike)) for _ in range(size - 1)]
+            self.alike[key] = Tree([row for row in self.rows if cut(row) == shape])
+        rows += [self.alike[key].draw(draw) for _ in range(size - 1)]
         views: list[list[Tensor]] = [[] for _ in sides]
         clean: list[list[Tensor]] = [[] for _ in sides]
         for row in rows:
@@ -318,8 +346,9 @@ class Prefill:
             when = ((first, first + draw.uniform(0.3, 5)),) if name in TIMED and draw.random() < 0.85 else ()
             found.append(Finding(name, 1.0, when))
         denied = [name for name, known in row["known"].items() if known is False]
-        text = sentence(found, denied, draw, [strength[name] for name in there])
         level = self.prompt.levels[round(row["quality"] * (len(LEVELS) - 1))]
+        strengths, good = [strength[name] for name in there], is_good(level, self.prompt.levels)
+        text = sentence(found, denied, draw, strengths, good)
         _, context = self.split(explanation_prompt(self.prompt, found), f" {level}")
         said = [*self.processor.tokenizer(text)["input_ids"], self.end]
         return Part(context + said[:-1], said)

@@ -15,6 +15,7 @@ from lmm_qa.explain import (
     explain,
     explanation_prompt,
     facts,
+    is_good,
     mentions,
     objection,
     opening,
@@ -41,7 +42,8 @@ def test_the_grammar_says_what_was_found_and_nothing_else(
     found: list[Finding], level: str, seed: int, strengths: bool
 ) -> None:
     draw, names = random.Random(seed), {one.defect for one in found}
-    text = sentence(found, set(VISIBLE) - names, draw, [draw.random() for _ in found] if strengths else ())
+    each = [draw.random() for _ in found] if strengths else ()
+    text = sentence(found, set(VISIBLE) - names, draw, each, good=is_good(level, LEVELS))
     whole = opening(RATING, level) + text
     assert mentions(whole) == names
     assert objection(whole, level, LEVELS, names, VISIBLE) is None
@@ -100,6 +102,8 @@ def test_mentions(text: str, names: set[str]) -> None:
         ("The quality of this video is fair: noise covers the blurred picture.", "noise"),
         ("The quality of this video is fair, and so on.", "none of the defects"),
         ("The quality of this video is fair: the picture is blurred and", "end"),
+        ("The quality of this video is fair: the picture is blurred. There is no visible defect.", "no visible defect"),
+        ("The quality of this video is fair: the picture is blurred. There is no other defect.", None),
         ("The quality of this video is fair: it is blurred. On the positive side, the positive side.", "repeats"),
     ],
 )
@@ -110,3 +114,14 @@ def test_words_that_contradict_the_rating_are_not_shown(text: str, why: str | No
     shown, reason = explain(text.removeprefix(begun), "fair", LEVELS, [Finding("blur", 0.9)], ["noise"], "id", begun)
     assert reason == said
     assert shown == text if why is None else objection(shown, "fair", LEVELS, ["blur"], VISIBLE) is None
+
+
+@pytest.mark.parametrize(
+    ("level", "why"), [("good", None), ("excellent", None), ("fair", "no defect"), ("bad", "no defect")]
+)
+def test_a_clip_below_good_is_not_called_faultless(level: str, why: str | None) -> None:
+    begun, text = f"The quality of this video is {level}", ". No defect stands out."
+    shown, reason = explain(text, level, LEVELS, [], ["noise"], "id", begun)
+    assert reason is None if why is None else why in str(reason)
+    assert ("defect stands out" in shown) == (why is None)
+    assert objection(shown, level, LEVELS, [], VISIBLE) is None
