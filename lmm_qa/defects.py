@@ -310,7 +310,7 @@ class DefectCalibration(Settings):
         return 1 / (1 + math.exp(-min(max(z, -60.0), 60.0)))
 
 
-MEASURED = ("stall", "buffering", "jerkiness", "bitrate_switch")
+MEASURED = ("stall", "buffering", "jerkiness", "bitrate_switch", "flicker")
 """Defects in time, which `lmm_qa.trace` looks for in every frame; the model sees a few."""
 
 UNCALIBRATED = DefectCalibration(

@@ -14,10 +14,14 @@ from statistics import median
 
 from lmm_qa.defects import DEFECTS, DefectCalibration
 from lmm_qa.explain import Finding
-from lmm_qa.trace import Span, Trace, buffering, pace, stalls, switches
+from lmm_qa.trace import Span, Trace, buffering, flicker, pace, stalls, switches
 
 SLOW, UNEVEN = 18.0, 0.35
 """Different pictures a second below which, and unevenness above which, movement is jerky (see `lmm_qa.trace.pace`)."""
+
+FLICKERS = 0.008
+"""Share of the brightness by which it jumps above which it flickers (see `lmm_qa.trace.flicker`): real clips stay under
+0.002, noisy ones under 0.004, and jumps by 2% begin at 0.009."""
 
 WINDOW, STEP = 2.0, 0.5
 """Seconds of a timeline's windows, and from one to the next."""
@@ -60,6 +64,7 @@ def read_profile(
     """
     spans = _moments(trace) if trace else {}
     measured = {name: 1.0 if there else -1.0 for name, there in spans.items()}
+    always = (0.0, trace.duration) if trace else None
     defects = {
         defect.name: calibration.probability(defect.name, answers[defect.name][0], measured.get(defect.name, 0.0))
         if defect.name in answers
@@ -67,7 +72,7 @@ def read_profile(
         for defect in DEFECTS
     }
     found = [
-        Finding(name, probability, tuple(spans.get(name) or ()))
+        Finding(name, probability, tuple(span for span in spans.get(name, ()) if span != always))
         for name, probability in defects.items()
         if probability is not None and probability >= calibration.defects[name].threshold
     ]
@@ -89,6 +94,7 @@ def _moments(trace: Trace) -> dict[str, list[Span]]:
         "stall": stalls(trace),
         "buffering": [first] if first else [],
         "jerkiness": [(0.0, trace.duration)] if jerky else [],
+        "flicker": [(0.0, trace.duration)] if flicker(trace) > FLICKERS else [],
         "bitrate_switch": switches(trace),
     }
 

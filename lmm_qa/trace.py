@@ -1,8 +1,8 @@
-"""When a clip's picture stands, and when its quality switches: from three numbers measured of every frame.
+"""When a clip's picture stands, flickers, or switches its quality: from four numbers measured of every frame.
 
 Knows nothing of files, models or scores; numpy only. `Tracer` measures while frames are decoded; `buffering`, `stalls`,
-`switches` and `pace` say what the numbers mean. The constants were set on damaged copies of real and generated clips,
-encoded again at constant rate factors 10 to 28; `scripts/when.py` shows what comes of them.
+`switches`, `pace` and `flicker` say what the numbers mean. The constants were set on damaged copies of real and
+generated clips, encoded again at constant rate factors 10 to 28; `scripts/when.py` shows what comes of them.
 """
 
 from __future__ import annotations
@@ -87,6 +87,8 @@ class Trace:
     """The same of the block that three in four change more than: the background, where the camera stands."""
     detail: Floats
     """Mean root of the difference between neighbours in a row, in grey levels: texture counts as well as edges."""
+    light: Floats
+    """Mean brightness, in grey levels."""
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,7 @@ class Tracer:
     def trace(self, seconds: Sequence[float], duration: float) -> Trace:
         """What was measured, of frames that appear at these seconds and last so long together."""
         self._measure()
-        peak, quiet, detail = np.concatenate(self._measured, axis=1)
-        return Trace(np.array(seconds, np.float32), duration, peak, quiet, detail)
+        return Trace(np.array(seconds, np.float32), duration, *np.concatenate(self._measured, axis=1))
 
     def _measure(self) -> None:
         """Measure the frames that wait."""
@@ -139,7 +140,8 @@ class Tracer:
         lines = rows[:, :: max(1, _SIDE // max(_LEAST_ROWS, _PAIRS // rows.shape[2]))]
         roots = np.sqrt(_distance(lines[..., 1:], lines[..., :-1])).reshape(len(rows), -1)
         detail = roots.sum(axis=1) / max(1, roots.shape[1])
-        self._measured.append(np.stack([changes.max(axis=1), np.partition(changes, quarter)[:, quarter], detail]))
+        quiet, light = np.partition(changes, quarter)[:, quarter], pictures.mean(axis=(1, 2), dtype=np.float32)
+        self._measured.append(np.stack([changes.max(axis=1), quiet, detail, light]))
         self._before, self._rows = pictures[-1:], []
 
 
@@ -202,6 +204,19 @@ def _shown(trace: Trace, limit: Floats | np.float32) -> list[Span]:
     new = trace.peak >= limit
     new[0] = True
     return list(pairwise([*trace.seconds[new].tolist(), trace.duration]))
+
+
+# Brightness that jumps
+
+
+def flicker(trace: Trace) -> float:
+    """By what share of itself the brightness leaves, in the middle of its frames, the way from the one before to the
+    one after: it is steady in a clip that does not flicker, whatever moves and however the light changes slowly.
+    Frames in which the picture stands are not counted."""
+    light = np.log(trace.light + 1)
+    leaves = np.abs(light[1:-1] - (light[:-2] + light[2:]) / 2)
+    moves = trace.peak[1:-1] >= STANDS
+    return float(np.median(leaves[moves])) if moves.any() else 0.0
 
 
 # Quality that switches

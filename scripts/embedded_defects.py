@@ -1,6 +1,7 @@
 """Does the embedded model find the defects, and name them? Calibrate its answers on held-out clips, or judge them.
 
-    lmm-qa degrade VAL_CLIPS -o val/labels.jsonl --causes stall,buffering,drop,jitter,bitrate_switch,mouth_freeze
+    lmm-qa degrade VAL_CLIPS -o val/labels.jsonl \\
+        --causes stall,buffering,drop,jitter,bitrate_switch,mouth_freeze,flicker
     python scripts/embedded_defects.py fit --copies data/embedded --labels val/labels.jsonl -o defects.json
 
     lmm-qa degrade TEST_CLIPS -o test/labels.jsonl --strengths 0.35,0.75 --pairs 4

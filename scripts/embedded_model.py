@@ -1,13 +1,14 @@
 """From a folder of clean clips to the weights in the package, in one command; run it again, and it goes on.
 
-    python scripts/embedded_model.py --clips CLIPS --portraits PORTRAITS --work runs/embedded
+    python scripts/embedded_model.py --clips CLIPS --portraits PORTRAITS --pictures PICTURES --work runs/embedded
 
 CLIPS holds video files and an `index.csv` with columns `clip`, `repository` and `split` (train / val / test); PORTRAITS
-(may be left out) pictures and an `index.csv` with columns `image` and `repository`. Steps: damaged copies
-(embedded_data.py), tokenizer, processor and first weights (embedded_build.py), the phases of configs/embedded.yaml
-(embedded_train.py), the calibration of the answers on defects (lmm-qa degrade, embedded_defects.py), and the model into
-lmm_qa/embedded (embedded_pack.py). When each step began and how long it took goes to WORK/steps.jsonl, losses and
-figures to WORK/run/log.jsonl, data and its fingerprint into rater.json.
+(may be left out) pictures and an `index.csv` with columns `image` and `repository`; PICTURES (may be left out) large
+photographs of anything. Steps: damaged copies (embedded_data.py), tokenizer, processor and first weights
+(embedded_build.py), the phases of configs/embedded.yaml (embedded_train.py), the calibration of the answers on defects
+(lmm-qa degrade, embedded_defects.py), and the model into lmm_qa/embedded (embedded_pack.py). When each step began and
+how long it took goes to WORK/steps.jsonl, losses and figures to WORK/run/log.jsonl, data and its fingerprint into
+rater.json.
 
 Hours on 2 cores; minutes to prepare and less to train with a GPU. With --start, the weights of an earlier model of the
 same sizes are gone on from, and the phase that teaches the vision tower alone is left out.
@@ -24,13 +25,14 @@ import time
 from pathlib import Path
 
 SCRIPTS = Path(__file__).parent
-TIMED = "stall,buffering,drop,jitter,bitrate_switch,mouth_freeze"
+TIMED = "stall,buffering,drop,jitter,bitrate_switch,mouth_freeze,flicker"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, required=True)
     parser.add_argument("--portraits", type=Path)
+    parser.add_argument("--pictures", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--start", type=Path, help="model directory to go on from")
     parser.add_argument("--workers", default="2")
@@ -53,8 +55,9 @@ def main() -> None:
             )
 
     portraits = ("--portraits", args.portraits) if args.portraits else ()
+    pictures = ("--pictures", args.pictures) if args.pictures else ()
     start = ("--start", args.start) if args.start else ()
-    step(None, f"{SCRIPTS}/embedded_data.py", "--clips", args.clips, *portraits, "--out", data,
+    step(None, f"{SCRIPTS}/embedded_data.py", "--clips", args.clips, *portraits, *pictures, "--out", data,
          "--workers", args.workers)  # fmt: skip
     step(init / "model.safetensors", f"{SCRIPTS}/embedded_build.py", "--data", data, "--out", init, *start)
     step(run / "adapter", f"{SCRIPTS}/embedded_train.py", "--data", data, "--init", init, "--out", run)

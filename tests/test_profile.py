@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from scipy.special import expit
 
 from lmm_qa.defects import DEFECTS, DefectCalibration, Logistic
 from lmm_qa.profile import read_profile, read_timeline
+from lmm_qa.trace import Trace
 
 
 def test_answers_become_a_profile() -> None:
@@ -26,6 +28,23 @@ def test_answers_become_a_profile() -> None:
     assert profile.denied == ["noise"]
     assert profile.mass == pytest.approx(0.85)
     assert profile.measured == {}
+
+
+def test_what_is_measured_joins_the_answers() -> None:
+    """A picture that stands for a second, in light that jumps: when is said of what is not there all the time."""
+    count, fps = 100, 25
+    peak, light = np.full(count, 5.0, np.float32), np.full(count, 100, np.float32)
+    peak[40:65], light[::2] = 0, 110
+    flat = np.ones(count, np.float32)
+    trace = Trace(np.arange(count, dtype=np.float32) / fps, count / fps, peak, flat, flat, light)
+    names = ("stall", "buffering", "flicker", "jerkiness", "bitrate_switch")
+    calibration = DefectCalibration(defects={name: Logistic(measured=3.0) for name in names})
+    profile = read_profile(dict.fromkeys(names, (0.0, 1.0)), calibration, trace)
+    assert profile.measured == {"stall": 1, "buffering": -1, "flicker": 1, "jerkiness": -1, "bitrate_switch": -1}
+    assert profile.defects["flicker"] == pytest.approx(expit(3.0))
+    assert profile.defects["buffering"] == pytest.approx(expit(-3.0))
+    seconds = {one.defect: one.seconds for one in profile.found}
+    assert seconds == {"stall": (pytest.approx((39 / fps, 65 / fps)),), "flicker": ()}
 
 
 def test_a_timeline_says_which_seconds_pull_the_score_down() -> None:

@@ -5,6 +5,7 @@ Run: python -m pytest tests/test_trace.py
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from skimage.measure import block_reduce
 
 from lmm_qa.config import Sampling, View
 from lmm_qa.degrade import damage, encode
-from lmm_qa.trace import Pace, Trace, Tracer, buffering, pace, stalls, switches
+from lmm_qa.profile import FLICKERS
+from lmm_qa.trace import Pace, Trace, Tracer, buffering, flicker, pace, stalls, switches
 from lmm_qa.video import read_frames
 
 FPS = 25
@@ -52,7 +54,7 @@ def by_hand(peak: list[float], quiet: float = 0.1, detail: float = 2.0) -> Trace
     count = len(peak)
     seconds = np.arange(count, dtype=np.float32) / FPS
     flat = np.ones(count, np.float32)
-    return Trace(seconds, count / FPS, np.array(peak, np.float32), quiet * flat, detail * flat)
+    return Trace(seconds, count / FPS, np.array(peak, np.float32), quiet * flat, detail * flat, 128 * flat)
 
 
 def close(found: tuple[float, float], true: tuple[float, float]) -> bool:
@@ -74,6 +76,7 @@ def test_the_numbers_are_what_they_are_called() -> None:
     assert trace.peak[0] == trace.quiet[0] == 0
     assert np.allclose(trace.peak[1:], blocks.max(axis=1), atol=1e-3)
     assert np.allclose(trace.quiet[1:], np.sort(blocks, axis=1)[:, 36], atol=1e-3)
+    assert np.allclose(trace.light, exact.mean(axis=(1, 2)), atol=1e-3)
     assert np.allclose(trace.detail, np.sqrt(np.abs(np.diff(exact, axis=2))).mean(axis=(1, 2)), atol=1e-4)
 
 
@@ -198,7 +201,7 @@ def stepping(*levels: float, quiet: float = 1.0, gradual: int = 1) -> Trace:
     detail = np.convolve(np.pad(detail, gradual, mode="edge"), np.full(gradual, 1 / gradual), "same")[gradual:-gradual]
     still = np.full(len(detail), 0.1)
     still[30::30] = quiet
-    return Trace(trace.seconds, trace.duration, trace.peak, still.astype(np.float32), detail.astype(np.float32))
+    return replace(trace, quiet=still.astype(np.float32), detail=detail.astype(np.float32))
 
 
 def test_a_switch_begins_ends_or_does_both() -> None:
@@ -228,4 +231,28 @@ def test_a_step_at_an_end_is_no_switch() -> None:
     detail = np.full(60, 2.0, np.float32)
     detail[:4] = detail[-4:] = 1.0
     quiet = np.where(np.isin(np.arange(60), (4, 56)), 3.0, 0.1).astype(np.float32)
-    assert switches(Trace(trace.seconds, trace.duration, trace.peak, quiet, detail)) == []
+    assert switches(replace(trace, quiet=quiet, detail=detail)) == []
+
+
+# Brightness that jumps
+
+
+@pytest.mark.parametrize("strength", [0.2, 0.9])
+def test_flicker_is_found(tmp_path: Path, strength: float) -> None:
+    assert flicker(traced(damage(talking(), "flicker", strength, 3, fps=FPS).frames, tmp_path)) > FLICKERS
+
+
+@pytest.mark.parametrize("cause", [None, "noise", "stall", "drop", "jitter", "h264"])
+def test_what_does_not_flicker(tmp_path: Path, cause: str | None) -> None:
+    frames = damage(talking(), cause, 0.8, 3, fps=FPS).frames if cause else talking()
+    assert flicker(traced(frames, tmp_path)) < FLICKERS / 2
+
+
+def test_light_that_changes_slowly_or_once_does_not_flicker() -> None:
+    count = 100
+    steady, ramp = by_hand([5.0] * count), np.linspace(40, 200, count, dtype=np.float32)
+    assert flicker(steady) == 0
+    assert flicker(replace(steady, light=ramp)) < FLICKERS / 4
+    assert flicker(replace(steady, light=np.where(np.arange(count) < 50, 60, 180).astype(np.float32))) == 0
+    assert flicker(by_hand([0.0] * count)) == 0, "nothing moves"
+    assert flicker(by_hand([5.0])) == 0, "one frame"
