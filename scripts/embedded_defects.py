@@ -10,7 +10,7 @@
 `fit`: a logistic function a defect (Platt, 1999), by maximum likelihood, and the threshold of the best F1: on the
 prepared copies of the split `val` (scripts/embedded_data.py); on files for what the decoder measures in every frame.
 Defects that no damage makes, or that the model does not see (average precision below 0.3), are left out, and so not
-judged.
+judged. Without --copies only what the decoder measures is fitted; how the rater reads the other answers stays.
 
 `judge`: average precision of each defect that some copy has; precision and recall of what the explanations name; how
 often times of stalls, bufferings and bit-rate switches are right within half a second at both ends; how many
@@ -122,7 +122,7 @@ def fit(args: argparse.Namespace) -> None:
 
     rater = Rater.from_pretrained(args.model)
     samples: dict[str, list[tuple[float, float, bool]]] = {name: [] for name in truth([])}
-    for row, odds in prepared(args.copies, rater, args.limit):
+    for row, odds in prepared(args.copies, rater, args.limit) if args.copies else ():
         for name, there in known(row).items():
             if there is not None and name not in MEASURED:
                 samples[name].append((odds[name], 0.0, there))
@@ -130,14 +130,16 @@ def fit(args: argparse.Namespace) -> None:
         for name, there in known(row).items():
             if there is not None and name in MEASURED:
                 samples[name].append((result.profile.log_odds[name], result.profile.measured[name], there))
-    fitted = {}
+    fitted = {} if args.copies else dict(rater.defect_calibration.defects)
     for name, kept in samples.items():
+        if not kept:
+            continue
         odds, measured, there = (np.array(column) for column in zip(*kept, strict=True))
         fitted[name] = fit_one(odds, measured, there.astype(bool))
-        if name in MEASURED:  # these files have faults in time far more often than clips do: more likely than not, then
-            fitted[name] = fitted[name].model_copy(update={"threshold": max(0.5, fitted[name].threshold)})
         print(f"{name:<16}{there.sum():>5} of {len(there):<6} {fitted[name]}", flush=True)
-    judged = {name: how for name, how in fitted.items() if (how.average_precision or 0) >= JUDGED}
+    # These copies are damaged far more often than clips are: what is said to be there is more likely than not, too.
+    sure = {name: how.model_copy(update={"threshold": max(0.5, how.threshold)}) for name, how in fitted.items()}
+    judged = {name: how for name, how in sure.items() if (how.average_precision or 0) >= JUDGED}
     calibration = DefectCalibration(
         defects=judged, data="held-out copies of the split val: scripts/embedded_defects.py"
     )
@@ -208,7 +210,7 @@ def main() -> None:
         sub.add_argument("--model", default=None, help="rater; by default the embedded one")
         sub.add_argument("-o", "--output", type=Path, required=True)
         if job is fit:
-            sub.add_argument("--copies", type=Path, required=True)
+            sub.add_argument("--copies", type=Path)
             sub.add_argument("--limit", type=int, default=1000, help="prepared copies that are asked about")
     args = parser.parse_args()
     args.job(args)
