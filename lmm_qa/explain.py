@@ -24,6 +24,9 @@ from lmm_qa.prompting import Prompt
 MAX_NAMED = 3
 """Defects that an explanation names: the likeliest ones."""
 
+LEAST_WORDS = 3
+"""Words that a sentence of an explanation has: a small model ends some after *The face.*"""
+
 Seconds = tuple[tuple[float, float], ...]
 
 
@@ -220,8 +223,8 @@ _MENTIONS = {
     "quantisation": r"quanti[sz]\w*",
 }
 _FAULTLESS = (
-    r"\b(?:(?:no|without) (?:a |any )?(?:(?!other|further|more)\w+ )?(?:defect|flaw|problem|artefact|artifact)s?"
-    r"|flawless\w*)\b"
+    r"\b(?:(?:no|without) (?:a |any )?(?:(?:visible|obvious|apparent|noticeable|major) )?(?:defect|flaw)s?\b"
+    r"(?! (?:other|besides|except|apart))|(?<!not )flawless\w*)"
 )
 _NEGATION = r"\b(?:no|not|without|free of|neither|nor|hardly any|isn't|aren't)\b[^.;:]{0,25}$"
 
@@ -264,6 +267,9 @@ def objection(
             return f"it says {claim[0]}, and the rating {level}"
     if not text.rstrip().endswith("."):
         return "it does not come to an end"
+    sentences = re.split(r"(?<=\.)\s+", text.strip())
+    if broken := next((each for each in sentences[1:] if len(each.split()) < LEAST_WORDS), None):
+        return f"it breaks off: {broken}"
     if again := re.search(r"\b(\w+(?:\W+\w+){2,4})\W+\1\b", text.lower()):
         return f"it repeats itself: {again[1]}"
     return None

@@ -1,8 +1,8 @@
 """The defect profile of a clip: what the model answered to the closed questions, and what the decoder measured.
 
-A model sees a few frames of a clip; the decoder sees all of them. So whether and when a picture stands, or is poorer
-for a while, is measured (`lmm_qa.trace`), and goes into the probability of these defects beside the model's answer.
-Knows nothing of models or files.
+A model sees a few frames of a clip; the decoder sees all of them. So whether and when a picture stands, is poorer for a
+while, or flickers, is measured (`lmm_qa.trace`), and goes into the probability of these defects beside the model's
+answer. Knows nothing of models or files.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
 from lmm_qa.defects import VISIBLE, questions
-from lmm_qa.explain import Finding, explanation_prompt, facts, opening, sentence
+from lmm_qa.explain import Finding, explanation_prompt, facts, is_good, opening, sentence
 from lmm_qa.prompting import load_prompt
 from lmm_qa.rater_file import weights_fingerprint
 
@@ -75,8 +75,9 @@ def corpus() -> list[str]:
     draw = random.Random(0)
     for _ in range(400):
         found = [Finding(name, 1.0, ((0.5, 2.0),)) for name in draw.sample(VISIBLE, draw.randint(0, 3))]
-        text = sentence(found, VISIBLE, draw, [draw.random() for _ in found])
-        lines.append(f"{facts(found)}\n{opening(rating, draw.choice(rating.levels))}{text}")
+        level = draw.choice(rating.levels)
+        text = sentence(found, VISIBLE, draw, [draw.random() for _ in found], is_good(level, rating.levels))
+        lines.append(f"{facts(found)}\n{opening(rating, level)}{text}")
     return lines
 
 

@@ -7,9 +7,9 @@ and val a few segments are cut (random window in time, space and size). PORTRAIT
 an `index.csv` with columns `image` and `repository`; each becomes a train segment under a slow camera, with a face that
 does not move, unless its repository gave clips to val or test. PICTURES (may be left out) is a folder of photographs of
 anything, large ones: windows of them go the same way, without damage to faces, so that there is more than heads to
-learn blur, noise and compression from. Each segment is damaged in known ways, the first two of a source in all of them,
-the others in some; what is stored of a damaged copy is what the rater will look at, its views, so that training reads
-pixels and decodes nothing.
+learn blur, noise and compression from. Each segment is damaged in known ways, the first two of a clip and the first of
+a portrait in all of them, the others in some; what is stored of a damaged copy is what the rater will look at, its
+views, so that training reads pixels and decodes nothing.
 
 Labels run from 0 to 1 (mapped to the declared scale in training) and come from `lmm_qa.reference`: VMAF on the frames
 that are looked at, stated curves where VMAF cannot judge, times the ceiling of the source itself.
@@ -65,7 +65,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{self.source.stem}--{self.segment}"
+        return f"{self.source.stem if self.head else f'picture__{self.source.name}'}--{self.segment}"
 
     @property
     def fewer(self) -> bool:
@@ -137,7 +137,7 @@ def pan_portrait(job: Job, rng: np.random.Generator) -> tuple[Pixels, float]:
     place, speed = rng.uniform(0.3, 0.7, 2) if job.head else rng.uniform(0, 1, 2), rng.normal(0, 0.03, 2)
     zoom, growth = float(rng.uniform(0.6 if job.segment else 0.75, 0.92)), float(rng.normal(0, 0.03))
     if not job.head:  # a window of a large photograph, shrunk somewhat, so that it is sharp
-        side = min(side, int(out * float(rng.uniform(1.2, 3))))
+        side = min(side, int(out * float(rng.uniform(1.2, 3)) / zoom))
     frames = []
     for number in range(SHORT):
         now = number / SHORT
@@ -225,7 +225,8 @@ def main() -> None:
     parser.add_argument("--portraits", type=Path)
     parser.add_argument("--pictures", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--segments", type=int, default=4, help="segments of each clip; every second one is longer")
+    parser.add_argument("--segments", type=int, default=4, 
+                        help="segments of each clip, every second one longer; half as many of a portrait")  # fmt: skip
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     with (args.clips / "index.csv").open(newline="") as file:
@@ -244,13 +245,14 @@ def main() -> None:
                 Job(args.portraits / row["image"], "train", segment, args.out, still=True)
                 for row in csv.DictReader(file)
                 if row["repository"].partition("/")[2].partition("_")[0] not in held_out
-                for segment in range(args.segments // 2)
+                for segment in range(max(1, args.segments // 2))
             ]
     if args.pictures:
         jobs += [
             Job(picture, "train", segment, args.out, still=True, head=False)
             for picture in sorted(args.pictures.iterdir())
-            for segment in range(args.segments - 1)
+            if picture.suffix.lower() in Image.registered_extensions()
+            for segment in range(max(1, args.segments - 1))
         ]
     # A fixed shuffle inside each round: a training that starts early sees all splits and sources.
     jobs.sort(key=lambda job: (job.segment, zlib.crc32(job.name.encode())))

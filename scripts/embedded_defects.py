@@ -7,10 +7,11 @@
     lmm-qa degrade TEST_CLIPS -o test/labels.jsonl --strengths 0.35,0.75 --pairs 4
     python scripts/embedded_defects.py judge --labels test/labels.jsonl -o report.json
 
-`fit`: a logistic function a defect (Platt, 1999), by maximum likelihood, and the threshold of the best F1: on the
-prepared copies of the split `val` (scripts/embedded_data.py); on files for what the decoder measures in every frame.
-Defects that no damage makes, or that the model does not see (average precision below 0.3), are left out, and so not
-judged. Without --copies only what the decoder measures is fitted; how the rater reads the other answers stays.
+`fit`: a logistic function a defect (Platt, 1999), by maximum likelihood, and the threshold of the best F1, but at least
+a half: on the prepared copies of the split `val` (scripts/embedded_data.py); on files for what the decoder measures in
+every frame. Defects that no damage makes, or that the model does not see (average precision below 0.3), are left out,
+and so not judged. Without --copies only what the decoder measures is fitted; how the rater reads the other answers
+stays.
 
 `judge`: average precision of each defect that some copy has; precision and recall of what the explanations name; how
 often times of stalls, bufferings and bit-rate switches are right within half a second at both ends; how many
@@ -31,7 +32,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.stats import pearsonr, spearmanr
 
-from lmm_qa.defects import MEASURED, DefectCalibration, Logistic, truth
+from lmm_qa.defects import MEASURED, UNCALIBRATED, DefectCalibration, Logistic, truth
 from lmm_qa.explain import mentions
 from lmm_qa.results import read_rows
 
@@ -49,7 +50,8 @@ def average_precision(scores: Floats, there: NDArray[np.bool_]) -> float:
 
 
 def fit_one(odds: Floats, measured: Floats, there: NDArray[np.bool_]) -> Logistic:
-    """Maximum likelihood of slope, weight of what was measured, and intercept; then the threshold of the best F1."""
+    """Maximum likelihood of slope, weight of what was measured, and intercept; then the threshold of the best F1, or a
+    half: these copies are damaged far more often than clips are."""
 
     def loss(values: Floats) -> float:
         z = values[0] * odds + values[1] * measured + values[2]
@@ -65,7 +67,7 @@ def fit_one(odds: Floats, measured: Floats, there: NDArray[np.bool_]) -> Logisti
         slope=round(slope, 4),
         measured=round(weight, 4),
         intercept=round(intercept, 4),
-        threshold=round(float(limits[f1 == f1.max()].max()), 4),
+        threshold=max(0.5, round(float(limits[f1 == f1.max()].max()), 4)),
         average_precision=round(average_precision(p, there), 4),
     )
 
@@ -121,6 +123,7 @@ def fit(args: argparse.Namespace) -> None:
     from lmm_qa import Rater
 
     rater = Rater.from_pretrained(args.model)
+    before, rater.defect_calibration = rater.defect_calibration, UNCALIBRATED  # which is asked about all of them
     samples: dict[str, list[tuple[float, float, bool]]] = {name: [] for name in truth([])}
     for row, odds in prepared(args.copies, rater, args.limit) if args.copies else ():
         for name, there in known(row).items():
@@ -130,16 +133,17 @@ def fit(args: argparse.Namespace) -> None:
         for name, there in known(row).items():
             if there is not None and name in MEASURED:
                 samples[name].append((result.profile.log_odds[name], result.profile.measured[name], there))
-    fitted = {} if args.copies else dict(rater.defect_calibration.defects)
+    judged = {} if args.copies else dict(before.defects)
     for name, kept in samples.items():
-        if not kept:
+        if len({there for _, _, there in kept}) < 2:
+            print(f"{name:<16} not fitted: all of {len(kept)} copies have it, or none has", flush=True)
             continue
         odds, measured, there = (np.array(column) for column in zip(*kept, strict=True))
-        fitted[name] = fit_one(odds, measured, there.astype(bool))
-        print(f"{name:<16}{there.sum():>5} of {len(there):<6} {fitted[name]}", flush=True)
-    # These copies are damaged far more often than clips are: what is said to be there is more likely than not, too.
-    sure = {name: how.model_copy(update={"threshold": max(0.5, how.threshold)}) for name, how in fitted.items()}
-    judged = {name: how for name, how in sure.items() if (how.average_precision or 0) >= JUDGED}
+        fitted = fit_one(odds, measured, there.astype(bool))
+        print(f"{name:<16}{there.sum():>5} of {len(there):<6} {fitted}", flush=True)
+        judged.pop(name, None)
+        if (fitted.average_precision or 0) >= JUDGED:
+            judged[name] = fitted
     calibration = DefectCalibration(
         defects=judged, data="held-out copies of the split val: scripts/embedded_defects.py"
     )

@@ -60,27 +60,32 @@ VISIBLE_LOSS = 0.05  # a damage that costs less of the quality is neither assert
 SHARES = {"clip": 0.5, "portrait": 0.25, "picture": 0.25}  # of the samples, by what they were made of
 RECOLOURED = 0.7  # share of the samples of which the colours are changed, unless colours are what is damaged
 LIGHT = {"overexposure", "underexposure", "colour_cast"}
+OF_HEADS = [name for name, defect in BY_NAME.items() if defect.causes and set(defect.causes) <= set(FACIAL)]
 TIMED = ("stall", "buffering", "bitrate_switch", "lips")  # defects of which the words say when
 AUTOCAST = torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def known_defects(row: dict[str, Any]) -> dict[str, bool | None]:
-    """What is known of a copy; a damage that nobody sees is not asked for, nor the lips of a photograph."""
+    """What is known of a copy. What nobody sees is not asked for, nor the lips of a photograph, nor a head that is not
+    there."""
     known = truth(zip(row["causes"], row["strengths"], strict=True))
     if len(row["causes"]) == 1 and row["quality"] > (1 - VISIBLE_LOSS) * row["ceiling"]:
         known = {name: None if there else there for name, there in known.items()}
+    if not row["head"]:
+        known |= dict.fromkeys(OF_HEADS)
     return known | ({"lips": None} if row["still"] else {})
 
 
-def recoloured(clips: list[Any], draw: random.Random) -> list[Any]:
-    """The same change of tone, white balance and saturation in each clip: the model is not to know sources again."""
+def recolouring(draw: random.Random) -> Callable[[Any], Any]:
+    """A change of tone, white balance and saturation, for all that is seen of a sample: so that the model does not know
+    its sources again."""
     grey = np.array([0.299, 0.587, 0.114], np.float32)
     saturation, gamma = draw.uniform(0.4, 1.3), math.exp(draw.uniform(-0.25, 0.25))
     gains = np.array([draw.uniform(0.88, 1.0) for _ in range(3)], np.float32)
     mix = (saturation * np.eye(3, dtype=np.float32) + (1 - saturation) * grey) * gains[:, None]
     tone = (255 * np.linspace(0, 1, 256, dtype=np.float32) ** gamma).astype(np.float32)
-    return [(tone[clip] @ mix.T).clip(0, 255).astype(np.uint8) for clip in clips]
+    return lambda clip: (tone[clip] @ mix.T + 0.5).clip(0, 255).astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,8 @@ class Batch:
 
 
 class Tree:
-    """Copies by what they were made of, source and segment, so that each branch is drawn as often as the next."""
+    """Copies by what they were made of, source and segment; each source of a kind, and each of its segments, is drawn
+    as often as the next."""
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
         self.kinds: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = {}
@@ -126,6 +132,7 @@ class Copies:
         self.clean = {row["segment"]: row["name"] for row in rows if not row["causes"]}
         self.rows = [row for row in self.rows if row["segment"] in self.clean]
         for row in self.rows:
+            row.setdefault("head", True)  # data of before there were pictures without
             row["known"] = known_defects(row)
         self.tree = Tree(self.rows)
         self.alike: dict[Any, Tree] = {}
@@ -146,7 +153,8 @@ class Copies:
         found = [np.fromfile(file, np.uint8, size, offset=self.header + pair * size) for pair in pairs]
         return np.concatenate(found).reshape(-1, *shape[1:])
 
-    def window(self, row: dict[str, Any], kind: str, side: int, pairs: list[int], draw: random.Random) -> list[Any]:
+    def window(self, row: dict[str, Any], kind: str, side: int, pairs: list[int], draw: random.Random,
+               recolour: Callable[[Any], Any]) -> list[Any]:  # fmt: skip
         """A part of a view of a copy and of its source; damage to a face is inside, more often than by chance."""
         shape = self.shapes(row)[KINDS.index(kind)]
         damaged = self.read(row["name"], kind, shape, pairs)
@@ -163,9 +171,7 @@ class Copies:
             top, left = min(PATCH * int(best[0]), height - tall), min(PATCH * int(best[1]), width - wide)
         flip = -1 if draw.random() < 0.5 else 1
         cut = [clip[:, top : top + tall, left : left + wide][:, :, ::flip] for clip in (damaged, clean)]
-        if self.split == "train" and not set(row["causes"]) & LIGHT and draw.random() < RECOLOURED:
-            cut = recoloured(cut, draw)
-        return [torch.from_numpy(np.ascontiguousarray(part)) for part in cut]
+        return [torch.from_numpy(np.ascontiguousarray(recolour(part))) for part in cut]
 
     def batch(self, size: int, sides: dict[str, int], pairs: int, draw: random.Random) -> Batch:
         """Samples drawn from the tree; all windows of a view have one shape, that of the first drawn."""
@@ -184,8 +190,10 @@ class Copies:
         clean: list[list[Tensor]] = [[] for _ in sides]
         for row in rows:
             chosen = sorted(draw.sample(range(6), pairs))
+            fit = self.split == "train" and not set(row["causes"]) & LIGHT and draw.random() < RECOLOURED
+            recolour = recolouring(draw) if fit else np.asarray
             for number, (kind, side) in enumerate(sides.items()):
-                window = self.window(row, kind, side, chosen, draw)
+                window = self.window(row, kind, side, chosen, draw, recolour)
                 views[number].append(window[0])
                 clean[number].append(window[1])
         strengths = torch.zeros(size, len(CAUSES))
@@ -554,7 +562,10 @@ def train_heads_and_model(name: str, phase: dict[str, Any], out: Path, data: Pat
         losses = {"heads": loss}
         answers, inputs = torch.empty(0), {}
         if spoken:
-            parts = [prefill.parts(row, draw, explained=number % 4 == 0) for number, row in enumerate(batch.rows)]
+            parts = [
+                prefill.parts(row, draw, explained=number % 4 == 0 and row["head"])
+                for number, row in enumerate(batch.rows)
+            ]
             inputs = prefill.inputs(model.model, [tuple(view.shape[1:]) for view in batch.views], parts)
             scores, answers = next_words(model.model, prefill, inputs, tokens)
             losses["levels"], guess = level_loss(scores, batch.quality)
@@ -638,7 +649,10 @@ def train_adapter(phase: dict[str, Any], lora: dict[str, Any], out: Path, data: 
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens = [torch.stack([sample[1][view] for sample in chosen]).float().to(DEVICE) for view in range(len(KINDS))]
         quality = torch.tensor([sample[0]["quality"] for sample in chosen]).to(DEVICE)
-        parts = [prefill.parts(row, draw, words and number % 4 == 0) for number, (row, _) in enumerate(chosen)]
+        parts = [
+            prefill.parts(row, draw, words and number % 4 == 0 and row["head"])
+            for number, (row, _) in enumerate(chosen)
+        ]
         inputs = prefill.inputs(model.model, json.loads(shapes), parts)
         with AUTOCAST:
             scores, answers = next_words(model.model, prefill, inputs, tokens)

@@ -102,8 +102,12 @@ def test_mentions(text: str, names: set[str]) -> None:
         ("The quality of this video is fair: noise covers the blurred picture.", "noise"),
         ("The quality of this video is fair, and so on.", "none of the defects"),
         ("The quality of this video is fair: the picture is blurred and", "end"),
+        ("The quality of this video is fair: the picture is blurred from 0.5 to 1.0 s. The face.", "breaks off"),
         ("The quality of this video is fair: the picture is blurred. There is no visible defect.", "no visible defect"),
         ("The quality of this video is fair: the picture is blurred. There is no other defect.", None),
+        ("The quality of this video is fair: the picture is blurred. There are no defects besides that.", None),
+        ("The quality of this video is fair: the picture is blurred. There are no compression artefacts.", None),
+        ("The quality of this video is fair: the picture is blurred, and the mouth not flawless.", None),
         ("The quality of this video is fair: it is blurred. On the positive side, the positive side.", "repeats"),
     ],
 )
@@ -125,3 +129,7 @@ def test_a_clip_below_good_is_not_called_faultless(level: str, why: str | None) 
     assert reason is None if why is None else why in str(reason)
     assert ("defect stands out" in shown) == (why is None)
     assert objection(shown, level, LEVELS, [], VISIBLE) is None
+
+
+def test_a_short_stem_does_not_break_off() -> None:
+    assert objection("Quality: fair. The picture is blurred.", "fair", LEVELS, ["blur"], VISIBLE) is None
