@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--portraits", type=Path)
     parser.add_argument("--pictures", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--segments", type=int, default=4, 
+    parser.add_argument("--segments", type=int, default=4,
                         help="segments of each clip, every second one longer; half as many of a portrait")  # fmt: skip
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()

@@ -37,7 +37,7 @@ from lmm_qa.explain import mentions
 from lmm_qa.results import read_rows
 
 Floats = NDArray[np.float64]
-VISIBLE_LOSS = 0.05
+VISIBLE_LOSS = 0.05  # a damage that costs less of the quality is neither asserted nor denied
 WITHIN = 0.5  # seconds
 JUDGED = 0.3  # average precision below which a rater is not asked about a defect
 

@@ -25,7 +25,7 @@ import numpy as np
 from lmm_qa.degrade import MILD, STRONG, Pixels, damage, encode
 
 CAUSES = {"blur": "blur", "compression": "h264", "noise": "noise", "freezing": "stall", "rescaling": "rescale"}
-HARMLESS = ("reencoding", "container", "flip", "trim")
+HARMLESS = {"reencoding": "mp4", "container": "mkv", "flip": "mp4", "trim": "mp4"}  # and the suffix of the copy
 X264 = {"crf": "12", "preset": "veryfast"}
 NO_VISIBLE_LOSS = {"crf": "15", "preset": "medium"}
 LIMIT = 0.15  # how far the score may move where nothing is to be seen, on a scale of 1 to 5
@@ -51,7 +51,7 @@ def make_copies(clip: Path, seconds: float, out: Path) -> list[dict[str, Any]]:
     rows += [{"cause": cause, "strength": strength, "name": f"{clip.stem}--{cause}-{strength:g}.mp4"}
              for cause in CAUSES for strength in (MILD, STRONG)]  # fmt: skip
     rows += [{"cause": harmless, "strength": 0.0, "name": f"{clip.stem}--{harmless}.{suffix}"}
-             for harmless, suffix in zip(HARMLESS, ("mp4", "mkv", "mp4", "mp4"), strict=True)]  # fmt: skip
+             for harmless, suffix in HARMLESS.items()]  # fmt: skip
     missing = [row for row in rows if not (out / str(row["name"])).exists()]
     if missing:
         frames, fps = first_seconds(clip, seconds)

@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from embedded_data import FACE_SEEN, KINDS, rated_views
+from embedded_defects import known
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.fft import dct
 from scipy.stats import spearmanr
@@ -42,7 +43,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention, apply_rotary_pos_emb_vision
 
-from lmm_qa.defects import BY_NAME, questions, truth
+from lmm_qa.defects import BY_NAME, questions
 from lmm_qa.degrade import DAMAGES, FACIAL, TEMPORAL
 from lmm_qa.explain import Finding, explanation_prompt, is_good, sentence
 from lmm_qa.levels import LEVELS
@@ -56,7 +57,6 @@ PATCH, MERGED = 14, 28
 CHECKPOINT_SECONDS = 240
 DENSE = 11  # targets a merged token: 6 bands, motion in 2 bands, brightness, and loss and structure against the source
 ASKED = 5  # closed questions a sample
-VISIBLE_LOSS = 0.05  # a damage that costs less of the quality is neither asserted nor denied
 SHARES = {"clip": 0.5, "portrait": 0.25, "picture": 0.25}  # of the samples, by what they were made of
 RECOLOURED = 0.7  # share of the samples of which the colours are changed, unless colours are what is damaged
 LIGHT = {"overexposure", "underexposure", "colour_cast"}
@@ -67,14 +67,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def known_defects(row: dict[str, Any]) -> dict[str, bool | None]:
-    """What is known of a copy. What nobody sees is not asked for, nor the lips of a photograph, nor a head that is not
-    there."""
-    known = truth(zip(row["causes"], row["strengths"], strict=True))
-    if len(row["causes"]) == 1 and row["quality"] > (1 - VISIBLE_LOSS) * row["ceiling"]:
-        known = {name: None if there else there for name, there in known.items()}
-    if not row["head"]:
-        known |= dict.fromkeys(OF_HEADS)
-    return known | ({"lips": None} if row["still"] else {})
+    """What is known of a copy, without the lips of a photograph, and without a head that is not there."""
+    unseen = ([] if row["head"] else OF_HEADS) + (["lips"] if row["still"] else [])
+    return known(row) | dict.fromkeys(unseen)
 
 
 def recolouring(draw: random.Random) -> Callable[[Any], Any]:
@@ -362,12 +357,12 @@ class Prefill:
         return Part(context + said[:-1], said)
 
     def parts(self, row: dict[str, Any], draw: random.Random, explained: bool) -> list[Part]:
-        """The score, and some closed questions (what is there first) or the words, which are as long."""
+        """The score, and some closed questions (what is there first) or the words about a head, which are as long."""
         there = [name for name, known in row["known"].items() if known]
         absent = [name for name, known in row["known"].items() if known is False]
         asked = draw.sample(there, min(len(there), 3))
         asked += draw.sample(absent, min(len(absent), ASKED - len(asked)))
-        if explained:
+        if explained and row["head"]:
             return [self.score, self.explanation(row, draw)]
         return [self.score, *(self.asked[name][bool(row["known"][name])] for name in asked)]
 
@@ -562,10 +557,7 @@ def train_heads_and_model(name: str, phase: dict[str, Any], out: Path, data: Pat
         losses = {"heads": loss}
         answers, inputs = torch.empty(0), {}
         if spoken:
-            parts = [
-                prefill.parts(row, draw, explained=number % 4 == 0 and row["head"])
-                for number, row in enumerate(batch.rows)
-            ]
+            parts = [prefill.parts(row, draw, explained=number % 4 == 0) for number, row in enumerate(batch.rows)]
             inputs = prefill.inputs(model.model, [tuple(view.shape[1:]) for view in batch.views], parts)
             scores, answers = next_words(model.model, prefill, inputs, tokens)
             losses["levels"], guess = level_loss(scores, batch.quality)
@@ -649,10 +641,7 @@ def train_adapter(phase: dict[str, Any], lora: dict[str, Any], out: Path, data: 
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens = [torch.stack([sample[1][view] for sample in chosen]).float().to(DEVICE) for view in range(len(KINDS))]
         quality = torch.tensor([sample[0]["quality"] for sample in chosen]).to(DEVICE)
-        parts = [
-            prefill.parts(row, draw, words and number % 4 == 0 and row["head"])
-            for number, (row, _) in enumerate(chosen)
-        ]
+        parts = [prefill.parts(row, draw, words and number % 4 == 0) for number, (row, _) in enumerate(chosen)]
         inputs = prefill.inputs(model.model, json.loads(shapes), parts)
         with AUTOCAST:
             scores, answers = next_words(model.model, prefill, inputs, tokens)
