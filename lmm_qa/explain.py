@@ -24,6 +24,9 @@ from lmm_qa.prompting import Prompt
 MAX_NAMED = 3
 """Defects that an explanation names: the likeliest ones."""
 
+CLAUSE = 5
+"""Words that make a clause: no sentence of the grammar has the same so many twice."""
+
 LEAST_WORDS = 3
 """Words that a sentence of an explanation has: a small model ends some after *The face.*"""
 
@@ -270,9 +273,21 @@ def objection(
     sentences = re.split(r"(?<=\.)\s+", text.strip())
     if broken := next((each for each in sentences[1:] if len(each.split()) < LEAST_WORDS), None):
         return f"it breaks off: {broken}"
-    if again := re.search(r"\b(\w+(?:\W+\w+){2,4})\W+\1\b", text.lower()):
-        return f"it repeats itself: {again[1]}"
+    if praised := next((name for name in found if _MERITS.get(name, "\n") in text.lower()), None):
+        return f"it says that {_MERITS[praised]}, and {praised} was found"
+    if again := _repeated(text):
+        return f"it repeats itself: {again}"
     return None
+
+
+def _repeated(text: str) -> str | None:
+    """What is said twice: a few words one after the other, or a whole clause anywhere; times may well be the same."""
+    text = text.lower()
+    if twice := re.search(r"\b(\w+(?:\W+\w+){2,4})\W+\1\b", text):
+        return twice[1]
+    words = re.findall(r"\w+", text)
+    clauses = [" ".join(words[start : start + CLAUSE]) for start in range(len(words) - CLAUSE + 1)]
+    return next((one for one in clauses if clauses.count(one) > 1 and not re.search(r"\d", one)), None)
 
 
 def explain(text: str | None, level: str, levels: Sequence[str], found: Sequence[Finding], denied: Collection[str],

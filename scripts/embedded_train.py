@@ -55,7 +55,9 @@ CAUSES = tuple(DAMAGES)
 SIDES = {"whole": 112, "face": FACE_SEEN, "crop": 112}  # of the windows of the phase `vision`, one view at a time
 PATCH, MERGED = 14, 28
 CHECKPOINT_SECONDS = 240
-DENSE = 11  # targets a merged token: 6 bands, motion in 2 bands, brightness, and loss and structure against the source
+OWN = 14  # targets a merged token: 6 bands, motion in 2, brightness, 2 colours, what is flat, what stands, blocks
+DENSE = OWN + 2  # and against the source: loss and structure
+CHANGED, UNCHANGED = 2.0, 0.5  # grey levels: a region that changed by more shows what was done, by less shows nothing
 ASKED = 5  # closed questions a sample
 SHARES = {"clip": 0.5, "portrait": 0.25, "picture": 0.25}  # of the samples, by what they were made of
 RECOLOURED = 0.7  # share of the samples of which the colours are changed, unless colours are what is damaged
@@ -90,6 +92,7 @@ class Batch:
     quality: Tensor  # (B,) in [0, 1]
     causes: Tensor  # (B, len(CAUSES)) strength, 0 where absent (an absent cause and strength 0 look alike)
     spatial: Tensor  # (B,) 1 where every frame shows the moment of the source's frame
+    single: Tensor  # (B,) 1 where no two damages are on top of each other
     rows: list[dict[str, Any]]
 
 
@@ -201,6 +204,7 @@ class Copies:
             quality=torch.tensor([row["quality"] for row in rows]).to(DEVICE),
             causes=strengths.to(DEVICE),
             spatial=torch.tensor([float(not set(row["causes"]) & set(TEMPORAL)) for row in rows]).to(DEVICE),
+            single=torch.tensor([float(len(row["causes"]) < 2) for row in rows]).to(DEVICE),
             rows=rows,
         )
 
@@ -215,16 +219,15 @@ def patchify(frames: Tensor) -> tuple[Tensor, Tensor]:
     return flat, torch.tensor([[times, rows, columns]] * batch)
 
 
-def merged_luma(frames: Tensor) -> Tensor:
-    """(B, T, H, W, 3) -> (N, 2, 28, 28) luma in [0, 1], one row a merged token, in the order of the tokens."""
-    batch, count, height, width, _ = frames.shape
-    luma = frames.float() @ torch.tensor([0.299, 0.587, 0.114], device=frames.device) / 255
-    luma = luma.reshape(batch, count // 2, 2, height // MERGED, MERGED, width // MERGED, MERGED)
-    return luma.permute(0, 1, 3, 5, 2, 4, 6).reshape(-1, 2, MERGED, MERGED)
+def merged(frames: Tensor) -> Tensor:
+    """(B, T, H, W, C) -> (N, 2, 28, 28, C), one row a merged token, in the order of the tokens."""
+    batch, count, height, width, channels = frames.shape
+    parts = frames.reshape(batch, count // 2, 2, height // MERGED, MERGED, width // MERGED, MERGED, channels)
+    return parts.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(-1, 2, MERGED, MERGED, channels)
 
 
 class DenseTargets:
-    """What each merged token is asked to know of its own pixels, (N, DENSE), roughly unit scale."""
+    """What each merged token is asked to know of its own pixels, roughly unit scale; and what was done to them."""
 
     def __init__(self) -> None:
         self.cosine = torch.from_numpy(dct(np.eye(MERGED), axis=0, norm="ortho").astype(np.float32)).to(DEVICE)
@@ -232,47 +235,78 @@ class DenseTargets:
         edges = [0.5, 2.5, 5, 8, 12, 17, 40]
         bands = [(radius >= low) & (radius < high) for low, high in itertools.pairwise(edges)]
         self.bands = torch.tensor(np.array([band / band.sum() for band in bands]), dtype=torch.float32).T.to(DEVICE)
+        self.grey = torch.tensor([0.299, 0.587, 0.114], device=DEVICE) / 255
 
     def energies(self, pixels: Tensor) -> Tensor:
         return (self.cosine @ pixels @ self.cosine.T).flatten(1).square() @ self.bands
 
-    def __call__(self, frames: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
-        """Targets that need the damaged frames alone (N, 9), and those against the source (N, 2)."""
-        ours, source = merged_luma(frames), merged_luma(clean)
+    def __call__(self, frames: Tensor, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Targets that need the damaged frames alone (N, OWN), those against the source (N, 2), and the mean change in
+        grey levels (N,)."""
+        pixels, pixels_clean = merged(frames).float(), merged(clean).float()
+        ours, source = pixels @ self.grey, pixels_clean @ self.grey
         still, motion = self.energies(ours.mean(1)), self.energies(ours[:, 0] - ours[:, 1])
         motion = torch.stack([motion[:, :3].mean(1), motion[:, 3:].mean(1)], 1)
-        own = torch.cat([torch.log10(torch.cat([still, motion], 1) + 1e-7) + 4, 2 * ours.mean((1, 2, 3))[:, None]], 1)
+        bands = torch.log10(torch.cat([still, motion], 1) + 1e-7) + 4
+        red, green, blue = (pixels.mean((1, 2, 3)) / 255).unbind(1)
+        first = pixels[:, 0, ..., 1]
+        steps = [first.diff(dim=1).abs().mean(2), first.diff(dim=2).abs().mean(1)]  # (N, 27) each
+        flat = sum((first.diff(dim=dim) == 0).float().mean((1, 2)) for dim in (1, 2))
+        frozen = (pixels[:, 0, ..., 1] == pixels[:, 1, ..., 1]).float().mean((1, 2))
+        folded = [step[:, :24].reshape(-1, 3, 8).mean(1) for step in steps]  # blocks of codecs: eight pixels apart
+        blocks = sum(torch.log((fold.amax(1) + 0.5) / (fold.median(1).values + 0.5)) for fold in folded)
+        light = 2 * ours.mean((1, 2, 3))
+        own = torch.cat(
+            [bands, torch.stack([light, 4 * (red - green), 4 * (blue - green), flat, frozen, blocks], 1)], 1
+        )
         a, b = ours[:, 0], source[:, 0]
         error = (a - b).square().mean((1, 2))
         spread = ((a - a.mean((1, 2), True)) * (b - b.mean((1, 2), True))).mean((1, 2))
         structure = (2 * spread + 9e-4) / (a.var((1, 2)) + b.var((1, 2)) + 9e-4)
-        return own, torch.stack([torch.log10(error + 1e-6) / 2 + 2, 2 * structure], 1)
+        against = torch.stack([torch.log10(error + 1e-6) / 2 + 2, 2 * structure], 1)
+        return own, against, (pixels - pixels_clean).abs().mean((1, 2, 3, 4))
 
 
 class Heads(nn.Module):
-    """Thrown away after training: dense targets from each token, score and causes from the tokens' statistics."""
+    """Thrown away after training: from each token its dense targets and what was done there; and from the statistics
+    of these alone, so that no source is known again by anything else, score and causes."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.dense = nn.Linear(width, DENSE)
-        self.pooled = nn.Sequential(nn.LayerNorm(2 * width), nn.Linear(2 * width, 128), nn.GELU(),
+        self.places = nn.Linear(width, len(CAUSES))
+        nn.init.constant_(self.places.bias, -3)
+        self.pooled = nn.Sequential(nn.Linear(3 * (DENSE + len(CAUSES)), 128), nn.GELU(),
                                     nn.Linear(128, 1 + len(CAUSES)))  # fmt: skip
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, N, width) -> (B, N, DENSE) and (B, 1 + causes)."""
-        return self.dense(tokens), self.pooled(torch.cat([tokens.mean(1), tokens.std(1)], 1))
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, N, width) -> (B, N, DENSE), log-odds of each cause (B, N, causes), and (B, 1 + causes)."""
+        dense, places = self.dense(tokens), self.places(tokens)
+        seen = torch.cat([dense, places.sigmoid()], -1)
+        return dense, places, self.pooled(torch.cat([seen.mean(1), seen.std(1), seen.amax(1)], 1))
 
 
 def head_loss(heads: Heads, tokens: list[Tensor], batch: Batch, targets: DenseTargets) -> tuple[Tensor, Tensor]:
     """Losses of the heads over the views' tokens, each (B, N, width); and the predicted quality (B,)."""
     dense_loss = torch.zeros((), device=DEVICE)
+    all_pooled = []
     for view, clean, seen in zip(batch.views, batch.clean, tokens, strict=True):
-        own, against = targets(view, clean)
-        guess = heads.dense(seen).float().flatten(0, 1)
-        weight = batch.spatial.repeat_interleave(seen.shape[1])[:, None]
-        compared = F.smooth_l1_loss(guess[:, 9:], against, reduction="none") * weight
-        dense_loss = dense_loss + F.smooth_l1_loss(guess[:, :9], own) + 2 * compared.mean()
-    pooled = torch.stack([heads(seen)[1] for seen in tokens]).mean(0).float()
+        own, against, change = targets(view, clean)
+        dense, places, pooled = heads(seen)
+        all_pooled.append(pooled)
+        guess = dense.float().flatten(0, 1)
+        spatial, single = (one.repeat_interleave(seen.shape[1])[:, None] for one in (batch.spatial, batch.single))
+        compared = F.smooth_l1_loss(guess[:, OWN:], against, reduction="none") * spatial
+        dense_loss = dense_loss + F.smooth_l1_loss(guess[:, :OWN], own) + 2 * compared.mean()
+        # What was done is to be seen where the pixels changed. Of two damages at once nobody knows which it was, and
+        # where time is out of step every region changed.
+        done = (batch.causes > 0).float().repeat_interleave(seen.shape[1], 0)
+        there = done * (change > CHANGED)[:, None]
+        sure = ((change > CHANGED) | (change < UNCHANGED))[:, None] * spatial * single
+        weight = torch.where(done > 0, sure, torch.ones_like(done))
+        each = F.binary_cross_entropy_with_logits(places.float().flatten(0, 1), there, reduction="none")
+        dense_loss = dense_loss + (each * weight).sum(1).mean()
+    pooled = torch.stack(all_pooled).mean(0).float()
     score = F.smooth_l1_loss(pooled[:, 0], batch.quality, beta=0.1)
     causes = F.smooth_l1_loss(pooled[:, 1:], batch.causes, beta=0.1)
     return dense_loss / len(tokens) + 2 * score + 4 * causes, pooled[:, 0]
@@ -623,7 +657,8 @@ def train_adapter(phase: dict[str, Any], lora: dict[str, Any], out: Path, data: 
     groups: dict[str, dict[str, list[tuple[dict[str, Any], list[Tensor]]]]] = {}
     for split, copies in splits.items():
         groups[split] = {}
-        rows = seed_of("adapter", -1).sample(copies.rows, min(len(copies.rows), phase["copies"]))
+        most = phase["copies"] // (1 if split == "train" else 4)
+        rows = seed_of("adapter", -1).sample(copies.rows, min(len(copies.rows), most))
         for number, row in enumerate(rows):
             kept = features(copies, row)
             groups[split].setdefault(str(kept["shapes"]), []).append((row, kept["tokens"]))
@@ -641,13 +676,13 @@ def train_adapter(phase: dict[str, Any], lora: dict[str, Any], out: Path, data: 
     ) -> tuple[Tensor, Tensor, Tensor]:
         tokens = [torch.stack([sample[1][view] for sample in chosen]).float().to(DEVICE) for view in range(len(KINDS))]
         quality = torch.tensor([sample[0]["quality"] for sample in chosen]).to(DEVICE)
-        parts = [prefill.parts(row, draw, words and number % 4 == 0) for number, (row, _) in enumerate(chosen)]
+        parts = [prefill.parts(row, draw, words and number % 2 == 0) for number, (row, _) in enumerate(chosen)]
         inputs = prefill.inputs(model.model, json.loads(shapes), parts)
         with AUTOCAST:
             scores, answers = next_words(model.model, prefill, inputs, tokens)
         loss, guess = level_loss(scores, quality)
         closed, spoken = answer_loss(answers, inputs)
-        return loss + 3 * closed + 0.3 * spoken, guess, quality
+        return loss + 3 * closed + spoken, guess, quality
 
     names = list(groups["train"])
     sizes = [len(groups["train"][name]) for name in names]
@@ -667,7 +702,7 @@ def train_adapter(phase: dict[str, Any], lora: dict[str, Any], out: Path, data: 
                         _, guess, quality = run(shapes, samples[start : start + 32], seed_of("val", start), words=False)
                         guesses += guess.tolist()
                         truth += quality.tolist()
-            clock.log(loss=loss.item(), val_srcc=round(float(spearmanr(guesses, truth)[0]), 4))
+            clock.log(loss=round(loss.item(), 4), val_srcc=round(float(spearmanr(guesses, truth)[0]), 4))
     tuned.save_pretrained(out / "adapter")
 
 

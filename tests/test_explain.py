@@ -109,6 +109,12 @@ def test_mentions(text: str, names: set[str]) -> None:
         ("The quality of this video is fair: the picture is blurred. There are no compression artefacts.", None),
         ("The quality of this video is fair: the picture is blurred, and the mouth not flawless.", None),
         ("The quality of this video is fair: it is blurred. On the positive side, the positive side.", "repeats"),
+        (
+            "The quality of this video is fair: the picture is strongly blurred, and the picture is strongly blurred.",
+            "repeats itself: the picture is strongly blurred",
+        ),
+        ("The quality of this video is fair: it is blurred from 0.5 to 1.0 s, and soft from 0.5 to 1.0 s.", None),
+        ("The quality of this video is fair: the picture is blurred. Still, the face is sharp.", "the face is sharp"),
     ],
 )
 def test_words_that_contradict_the_rating_are_not_shown(text: str, why: str | None) -> None:
