@@ -85,7 +85,6 @@ def test_questions_are_asked_in_both_ways(rater: Rater, monkeypatch: pytest.Monk
     assert cost["largest_difference"] < 1e-4, "on one prefill or on many"
     times = cost["times_the_score"]
     assert times.keys() == {"score", "decoding + score", "reference"}
-    assert times["score"]["processor"] < 3 < times["reference"]["processor"]
     spent = {name: each["processor_seconds_a_clip"] for name, each in cost["paths"].items()}
     assert times["score"]["processor"] == spent["score + questions"] / spent["score"]
     score, *closed = rater.settings.prompt, *list(questions().values())[:2]
