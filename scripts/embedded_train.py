@@ -63,6 +63,7 @@ SHARES = {"clip": 0.5, "portrait": 0.25, "picture": 0.25}  # of the samples, by 
 RECOLOURED = 0.7  # share of the samples of which the colours are changed, unless colours are what is damaged
 LIGHT = {"overexposure", "underexposure", "colour_cast"}
 OF_HEADS = [name for name, defect in BY_NAME.items() if defect.causes and set(defect.causes) <= set(FACIAL)]
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 TIMED = ("stall", "buffering", "bitrate_switch", "lips")  # defects of which the words say when
 AUTOCAST = torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,7 +78,7 @@ def known_defects(row: dict[str, Any]) -> dict[str, bool | None]:
 def recolouring(draw: random.Random) -> Callable[[Any], Any]:
     """A change of tone, white balance and saturation, for all that is seen of a sample: so that the model does not know
     its sources again."""
-    grey = np.array([0.299, 0.587, 0.114], np.float32)
+    grey = np.array(LUMA, np.float32)
     saturation, gamma = draw.uniform(0.4, 1.3), math.exp(draw.uniform(-0.25, 0.25))
     gains = np.array([draw.uniform(0.88, 1.0) for _ in range(3)], np.float32)
     mix = (saturation * np.eye(3, dtype=np.float32) + (1 - saturation) * grey) * gains[:, None]
@@ -235,7 +236,7 @@ class DenseTargets:
         edges = [0.5, 2.5, 5, 8, 12, 17, 40]
         bands = [(radius >= low) & (radius < high) for low, high in itertools.pairwise(edges)]
         self.bands = torch.tensor(np.array([band / band.sum() for band in bands]), dtype=torch.float32).T.to(DEVICE)
-        self.grey = torch.tensor([0.299, 0.587, 0.114], device=DEVICE) / 255
+        self.grey = torch.tensor(LUMA, device=DEVICE) / 255
 
     def energies(self, pixels: Tensor) -> Tensor:
         return (self.cosine @ pixels @ self.cosine.T).flatten(1).square() @ self.bands
@@ -249,16 +250,16 @@ class DenseTargets:
         motion = torch.stack([motion[:, :3].mean(1), motion[:, 3:].mean(1)], 1)
         bands = torch.log10(torch.cat([still, motion], 1) + 1e-7) + 4
         red, green, blue = (pixels.mean((1, 2, 3)) / 255).unbind(1)
-        first = pixels[:, 0, ..., 1]
+        first, second = pixels[..., 1].unbind(
+            1
+        )  # green says most about brightness, and is whole numbers as luma is not
         steps = [first.diff(dim=1).abs().mean(2), first.diff(dim=2).abs().mean(1)]  # (N, 27) each
         flat = sum((first.diff(dim=dim) == 0).float().mean((1, 2)) for dim in (1, 2))
-        frozen = (pixels[:, 0, ..., 1] == pixels[:, 1, ..., 1]).float().mean((1, 2))
+        frozen = (first == second).float().mean((1, 2))
         folded = [step[:, :24].reshape(-1, 3, 8).mean(1) for step in steps]  # blocks of codecs: eight pixels apart
         blocks = sum(torch.log((fold.amax(1) + 0.5) / (fold.median(1).values + 0.5)) for fold in folded)
-        light = 2 * ours.mean((1, 2, 3))
-        own = torch.cat(
-            [bands, torch.stack([light, 4 * (red - green), 4 * (blue - green), flat, frozen, blocks], 1)], 1
-        )
+        light, colours = 2 * ours.mean((1, 2, 3)), (4 * (red - green), 4 * (blue - green))
+        own = torch.cat([bands, torch.stack([light, *colours, flat, frozen, blocks], 1)], 1)
         a, b = ours[:, 0], source[:, 0]
         error = (a - b).square().mean((1, 2))
         spread = ((a - a.mean((1, 2), True)) * (b - b.mean((1, 2), True))).mean((1, 2))
@@ -289,11 +290,11 @@ class Heads(nn.Module):
 def head_loss(heads: Heads, tokens: list[Tensor], batch: Batch, targets: DenseTargets) -> tuple[Tensor, Tensor]:
     """Losses of the heads over the views' tokens, each (B, N, width); and the predicted quality (B,)."""
     dense_loss = torch.zeros((), device=DEVICE)
-    all_pooled = []
+    pooled_views = []
     for view, clean, seen in zip(batch.views, batch.clean, tokens, strict=True):
         own, against, change = targets(view, clean)
         dense, places, pooled = heads(seen)
-        all_pooled.append(pooled)
+        pooled_views.append(pooled)
         guess = dense.float().flatten(0, 1)
         spatial, single = (one.repeat_interleave(seen.shape[1])[:, None] for one in (batch.spatial, batch.single))
         compared = F.smooth_l1_loss(guess[:, OWN:], against, reduction="none") * spatial
@@ -303,10 +304,10 @@ def head_loss(heads: Heads, tokens: list[Tensor], batch: Batch, targets: DenseTa
         done = (batch.causes > 0).float().repeat_interleave(seen.shape[1], 0)
         there = done * (change > CHANGED)[:, None]
         sure = ((change > CHANGED) | (change < UNCHANGED))[:, None] * spatial * single
-        weight = torch.where(done > 0, sure, torch.ones_like(done))
+        weight = torch.where(done > 0, sure, 1.0)
         each = F.binary_cross_entropy_with_logits(places.float().flatten(0, 1), there, reduction="none")
         dense_loss = dense_loss + (each * weight).sum(1).mean()
-    pooled = torch.stack(all_pooled).mean(0).float()
+    pooled = torch.stack(pooled_views).mean(0).float()
     score = F.smooth_l1_loss(pooled[:, 0], batch.quality, beta=0.1)
     causes = F.smooth_l1_loss(pooled[:, 1:], batch.causes, beta=0.1)
     return dense_loss / len(tokens) + 2 * score + 4 * causes, pooled[:, 0]

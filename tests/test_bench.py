@@ -80,7 +80,16 @@ def test_questions_are_asked_in_both_ways(rater: Rater, monkeypatch: pytest.Monk
     from lmm_qa.defects import questions
 
     monkeypatch.setattr(bench_rating, "QUESTIONS", 5)
-    cost = bench_rating.cost_of_questions(rater, CLIPS[1:2], runs=1)
+    looks: list[int] = []
+    tower = next(part for name, part in rater.backbone.model.named_modules() if name.endswith("visual"))
+    hook = tower.register_forward_hook(lambda *_: looks.append(1))
+    try:
+        cost = bench_rating.cost_of_questions(rater, CLIPS[1:2], runs=1)
+    finally:
+        hook.remove()
+    # Looks at the clip: score and five questions on one prefill, and one by one, to compare; then the score alone and
+    # with the questions, of frames that lie ready, of decoded ones, and the reference's way.
+    assert len(looks) == (1 + 6) + (1 + 1) + (1 + 1) + (1 + 6)
     assert (cost["questions"], cost["clips"]) == (5, 1)
     assert cost["largest_difference"] < 1e-4, "on one prefill or on many"
     times = cost["times_the_score"]
