@@ -294,7 +294,7 @@ def h264(clip: _Clip, strength: float, rng: np.random.Generator) -> Damaged:
 def h265(clip: _Clip, strength: float, rng: np.random.Generator) -> Damaged:
     """H.265 at constant rate factor 15 to 51."""
     options = {"crf": f"{15 + 36 * strength:.1f}", "preset": "ultrafast", "x265-params": "log-level=none:pools=1"}
-    return clip.changed(_transcode(clip.frames, "libx265", options, clip.fps))
+    return clip.changed(transcode(clip.frames, "libx265", options, clip.fps))
 
 
 def vp9(clip: _Clip, strength: float, rng: np.random.Generator) -> Damaged:
@@ -435,7 +435,7 @@ def encode(frames: Pixels, codec: str, options: dict[str, str], fps: Fraction, f
 
 
 def _h264(frames: Pixels, strength: float, fps: float) -> Pixels:
-    return _transcode(frames, "libx264", {"crf": f"{15 + 36 * strength:.1f}", **REPEATABLE_X264}, fps)
+    return transcode(frames, "libx264", {"crf": f"{15 + 36 * strength:.1f}", **REPEATABLE_X264}, fps)
 
 
 def _shrunk_and_encoded(clip: _Clip, strength: float, codec: str, options: dict[str, str]) -> Damaged:
@@ -444,7 +444,7 @@ def _shrunk_and_encoded(clip: _Clip, strength: float, codec: str, options: dict[
     factor = min(3**strength**2, max(1.0, min(height, width) / _SMALLEST_ENCODED))
     small = (round(width / factor), round(height / factor))
     frames = _resized(clip.frames, small)
-    decoded = _transcode(frames, codec, {**options, "crf": f"{round(15 + 48 * strength)}"}, clip.fps)
+    decoded = transcode(frames, codec, {**options, "crf": f"{round(15 + 48 * strength)}"}, clip.fps)
     return clip.changed(_resized(decoded, (width, height)))
 
 
@@ -472,7 +472,8 @@ def _resized(frames: Pixels, size: tuple[int, int]) -> Pixels:
     return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)) for frame in frames])
 
 
-def _transcode(frames: Pixels, codec: str, options: dict[str, str], fps: float) -> Pixels:
+def transcode(frames: Pixels, codec: str, options: dict[str, str], fps: float) -> Pixels:
+    """What an encoder hands on of (T, H, W, 3) uint8 frames: encoded (see `encode`) and decoded again."""
     import av
 
     buffer = io.BytesIO()

@@ -229,6 +229,17 @@ _FAULTLESS = (
     r"\b(?:(?:no|without) (?:a |any )?(?:(?:visible|obvious|apparent|noticeable|major) )?(?:defect|flaw)s?\b"
     r"(?! (?:other|besides|except|apart))|(?<!not )flawless\w*)"
 )
+_LINKS = r"that|which|who|where|when|while|as|because|since|and|but|or|if|than|what|how|so|whether"
+_TWO_VERBS = (
+    r"(?<!what )(?<!that )(?<!which )(?<!who )\b(?:is|are)\b"
+    rf"(?:(?!\b(?:{_LINKS})\b)[^.,;:])*?\b(?:is|are|stands|covers|takes|hides|breaks)\b"
+)
+_VERB = (
+    r"\b(?:is|are|was|were|be|been|has|have|had|do|does|did|can|could|may|might|must|will|would|should|"
+    r"\w{2,}(?:s|ed))\b"
+)
+"""What is a verb, or looks like one: a sentence without is mostly a piece of one."""
+
 _NEGATION = r"\b(?:no|not|without|free of|neither|nor|hardly any|isn't|aren't)\b[^.;:]{0,25}$"
 
 
@@ -277,6 +288,10 @@ def objection(
         return f"it says that {_MERITS[praised]}, and {praised} was found"
     if again := _repeated(text):
         return f"it repeats itself: {again}"
+    if mute := next((each for each in sentences[1:] if not re.search(_VERB, each.lower())), None):
+        return f"it has a sentence without a verb: {mute}"
+    if torn := re.search(_TWO_VERBS, text.lower()):
+        return f"it has two verbs and nothing that joins them: {torn[0]}"
     return None
 
 

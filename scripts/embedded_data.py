@@ -23,7 +23,9 @@ import argparse
 import csv
 import json
 import math
+import random
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +33,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lmm_qa.degrade import COMPRESSION, DAMAGES, FACIAL, Pixels
+from lmm_qa.degrade import COMPRESSION, DAMAGES, FACIAL, REPEATABLE_X264, Pixels, transcode
 from lmm_qa.face import AROUND, ASSUMED, Face, face_window, find_face
 from lmm_qa.reference import ceiling, make_copy
 
@@ -42,6 +44,7 @@ KINDS = ("whole", "face", "crop")  # of views, in the order of the prompt
 PAIRS = 6  # moments looked at, two frames each
 CROP, WHOLE_PIXELS, FACTOR = 168, 168 * 168, 28
 FACE, FACE_SEEN = 168, 140  # the face is kept somewhat larger than it is looked at, so that training can shift it
+DELIVERED, HARDLY_LOSSY = 0.7, (8.0, 14.0)  # share of the copies that are rated as an encoder hands them on; its CRF
 BLIND = 0.08  # share of the segments whose face is taken for not found
 
 MAIN = ("blur", "rescale", "noise", "jpeg", "h264", "stall")
@@ -173,11 +176,19 @@ def views(frames: Pixels, window: tuple[int, int, int]) -> dict[str, Pixels]:
     return {"whole": whole, "face": np.stack([np.asarray(face) for face in faces]), "crop": crop}
 
 
-def rated_views(folder: Path, name: str) -> tuple[Pixels, ...]:
-    """A prepared copy as it is rated: whole, middle of the face's surroundings, crop."""
-    whole, face, crop = (np.load(folder / f"{name}.{kind}.npy") for kind in KINDS)
-    edge = (FACE - FACE_SEEN) // 2
-    return whole, np.ascontiguousarray(face[:, edge:-edge, edge:-edge]), crop
+def rated_views(folder: Path, name: str, kinds: Sequence[str]) -> tuple[Pixels, ...]:
+    """Views of a prepared copy as they are rated: of the face's surroundings the middle; and the crop mostly as it is
+    when an encoder has handed it on with hardly a loss, as it does with each clip that is rated. The copies are kept
+    without, and pixels that are equal to the bit would tell too much."""
+    views = {kind: np.load(folder / f"{name}.{kind}.npy") for kind in kinds}
+    if "face" in views:
+        edge = (FACE - FACE_SEEN) // 2
+        views["face"] = np.ascontiguousarray(views["face"][:, edge:-edge, edge:-edge])
+    lot = random.Random(name)
+    if "crop" in views and lot.random() < DELIVERED:
+        x264 = {"crf": f"{lot.uniform(*HARDLY_LOSSY):.1f}", "g": "2", **REPEATABLE_X264}
+        views["crop"] = transcode(views["crop"], "libx264", x264, FPS)
+    return tuple(views.values())
 
 
 def prepare(job: Job) -> list[dict[str, object]]:

@@ -13,10 +13,11 @@ every frame. Defects that no damage makes, or that the model does not see (avera
 and so not judged. Without --copies only what the decoder measures is fitted; how the rater reads the other answers
 stays.
 
-`judge`: average precision of each defect that some copy has; precision and recall of what the explanations name; how
-often times of stalls, bufferings and bit-rate switches are right within half a second at both ends; how many
-explanations were the model's own; SRCC of the score with the labels, over all and within each cause (clean copies
-count as strength 0).
+`judge`: average precision of each defect that some copy has, also of those that the rater is not asked about in use
+(from its answers as they are); precision and recall of what the explanations name; how often times of stalls,
+bufferings and bit-rate switches are right within half a second at both ends; how many explanations were the model's
+own; SRCC of the score with the labels, over all and within each cause (clean copies count as
+strength 0).
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def prepared(folder: Path, rater: Any, limit: int) -> Iterator[tuple[dict[str, A
     asked = {name: prompt for name, prompt in questions().items() if name in truth([])}
     system = load_prompt("talking_head").system
     for number, row in enumerate(rows):
-        views = rated_views(folder, row["name"])
+        views = rated_views(folder, row["name"], [view.kind for view in rater.settings.views])
         seconds = tuple(row["duration"] * (moment + 0.5) / len(views[0]) for moment in range(len(views[0])))
         clip = ClipInput(views, seconds, row["duration"], {})
         (answers,) = rater.backbone.prefill([clip], system).ask([*asked.values()])
@@ -158,6 +159,20 @@ def in_time(row: dict[str, Any], found: Sequence[Any], cause: str, defect: str) 
     return any(abs(a - first) <= WITHIN and abs(b - last) <= WITHIN for a, b in spans)
 
 
+def each_precision(
+    truths: Sequence[dict[str, bool | None]], read: Sequence[dict[str, float | None]]
+) -> dict[str, float]:
+    """Average precision of each defect that some copy has and that was judged."""
+    found = {}
+    for name in truths[0]:
+        asked = [number for number, each in enumerate(truths) if each[name] is not None]
+        there = np.array([truths[number][name] for number in asked], bool)
+        p = [read[number][name] for number in asked]
+        if there.any() and None not in p:
+            found[name] = round(average_precision(np.array(p, float), there), 3)
+    return found
+
+
 def judge(args: argparse.Namespace) -> None:
     from lmm_qa import Rater
 
@@ -165,15 +180,15 @@ def judge(args: argparse.Namespace) -> None:
     rows, results = zip(*rated(args.labels, rater, explanation=True), strict=True)
     truths = [known(row) for row in rows]
     report: dict[str, Any] = {"model": args.model or "embedded", "rater_id": rater.rater_id, "clips": len(rows)}
-    precisions = {}
-    for name in truth([]):
-        asked = [number for number, each in enumerate(truths) if each[name] is not None]
-        there = np.array([truths[number][name] for number in asked], bool)
-        if there.any() and rater.defect_calibration.defects.get(name):
-            p = np.array([results[number].profile.defects[name] for number in asked])
-            precisions[name] = round(average_precision(p, there), 3)
+    precisions = each_precision(truths, [result.profile.defects for result in results])
     report["average_precision"] = precisions
     report["mean_average_precision"] = round(float(np.mean(list(precisions.values()))), 3)
+    if set(precisions) < set(truth([])):  # what it is not asked about in use: it is not let off here
+        rater.defect_calibration = UNCALIBRATED
+        answers = [result.profile.defects for _, result in rated(args.labels, rater, explanation=False)]
+        everything = each_precision(truths, answers) | precisions
+        report["average_precision_not_judged"] = {name: p for name, p in everything.items() if name not in precisions}
+        report["mean_average_precision_of_all"] = round(float(np.mean(list(everything.values()))), 3)
     named = [(each, mentions(result.explanation)) for each, result in zip(truths, results, strict=True)]
     right = sum(each.get(name) is True for each, said in named for name in said)
     wrong = sum(each.get(name) is False for each, said in named for name in said)

@@ -23,7 +23,7 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention, apply_rotary_pos_emb_vision
 
+from lmm_qa.config import View
 from lmm_qa.defects import BY_NAME, questions
 from lmm_qa.degrade import DAMAGES, FACIAL, TEMPORAL
 from lmm_qa.explain import Finding, explanation_prompt, is_good, sentence
@@ -250,9 +251,8 @@ class DenseTargets:
         motion = torch.stack([motion[:, :3].mean(1), motion[:, 3:].mean(1)], 1)
         bands = torch.log10(torch.cat([still, motion], 1) + 1e-7) + 4
         red, green, blue = (pixels.mean((1, 2, 3)) / 255).unbind(1)
-        first, second = pixels[..., 1].unbind(
-            1
-        )  # green says most about brightness, and is whole numbers as luma is not
+        # Green says most about brightness, and is whole numbers, as luma is not.
+        first, second = pixels[..., 1].unbind(1)
         steps = [first.diff(dim=1).abs().mean(2), first.diff(dim=2).abs().mean(1)]  # (N, 27) each
         flat = sum((first.diff(dim=dim) == 0).float().mean((1, 2)) for dim in (1, 2))
         frozen = (first == second).float().mean((1, 2))
@@ -340,7 +340,8 @@ class Part:
 class Prefill:
     """The prompts as token ids, and where the level words stand in the vocabulary."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, kinds: Sequence[str]) -> None:
+        self.kinds = kinds  # of the views, in the order of the prompt
         self.prompt = load_prompt("talking_head")
         self.processor = AutoProcessor.from_pretrained(base)
         tokenizer = self.processor.tokenizer
@@ -362,7 +363,7 @@ class Prefill:
     def split(self, prompt: Prompt, more: str = "") -> tuple[list[int], list[int]]:
         """Ids up to the last video, and after it."""
         chat = self.processor.apply_chat_template(
-            prompt.messages(len(KINDS)), tokenize=False, add_generation_prompt=True
+            prompt.messages(len(self.kinds)), tokenize=False, add_generation_prompt=True
         )
         before, mark, after = (chat + prompt.stem + more).rpartition("<|video_pad|>")
         tokenizer = self.processor.tokenizer
@@ -644,10 +645,10 @@ def train_adapter(phase: dict[str, Any], lora: dict[str, Any], out: Path, data: 
     cache.mkdir(exist_ok=True)
 
     def features(copies: Copies, row: dict[str, Any]) -> dict[str, Any]:
-        """Views' shapes and tokens of one copy as it is rated: whole view, middle of the face and crop, all pairs."""
+        """Views' shapes and tokens of one copy as it is rated, all pairs."""
         file = cache / f"{row['name']}.pt"
         if not file.exists():
-            views = [torch.from_numpy(view) for view in rated_views(copies.folder, row["name"])]
+            views = [torch.from_numpy(view) for view in rated_views(copies.folder, row["name"], prefill.kinds)]
             with torch.no_grad(), AUTOCAST:
                 tokens = vision_tokens(model, [view[None].to(DEVICE) for view in views])
             kept = [token[0].bfloat16().cpu() for token in tokens]
@@ -675,7 +676,8 @@ def train_adapter(phase: dict[str, Any], lora: dict[str, Any], out: Path, data: 
     def run(
         shapes: str, chosen: list[tuple[dict[str, Any], list[Tensor]]], draw: random.Random, words: bool = True
     ) -> tuple[Tensor, Tensor, Tensor]:
-        tokens = [torch.stack([sample[1][view] for sample in chosen]).float().to(DEVICE) for view in range(len(KINDS))]
+        views = range(len(prefill.kinds))
+        tokens = [torch.stack([sample[1][view] for sample in chosen]).float().to(DEVICE) for view in views]
         quality = torch.tensor([sample[0]["quality"] for sample in chosen]).to(DEVICE)
         parts = [prefill.parts(row, draw, words and number % 2 == 0) for number, (row, _) in enumerate(chosen)]
         inputs = prefill.inputs(model.model, json.loads(shapes), parts)
@@ -723,7 +725,7 @@ def main() -> None:
     recipe = yaml.safe_load(args.config.read_text())
     torch.manual_seed(recipe["seed"])
     args.out.mkdir(parents=True, exist_ok=True)
-    prefill = Prefill(args.init)
+    prefill = Prefill(args.init, [View.from_text(view).kind for view in recipe["views"]])
     before = args.init
     heads = Heads(recipe["text"]["hidden_size"]).to(DEVICE)
     for name, phase in recipe["phases"].items():

@@ -115,6 +115,11 @@ def test_mentions(text: str, names: set[str]) -> None:
         ),
         ("The quality of this video is fair: it is blurred from 0.5 to 1.0 s, and soft from 0.5 to 1.0 s.", None),
         ("The quality of this video is fair: the picture is blurred. Still, the face is sharp.", "the face is sharp"),
+        ("The quality of this video is fair: it is blurred. On the positive side, the same.", "without a verb"),
+        ("The quality of this video is fair: it is blurred. The face is steady stands out.", "two verbs"),
+        ("The quality of this video is fair: the picture is severe blur covers the picture.", "two verbs"),
+        ("The quality of this video is fair: it is a blur that covers the face, and what is behind is soft.", None),
+        ("The quality of this video is fair because it is blurred. Nothing else is wrong.", None),
     ],
 )
 def test_words_that_contradict_the_rating_are_not_shown(text: str, why: str | None) -> None:
