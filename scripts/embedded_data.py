@@ -176,18 +176,22 @@ def views(frames: Pixels, window: tuple[int, int, int]) -> dict[str, Pixels]:
     return {"whole": whole, "face": np.stack([np.asarray(face) for face in faces]), "crop": crop}
 
 
+def handed_on(crop: Pixels, lot: random.Random) -> Pixels:
+    """A native crop, mostly, as it is when an encoder has handed it on with hardly a loss, as it does with each clip
+    that is rated. Copies are kept without, and pixels that are equal to the bit would tell too much."""
+    if lot.random() >= DELIVERED:
+        return crop
+    return transcode(crop, "libx264", {"crf": f"{lot.uniform(*HARDLY_LOSSY):.1f}", "g": "2", **REPEATABLE_X264}, FPS)
+
+
 def rated_views(folder: Path, name: str, kinds: Sequence[str]) -> tuple[Pixels, ...]:
-    """Views of a prepared copy as they are rated: of the face's surroundings the middle; and the crop mostly as it is
-    when an encoder has handed it on with hardly a loss, as it does with each clip that is rated. The copies are kept
-    without, and pixels that are equal to the bit would tell too much."""
+    """Views of a prepared copy as they are rated: of the face's surroundings the middle, the crop handed on."""
     views = {kind: np.load(folder / f"{name}.{kind}.npy") for kind in kinds}
     if "face" in views:
         edge = (FACE - FACE_SEEN) // 2
         views["face"] = np.ascontiguousarray(views["face"][:, edge:-edge, edge:-edge])
-    lot = random.Random(name)
-    if "crop" in views and lot.random() < DELIVERED:
-        x264 = {"crf": f"{lot.uniform(*HARDLY_LOSSY):.1f}", "g": "2", **REPEATABLE_X264}
-        views["crop"] = transcode(views["crop"], "libx264", x264, FPS)
+    if "crop" in views:
+        views["crop"] = handed_on(views["crop"], random.Random(name))
     return tuple(views.values())
 
 

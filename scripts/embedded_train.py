@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from embedded_data import FACE_SEEN, KINDS, rated_views
+from embedded_data import FACE_SEEN, KINDS, handed_on, rated_views
 from embedded_defects import known
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.fft import dct
@@ -159,6 +159,9 @@ class Copies:
         shape = self.shapes(row)[KINDS.index(kind)]
         damaged = self.read(row["name"], kind, shape, pairs)
         clean = self.read(self.clean[row["segment"]], kind, shape, pairs)
+        if kind == "crop":
+            lot = draw.random()  # the same encoder for both
+            damaged, clean = (handed_on(clip, random.Random(lot)) for clip in (damaged, clean))
         height, width = damaged.shape[1:3]
         tall, wide = min(side, height) // MERGED * MERGED, min(side, width) // MERGED * MERGED
         top, left = draw.randint(0, height - tall), draw.randint(0, width - wide)
