@@ -234,6 +234,8 @@ _TWO_VERBS = (
     r"(?<!what )(?<!that )(?<!which )(?<!who )\b(?:is|are)\b"
     rf"(?:(?!\b(?:{_LINKS})\b)[^.,;:])*?\b(?:is|are|stands|covers|takes|hides|breaks)\b"
 )
+"""Two verbs in one clause: *the face is steady stands out*. Not after a word that begins another clause."""
+
 _VERB = (
     r"\b(?:is|are|was|were|be|been|has|have|had|do|does|did|can|could|may|might|must|will|would|should|"
     r"\w{2,}(?:s|ed))\b"
@@ -266,7 +268,8 @@ def objection(
         found: names of the defects that it may name.
         judged: names of the defects that were asked for: of those it must name one, if one was found.
     """
-    words = set(re.findall(r"\w+", text.lower()))
+    lower = text.lower()
+    words = set(re.findall(r"\w+", lower))
     if others := sorted(words & (set(levels) - {level})):
         return f"it says {', '.join(others)}, and the rating {level}"
     named = mentions(text)
@@ -274,7 +277,7 @@ def objection(
         return f"it names what was not found: {', '.join(invented)}"
     if (told := set(found) & set(judged)) and not named & told:
         return "it names none of the defects that were found"
-    if claim := re.search(_FAULTLESS, text.lower()):
+    if claim := re.search(_FAULTLESS, lower):
         if found:
             return f"it says {claim[0]}, and {', '.join(sorted(found))} was found"
         if not is_good(level, levels):
@@ -284,20 +287,19 @@ def objection(
     sentences = re.split(r"(?<=\.)\s+", text.strip())
     if broken := next((each for each in sentences[1:] if len(each.split()) < LEAST_WORDS), None):
         return f"it breaks off: {broken}"
-    if praised := next((name for name in found if _MERITS.get(name, "\n") in text.lower()), None):
+    if praised := next((name for name in found if _MERITS.get(name, "\n") in lower), None):
         return f"it says that {_MERITS[praised]}, and {praised} was found"
-    if again := _repeated(text):
+    if again := _repeated(lower):
         return f"it repeats itself: {again}"
     if mute := next((each for each in sentences[1:] if not re.search(_VERB, each.lower())), None):
         return f"it has a sentence without a verb: {mute}"
-    if torn := re.search(_TWO_VERBS, text.lower()):
+    if torn := re.search(_TWO_VERBS, lower):
         return f"it has two verbs and nothing that joins them: {torn[0]}"
     return None
 
 
 def _repeated(text: str) -> str | None:
-    """What is said twice: a few words one after the other, or a whole clause anywhere; times may well be the same."""
-    text = text.lower()
+    """What a text in lower case says twice: a few words one after the other, or a clause anywhere; times may be the same."""
     if twice := re.search(r"\b(\w+(?:\W+\w+){2,4})\W+\1\b", text):
         return twice[1]
     words = re.findall(r"\w+", text)

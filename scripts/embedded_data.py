@@ -44,7 +44,7 @@ KINDS = ("whole", "face", "crop")  # of views, in the order of the prompt
 PAIRS = 6  # moments looked at, two frames each
 CROP, WHOLE_PIXELS, FACTOR = 168, 168 * 168, 28
 FACE, FACE_SEEN = 168, 140  # the face is kept somewhat larger than it is looked at, so that training can shift it
-DELIVERED, HARDLY_LOSSY = 0.7, (8.0, 14.0)  # share of the copies that are rated as an encoder hands them on; its CRF
+HANDED_ON, HARDLY_LOSSY = 0.7, (8.0, 14.0)  # share of the copies that are rated as an encoder hands them on; its CRF
 BLIND = 0.08  # share of the segments whose face is taken for not found
 
 MAIN = ("blur", "rescale", "noise", "jpeg", "h264", "stall")
@@ -179,7 +179,7 @@ def views(frames: Pixels, window: tuple[int, int, int]) -> dict[str, Pixels]:
 def handed_on(crop: Pixels, lot: random.Random) -> Pixels:
     """A native crop, mostly, as it is when an encoder has handed it on with hardly a loss, as it does with each clip
     that is rated. Copies are kept without, and pixels that are equal to the bit would tell too much."""
-    if lot.random() >= DELIVERED:
+    if lot.random() >= HANDED_ON:
         return crop
     return transcode(crop, "libx264", {"crf": f"{lot.uniform(*HARDLY_LOSSY):.1f}", "g": "2", **REPEATABLE_X264}, FPS)
 

@@ -16,8 +16,7 @@ stays.
 `judge`: average precision of each defect that some copy has, also of those that the rater is not asked about in use
 (from its answers as they are); precision and recall of what the explanations name; how often times of stalls,
 bufferings and bit-rate switches are right within half a second at both ends; how many explanations were the model's
-own; SRCC of the score with the labels, over all and within each cause (clean copies count as
-strength 0).
+own; SRCC of the score with the labels, over all and within each cause (clean copies count as strength 0).
 """
 
 from __future__ import annotations
@@ -183,12 +182,12 @@ def judge(args: argparse.Namespace) -> None:
     precisions = each_precision(truths, [result.profile.defects for result in results])
     report["average_precision"] = precisions
     report["mean_average_precision"] = round(float(np.mean(list(precisions.values()))), 3)
-    if set(precisions) < set(truth([])):  # what it is not asked about in use: it is not let off here
+    if left_out := set(truths[0]) - set(rater.defect_calibration.defects):  # in use; here it is asked about these too
         rater.defect_calibration = UNCALIBRATED
         answers = [result.profile.defects for _, result in rated(args.labels, rater, explanation=False)]
-        everything = each_precision(truths, answers) | precisions
-        report["average_precision_not_judged"] = {name: p for name, p in everything.items() if name not in precisions}
-        report["mean_average_precision_of_all"] = round(float(np.mean(list(everything.values()))), 3)
+        others = {name: p for name, p in each_precision(truths, answers).items() if name in left_out}
+        report["average_precision_not_judged"] = others
+        report["mean_average_precision_of_all"] = round(float(np.mean([*precisions.values(), *others.values()])), 3)
     named = [(each, mentions(result.explanation)) for each, result in zip(truths, results, strict=True)]
     right = sum(each.get(name) is True for each, said in named for name in said)
     wrong = sum(each.get(name) is False for each, said in named for name in said)

@@ -44,6 +44,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention, apply_rotary_pos_emb_vision
 
 from lmm_qa.config import View
+from lmm_qa.copies import TIMED
 from lmm_qa.defects import BY_NAME, questions
 from lmm_qa.degrade import DAMAGES, FACIAL, TEMPORAL
 from lmm_qa.explain import Finding, explanation_prompt, is_good, sentence
@@ -65,7 +66,6 @@ RECOLOURED = 0.7  # share of the samples of which the colours are changed, unles
 LIGHT = {"overexposure", "underexposure", "colour_cast"}
 OF_HEADS = [name for name, defect in BY_NAME.items() if defect.causes and set(defect.causes) <= set(FACIAL)]
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
-TIMED = ("stall", "buffering", "bitrate_switch", "lips")  # defects of which the words say when
 AUTOCAST = torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
