@@ -299,7 +299,7 @@ def objection(
 
 
 def _repeated(text: str) -> str | None:
-    """What a text in lower case says twice: a few words one after the other, or a clause anywhere; times may be the same."""
+    """What a text in lower case says twice: some words one after the other, or a clause anywhere; times may well be."""
     if twice := re.search(r"\b(\w+(?:\W+\w+){2,4})\W+\1\b", text):
         return twice[1]
     words = re.findall(r"\w+", text)
