@@ -277,11 +277,10 @@ def _prompts(file: Path) -> dict[str, Prompt]:
 class Logistic(Settings):
     """How the answer on one defect is read: P = sigmoid(slope * log-odds + measured * m + intercept)."""
 
-    slope: float = Field(1.0, gt=0)
-    """Of the log-odds of yes against no."""
+    slope: float = Field(1.0, ge=0)
+    """Of the log-odds of yes against no, as the model answered; 0: it is not asked."""
     measured: float = Field(0.0, ge=0)
-    """Of m: 1 where the decoder, which sees every frame, found the defect; -1 where it did not; 0 where it was not
-    looked for."""
+    """Of m, the log-odds by what was measured of the clip (`lmm_qa.evidence`); 0 where nothing was."""
     intercept: float = 0.0
     threshold: float = Field(0.5, gt=0, lt=1)
     """P from which on the defect is said to be there."""
@@ -302,6 +301,10 @@ class DefectCalibration(Settings):
             raise ValueError(f"no such defects: {', '.join(sorted(unknown))}; known: {', '.join(VISIBLE)}")
         return self
 
+    def asks(self, name: str) -> bool:
+        """Whether the model's answer on a defect counts, so that it has to be asked."""
+        return name in self.defects and self.defects[name].slope > 0
+
     def probability(self, name: str, log_odds: float, measured: float = 0.0) -> float | None:
         """Calibrated P(yes); None where this defect is not judged. Arguments: see `Logistic`."""
         if (how := self.defects.get(name)) is None:
@@ -310,13 +313,8 @@ class DefectCalibration(Settings):
         return 1 / (1 + math.exp(-min(max(z, -60.0), 60.0)))
 
 
-MEASURED = ("stall", "buffering", "jerkiness", "bitrate_switch", "flicker")
-"""Defects in time, which `lmm_qa.trace` looks for in every frame; the model sees a few."""
-
-UNCALIBRATED = DefectCalibration(
-    defects={name: Logistic(measured=3.0 if name in MEASURED else 0.0) for name in VISIBLE}
-)
-"""For models that nobody has calibrated: every visible defect, as the model says and the decoder found."""
+UNCALIBRATED = DefectCalibration(defects={name: Logistic(measured=1.0) for name in VISIBLE})
+"""For models that nobody has calibrated: every visible defect, what the model says and what was measured alike."""
 
 
 def read_calibration(file: Path | None) -> DefectCalibration:

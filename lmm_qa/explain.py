@@ -242,6 +242,9 @@ _VERB = (
 )
 """What is a verb, or looks like one: a sentence without is mostly a piece of one."""
 
+_MOMENT = r"\b\d+(?:\.\d+)?(?=\s*(?:s|sec|secs|seconds?)\b|\s*(?:to|and|-|\u2013)\s*\d)"
+"""A number of seconds."""
+
 _NEGATION = r"\b(?:no|not|without|free of|neither|nor|hardly any|isn't|aren't)\b[^.;:]{0,25}$"
 
 
@@ -257,7 +260,7 @@ def mentions(text: str) -> set[str]:
 
 
 def objection(
-    text: str, level: str, levels: Sequence[str], found: Collection[str], judged: Collection[str]
+    text: str, level: str, levels: Sequence[str], told: Sequence[Finding], judged: Collection[str]
 ) -> str | None:
     """Why an explanation may not be shown beside its rating; None if it may.
 
@@ -265,18 +268,20 @@ def objection(
         text: the whole explanation, opening included.
         level: the level word that was read.
         levels: all level words, worst first.
-        found: names of the defects that it may name.
+        told: the defects that it may name, with the times that it may give.
         judged: names of the defects that were asked for: of those it must name one, if one was found.
     """
-    lower = text.lower()
+    lower, found = text.lower(), {one.defect for one in told}
     words = set(re.findall(r"\w+", lower))
     if others := sorted(words & (set(levels) - {level})):
         return f"it says {', '.join(others)}, and the rating {level}"
     named = mentions(text)
-    if invented := sorted(named - set(found)):
+    if invented := sorted(named - found):
         return f"it names what was not found: {', '.join(invented)}"
-    if (told := set(found) & set(judged)) and not named & told:
+    if (due := found & set(judged)) and not named & due:
         return "it names none of the defects that were found"
+    if guessed := [moment for moment in re.findall(_MOMENT, lower) if moment not in re.findall(_MOMENT, facts(told))]:
+        return f"it gives a time that was not measured: {guessed[0]} s"
     if claim := re.search(_FAULTLESS, lower):
         if found:
             return f"it says {claim[0]}, and {', '.join(sorted(found))} was found"
@@ -323,7 +328,7 @@ def explain(text: str | None, level: str, levels: Sequence[str], found: Sequence
         why: str | None = "the model was not asked"
     else:
         whole = begun + text
-        why = objection(whole, level, levels, [one.defect for one in told], VISIBLE)
+        why = objection(whole, level, levels, told, VISIBLE)
         if why is None:
             return whole, None
     return begun + sentence(told, denied, random.Random(seed), good=is_good(level, levels)), why

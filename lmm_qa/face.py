@@ -7,6 +7,7 @@ where talking heads mostly have it, and `Face.found` says so.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -31,6 +32,9 @@ AROUND = 1.5
 """Side of `face_window` in sides of the box, which ends at the brows: hair, chin and the edge of the face come in."""
 _OVERLAP = 0.3
 _SEEN_AT_LEAST = 2
+FOLLOWED = 4
+_BESIDE = 0.45
+"""Sides of a box by which it may have moved from one searched picture to the next."""
 """Key frames: what is taken for a face once only is a flower, or a fold of a curtain."""
 
 
@@ -61,6 +65,36 @@ def find_face(frames: NDArray[np.uint8]) -> Face:
     best = everywhere[np.lexsort((size, support))[-1]]
     matches = [(key, boxes[_overlap(best, boxes).argmax()]) for key, boxes in zip(keys, seen, strict=True)
                if len(boxes) and _overlap(best, boxes).max() > _OVERLAP]  # fmt: skip
+    return _along(matches, count)
+
+
+def follow_face(frames: Sequence[NDArray[np.uint8]]) -> Face:
+    """The largest face of the first picture that shows one, followed; a quarter of the time that `find_face` takes.
+
+    For a few pictures of a clip: `FOLLOWED` of them are searched, the first in whole, the others about that place.
+
+    Args:
+        frames: each (H, W, 3) uint8 RGB, all of one size.
+    """
+    height, width = frames[0].shape[:2]
+    keys = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), FOLLOWED)).round().astype(int))
+    matches: list[tuple[int, NDArray[np.float64]]] = []
+    for key in keys:
+        near = matches[-1][1] if matches else None
+        if near is None and key > keys[len(keys) // 2]:
+            break  # two have to agree
+        found = _detect(frames[key], near)
+        if len(found):
+            sides = found[:, 2] - found[:, 0]
+            away = sides if near is None else -np.hypot(*(found[:, :2] - near[:2] + found[:, 2:] - near[2:]).T)
+            matches.append((int(key), found[away.argmax()]))
+    if len(matches) < min(_SEEN_AT_LEAST, len(keys)):
+        return Face(np.tile(_square(ASSUMED, width / height), (len(frames), 1)), found=False)
+    return _along(matches, len(frames))
+
+
+def _along(matches: Sequence[tuple[int, NDArray[np.float64]]], count: int) -> Face:
+    """Boxes of one size in all frames, from those in some."""
     moments, boxes = np.array([key for key, _ in matches]), np.array([box for _, box in matches])
     centers, halves = (boxes[:, :2] + boxes[:, 2:]) / 2, np.median(boxes[:, 2:] - boxes[:, :2], axis=0) / 2
     path = np.stack([np.interp(np.arange(count), moments, centers[:, axis]) for axis in range(2)], axis=1)
@@ -84,22 +118,31 @@ def face_window(face: Face, height: int, width: int, around: float = AROUND) -> 
     return x, y, side
 
 
-def _detect(frame: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """(n, 4) boxes of the faces in one picture."""
+def _detect(frame: NDArray[np.uint8], near: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+    """(n, 4) boxes of the faces in one picture; or of those about a place, of about that size."""
     height, width = frame.shape[:2]
     shrink = min(1.0, _DETECTION_SIDE / max(height, width))
     small = Image.fromarray(frame).resize((max(1, round(width * shrink)), max(1, round(height * shrink))))
-    side = min(small.size)
+    sides = np.array([small.width, small.height] * 2)
+    side, corner, finer = min(small.size), (0, 0), 1.15
+    least, most = max(24, side // 6), side
+    if near is not None:
+        left, top, right, bottom = near * sides
+        wide = right - left
+        corner = max(0, int(left - _BESIDE * wide)), max(0, int(top - _BESIDE * wide))
+        small = small.crop((*corner, min(small.width, int(right + _BESIDE * wide)),
+                            min(small.height, int(bottom + _BESIDE * wide))))  # fmt: skip
+        least, most, finer = max(24, int(0.72 * wide)), max(25, int(1.4 * wide)), 1.1
     found = _cascade().detect_multi_scale(
         np.asarray(small),
-        scale_factor=1.15,
+        scale_factor=finer,
         step_ratio=1,
-        min_size=(max(24, side // 6),) * 2,
-        max_size=(side,) * 2,
+        min_size=(least, least),
+        max_size=(most, most),
         min_neighbor_number=3,
     )
     boxes = [(one["c"], one["r"], one["c"] + one["width"], one["r"] + one["height"]) for one in found]
-    return np.array(boxes, dtype=np.float64).reshape(-1, 4) / (small.width, small.height, small.width, small.height)
+    return np.asarray((np.array(boxes, dtype=np.float64).reshape(-1, 4) + np.array(corner * 2)) / sides)
 
 
 @cache

@@ -1,8 +1,8 @@
-"""The defect profile of a clip: what the model answered to the closed questions, and what the decoder measured.
+"""The defect profile of a clip: what the model answered to the closed questions, and what was measured.
 
-A model sees a few frames of a clip; the decoder sees all of them. So whether and when a picture stands, is poorer for a
-while, or flickers, is measured (`lmm_qa.trace`), and goes into the probability of these defects beside the model's
-answer. Knows nothing of models or files.
+A model sees a few small pictures of a clip; the decoder passes all of them, at native resolution. So what is measured
+there (`lmm_qa.signs`, weighed by `lmm_qa.evidence`) goes into the probability of each defect beside the model's answer;
+and when a picture stands or is poorer than the rest comes from `lmm_qa.trace`. Knows nothing of models or files.
 """
 
 from __future__ import annotations
@@ -14,14 +14,7 @@ from statistics import median
 
 from lmm_qa.defects import DEFECTS, DefectCalibration
 from lmm_qa.explain import Finding
-from lmm_qa.trace import Span, Trace, buffering, flicker, pace, stalls, switches
-
-SLOW, UNEVEN = 18.0, 0.35
-"""Different pictures a second below which, and unevenness above which, movement is jerky (see `lmm_qa.trace.pace`)."""
-
-FLICKERS = 0.008
-"""Share of the brightness by which it jumps above which it flickers (see `lmm_qa.trace.flicker`): real clips stay under
-0.002, noisy ones under 0.004, and jumps by 2% begin at 0.009."""
+from lmm_qa.trace import Span, Trace, buffering, stalls, switches
 
 WINDOW, STEP = 2.0, 0.5
 """Seconds of a timeline's windows, and from one to the next."""
@@ -41,7 +34,7 @@ class Profile:
     log_odds: dict[str, float]
     """Of yes against no, as the model answered."""
     measured: dict[str, float]
-    """1 where the decoder found a defect, -1 where not; of those that it looks for."""
+    """Log-odds by what was measured (`lmm_qa.evidence`); empty where nothing was."""
     mass: float
     """Share of the vocabulary's probability on yes and no, mean over the questions. Near 0, the model cannot answer."""
 
@@ -53,21 +46,26 @@ class Profile:
 
 
 def read_profile(
-    answers: Mapping[str, tuple[float, float]], calibration: DefectCalibration, trace: Trace | None
+    answers: Mapping[str, tuple[float, float]],
+    calibration: DefectCalibration,
+    trace: Trace | None,
+    measured: Mapping[str, float],
 ) -> Profile:
     """Read the answers on one clip.
 
     Args:
         answers: for each question, the log-odds of yes against no, and the share of the vocabulary that both hold.
-        calibration: how they become probabilities.
-        trace: of the clip; None where not every frame was decoded.
+        calibration: how they become probabilities; what it gives a slope, and was not asked, is not judged.
+        trace: of the clip; None where not every frame was decoded. Says when.
+        measured: log-odds of each defect by what was measured (`lmm_qa.evidence`); empty where nothing was.
     """
     spans = _moments(trace) if trace else {}
-    measured = {name: 1.0 if there else -1.0 for name, there in spans.items()}
     always = (0.0, trace.duration) if trace else None
     defects = {
-        defect.name: calibration.probability(defect.name, answers[defect.name][0], measured.get(defect.name, 0.0))
-        if defect.name in answers
+        defect.name: calibration.probability(
+            defect.name, answers.get(defect.name, (0.0, 0.0))[0], measured.get(defect.name, 0.0)
+        )
+        if defect.name in answers or (measured and not calibration.asks(defect.name))
         else None
         for defect in DEFECTS
     }
@@ -80,23 +78,15 @@ def read_profile(
         defects,
         tuple(sorted(found, key=lambda one: -one.probability)),
         {name: odds for name, (odds, _) in answers.items()},
-        measured,
+        dict(measured),
         sum(mass for _, mass in answers.values()) / max(len(answers), 1),
     )
 
 
 def _moments(trace: Trace) -> dict[str, list[Span]]:
-    """When each defect that can be measured shows; an empty list where it does not."""
+    """When each defect shows that has a time, in a clip that has it."""
     first = buffering(trace)
-    rhythm = pace(trace)
-    jerky = rhythm.rate < SLOW or rhythm.uneven > UNEVEN
-    return {
-        "stall": stalls(trace),
-        "buffering": [first] if first else [],
-        "jerkiness": [(0.0, trace.duration)] if jerky else [],
-        "flicker": [(0.0, trace.duration)] if flicker(trace) > FLICKERS else [],
-        "bitrate_switch": switches(trace),
-    }
+    return {"stall": stalls(trace), "buffering": [first] if first else [], "bitrate_switch": switches(trace, 0)}
 
 
 @dataclass(frozen=True)

@@ -36,13 +36,13 @@ from lmm_qa.backbone import (
 from lmm_qa.config import Sampling, View
 from lmm_qa.defects import UNCALIBRATED, questions, read_calibration
 from lmm_qa.errors import ClipError, ConfigError, ModelError, UsageError
+from lmm_qa.evidence import weigh
 from lmm_qa.explain import explain, explanation_prompt, opening
 from lmm_qa.levels import LevelReading, read_levels
 from lmm_qa.manifest import Clip, content_id
 from lmm_qa.profile import STEP, WINDOW, Profile, Timeline, read_profile, read_timeline
 from lmm_qa.prompting import Prompt, load_prompt
 from lmm_qa.rater_file import ModelSource, RaterFile, identity, resolve_model
-from lmm_qa.trace import Trace
 from lmm_qa.video import DecoderPool, Frames, Windows, read_frames, read_windows
 
 if TYPE_CHECKING:
@@ -81,9 +81,14 @@ class Details:
     """Whose the words and the answers on defects are, where the rater has an adapter. The score is the adapter's."""
 
     @property
+    def profile(self) -> bool:
+        """Whether the profile is needed."""
+        return self.defects or self.explanation
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """Those of a row that are filled by this."""
-        profile = ("defects", "found") if self.defects or self.explanation else ()
+        profile = ("defects", "found") if self.profile else ()
         return (*profile, *(["explanation"] if self.explanation else ()), *(["timeline"] if self.timeline else ()))
 
 
@@ -391,7 +396,8 @@ class Rater:
         clip = Clip(Path(path), str(path), "argument")
         content = content_id(clip.path)
         looks = (clip.path, self.settings.sampling, self.settings.views, self.factor)
-        seen = read_windows(*looks, WINDOW, STEP) if details.timeline else read_frames(*looks)
+        asked = details.profile
+        seen = read_windows(*looks, WINDOW, STEP, asked) if details.timeline else read_frames(*looks, asked)
         return self._rate_batch([(clip, content, seen)], details)[0]
 
     def rate_all(
@@ -427,7 +433,10 @@ class Rater:
         looks = (self.settings.sampling, self.settings.views, self.factor)
         with DecoderPool(workers, timeout) as pool, self._threads(details) as (threads, most):
             decoded: Iterator[Seen | ClipError]
-            decoded = pool.imap_windows(paths, *looks, WINDOW, STEP) if details.timeline else pool.imap(paths, *looks)
+            if details.timeline:
+                decoded = pool.imap_windows(paths, *looks, WINDOW, STEP, details.profile)
+            else:
+                decoded = pool.imap(paths, *looks, details.profile)
             read = ((clip, *_with_content(clip, seen)) for clip, seen in zip(ours, decoded, strict=True))
             coming: deque[Future[list[Rating | Failure]]] = deque()
             for batch, failed in _batches(read, batch_size):
@@ -475,8 +484,8 @@ class Rater:
         nothing: list[None] = [None] * len(clips)
         profiles: Sequence[Profile | None] = nothing
         texts: Sequence[str | None] = nothing
-        if details.defects or details.explanation:
-            logits, profiles, texts = self._ask(inputs, [frames.trace for frames in looked_at], details)
+        if details.profile:
+            logits, profiles, texts = self._ask(inputs, looked_at, details)
         else:
             logits = self.backbone.read(inputs, self.settings.prompt)
         readings = [self._reading(each) for each in logits]
@@ -494,21 +503,26 @@ class Rater:
         return read_levels(logits.logits, logits.log_normalizer, self.settings.declared_scale())
 
     def _ask(
-        self, inputs: Sequence[ClipInput], traces: Sequence[Trace | None], details: Details
+        self, inputs: Sequence[ClipInput], looked_at: Sequence[Frames], details: Details
     ) -> tuple[list[LevelLogits], list[Profile], list[str | None]]:
         """Level logits, profile and words of each clip, all on one prefill (two, where the base speaks)."""
         prompt, backbone = self.settings.prompt, self.backbone
         base = details.speaker == "base" and self.source.adapter is not None
         calibration = UNCALIBRATED if base else self.defect_calibration
-        asked = {name: _of(question, prompt) for name, question in questions().items() if name in calibration.defects}
+        asked = {name: _of(question, prompt) for name, question in questions().items() if calibration.asks(name)}
         logits = backbone.read(inputs, prompt) if base else []
         with backbone.without_adapter() if base else nullcontext():
             prefill = backbone.prefill(inputs, prompt.system)
             answers = prefill.ask([*asked.values(), prompt])
             logits = logits or [each[-1] for each in answers]
             profiles = [
-                read_profile(dict(zip(asked, map(_yes, each), strict=False)), calibration, trace)
-                for each, trace in zip(answers, traces, strict=True)
+                read_profile(
+                    dict(zip(asked, map(_yes, each), strict=False)),
+                    calibration,
+                    frames.trace,
+                    weigh(frames.signs) if frames.signs else {},
+                )
+                for each, frames in zip(answers, looked_at, strict=True)
             ]
             texts: list[str | None] = [None] * len(inputs)
             if details.explanation:
@@ -551,7 +565,7 @@ class Rater:
             probabilities=dict(zip(prompt.levels, reading.probabilities, strict=True)),
             std=reading.std,
             level_mass=reading.mass,
-            frames=replace(frames, views=(), trace=None),
+            frames=replace(frames, views=(), trace=None, signs=None),
             model=self.source.name,
             adapter=str(self.source.adapter) if self.source.adapter else None,
             prompt=f"{prompt.question} {prompt.stem}",

@@ -132,7 +132,7 @@ def make_copy(
                 measured.append(vmaf(_part(done.frames[looked_at], done.place), _part(now[looked_at], done.place)))
                 quality *= 1 - PART[cause] * (1 - vmaf_quality(measured[-1]))
             else:
-                seen = min(1.0, _change(now, done, fps) / (FAINT * strength)) if strength else 0.0
+                seen = min(1.0, change(now, done, fps) / (FAINT * strength)) if strength else 0.0
                 quality *= 1 - seen * (1 - _curve(cause, strength, done.seconds, fps))
             now = done.frames
         if together:
@@ -247,7 +247,7 @@ def _part(frames: Pixels, place: Box) -> Pixels:
     return frames[:, spans[0], spans[1]]
 
 
-def _change(before: Pixels, done: Damaged, fps: float) -> float:
+def change(before: Pixels, done: Damaged, fps: float) -> float:
     """Mean absolute difference, in grey levels, within a damage's place and seconds."""
     first, stop = (round(moment * fps) for moment in done.seconds)
     height, width = before.shape[1:3]

@@ -238,7 +238,7 @@ def switches(trace: Trace, least: float = SWITCH) -> list[Span]:
         none or one: the poorer seconds that stand out most; from the beginning, or until the end, where only the other
         end of them shows.
     """
-    evidence = _steps(trace)
+    evidence = switching(trace)
     begins, ends = trace.seconds < _LEAST_SWITCH, trace.seconds > trace.duration - _LEAST_SWITCH
     evidence[begins] = evidence[begins].clip(max=0)
     evidence[ends] = evidence[ends].clip(min=0)
@@ -268,7 +268,7 @@ def _best_pair(evidence: NDArray[np.float64], seconds: Floats) -> tuple[int, int
     return best
 
 
-def _steps(trace: Trace) -> NDArray[np.float64]:
+def switching(trace: Trace) -> NDArray[np.float64]:
     """(frames,): evidence that detail steps up with a frame; below 0: down."""
     count = len(trace.seconds)
     near = max(3, round(_NEAR * count / trace.duration))

@@ -69,6 +69,7 @@ from lmm_qa.errors import (
     UsageError,
 )
 from lmm_qa.face import face_window, find_face
+from lmm_qa.signs import MOMENTS, Signs, measure, reduced
 from lmm_qa.trace import Span, Trace, Tracer
 
 if TYPE_CHECKING:
@@ -106,8 +107,14 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 """Environment of the worker processes: there is one for each core that is to decode, and threads that wait for a small
 product of matrices keep the others from theirs (0.19 instead of 0.06 processor seconds a clip were seen)."""
 
+_LEAST_MEASURED = 32
+"""Pixels a side to which a tiny picture is extended before it is measured."""
+
 LUMA_FIRST = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "nv12", "gray"})
 """Pixel formats whose first plane is the brightness, one byte a pixel."""
+
+MEASURED = Sampling(strategy="pairs", frames=2 * MOMENTS)
+"""The pictures that `lmm_qa.signs` measures, whatever frames a rater looks at."""
 
 DECORD_CODECS = frozenset({"h264", "mpeg4", "vp8", "vp9"})
 """Codecs of which decord 0.6.0 gives ffmpeg's pixels after a seek, where they have 8 bits, even sides and no rotation.
@@ -153,6 +160,9 @@ class Frames:
     """"pyav" or "decord"."""
     trace: Trace | None = None
     """What was measured of every frame of the clip; None where decord sought the sampled ones."""
+    signs: Signs | None = None
+    """What was measured of its pictures at native resolution, and of the trace; None unless asked for, and where there
+    is no trace."""
 
 
 @dataclass(frozen=True)
@@ -177,8 +187,8 @@ class Windows:
         return (self[number] for number in range(len(self)))
 
     def __getitem__(self, number: int) -> Frames:
-        """A window's frames, copied; their indices, seconds and info are those of the clip, and they have no trace."""
-        return replace(self._gather(self.rows[number]), trace=None)
+        """A window's frames, copied; their indices, seconds and info are those of the clip, and nothing is measured."""
+        return replace(self._gather(self.rows[number]), trace=None, signs=None)
 
     @property
     def whole(self) -> Frames:
@@ -384,14 +394,17 @@ def probe(path: str | Path) -> ClipInfo:
     return _scan(Path(path)).info
 
 
-def read_frames(path: str | Path, sampling: Sampling, views: Sequence[View], factor: int) -> Frames:
-    """Read the sampled frames of a clip, holding no other frame in memory.
+def read_frames(
+    path: str | Path, sampling: Sampling, views: Sequence[View], factor: int, measured: bool = False
+) -> Frames:
+    """Read the sampled frames of a clip, holding no other frame in memory, save the twelve that are measured.
 
     Args:
         path: the clip.
         sampling: which frames.
         views: which pixels of them; at least one.
         factor: patch size x merge size of the vision tower, pixels.
+        measured: whether the clip's `signs` are wanted too.
 
     Raises:
         ClipNotFound: nothing is there.
@@ -405,13 +418,19 @@ def read_frames(path: str | Path, sampling: Sampling, views: Sequence[View], fac
 
     empty = partial(_Rendered, views, factor)
     if _decord_first(scan.info) and (sought := _seek(scan, choose(scan.seconds), empty)):
-        return _gathered(scan, choose(scan.seconds), sought, "decord", None)
-    scan, kept, trace = _decode_whole(scan, choose, empty)
-    return _gathered(scan, choose(scan.seconds), kept, "pyav", trace)
+        return _gathered(scan, choose(scan.seconds), sought, "decord")
+    whole = _decode_whole(scan, choose, empty, measured)
+    return _gathered(whole.scan, choose(whole.scan.seconds), whole.kept, "pyav", whole.trace, whole.signs)
 
 
 def read_windows(
-    path: str | Path, sampling: Sampling, views: Sequence[View], factor: int, window: float, step: float
+    path: str | Path,
+    sampling: Sampling,
+    views: Sequence[View],
+    factor: int,
+    window: float,
+    step: float,
+    measured: bool = False,
 ) -> Windows:
     """Read the sampled frames of windows over a clip (see `window_spans`) and of the clip as a whole, each frame once.
 
@@ -424,6 +443,7 @@ def read_windows(
         factor: patch size x merge size of the vision tower, pixels.
         window: length of each window, seconds.
         step: seconds from one to the next; widened where the pictures would take more than `WINDOWS_BYTES`.
+        measured: whether the clip's `signs` are wanted too.
 
     Raises:
         UsageError: the window or the step is not above 0.
@@ -452,11 +472,12 @@ def read_windows(
         whole = sample_indices(seconds, sampling)
         return sorted({*whole, *(index for look in looks(seconds) for index in look)})
 
-    scan, kept, trace = _decode_whole(scan, choose, partial(_Rendered, views, factor))
+    decoded = _decode_whole(scan, choose, partial(_Rendered, views, factor), measured)
+    scan = decoded.scan
     chosen = choose(scan.seconds)
     row = {index: number for number, index in enumerate(chosen)}
     return Windows(
-        frames=_gathered(scan, chosen, kept, "pyav", trace),
+        frames=_gathered(scan, chosen, decoded.kept, "pyav", decoded.trace, decoded.signs),
         spans=tuple(spans),
         rows=tuple(tuple(row[index] for index in look) for look in looks(scan.seconds)),
         whole_rows=tuple(row[index] for index in sample_indices(scan.seconds, sampling)),
@@ -477,7 +498,14 @@ def _affordable_step(
     return max(step, (info.duration - window) / max(1, most - 1))
 
 
-def _gathered(scan: _Scan, indices: Sequence[int], kept: _Rendered, decoder: str, trace: Trace | None) -> Frames:
+def _gathered(
+    scan: _Scan,
+    indices: Sequence[int],
+    kept: _Rendered,
+    decoder: str,
+    trace: Trace | None = None,
+    signs: Signs | None = None,
+) -> Frames:
     return Frames(
         views=kept.stacked(indices),
         indices=tuple(indices),
@@ -485,6 +513,7 @@ def _gathered(scan: _Scan, indices: Sequence[int], kept: _Rendered, decoder: str
         info=scan.info,
         decoder=decoder,
         trace=trace,
+        signs=signs,
     )
 
 
@@ -797,38 +826,57 @@ def _matroska_element(data: mmap.mmap, position: int) -> tuple[int, int | None, 
     return name, None if length == mask else length, position + width
 
 
+@dataclass(frozen=True)
+class _Decoded:
+    """What a decode of every frame gives."""
+
+    scan: _Scan
+    """Corrected where packets that show nothing were taken for frames."""
+    kept: _Rendered
+    trace: Trace
+    signs: Signs | None
+
+
 def _decode_whole(
-    scan: _Scan, choose: Callable[[Sequence[float]], Sequence[int]], empty: Callable[[], _Rendered]
-) -> tuple[_Scan, _Rendered, Trace]:
+    scan: _Scan,
+    choose: Callable[[Sequence[float]], Sequence[int]],
+    empty: Callable[[], _Rendered],
+    measured: bool,
+) -> _Decoded:
     """Decode every frame in order and keep the chosen ones, rendered.
 
     Args:
         scan: of the clip.
         choose: from when each frame appears to the numbers of those to keep.
         empty: makes what keeps their views.
-
-    Returns:
-        the scan, corrected where packets that show nothing were taken for frames; the views; what was measured of every
-        frame.
+        measured: whether the signs are wanted.
     """
     wanted = set(choose(scan.seconds))
+    looked_at = sample_indices(scan.seconds, MEASURED) if measured else []
+    pictures: dict[int, Picture] = dict.fromkeys(looked_at, np.empty((0, 0, 3), np.uint8))
     kept = empty()
     moments: list[float | None] = []
     interlaced = False
     tracer = Tracer()
     for index, frame in enumerate(_every_frame(scan)):
-        if index in wanted:
-            kept.add(index, _upright(frame, scan.info))
+        if index in wanted or index in pictures:
+            picture = _upright(frame, scan.info)
+            if index in wanted:
+                kept.add(index, picture)
+            if index in pictures:
+                pictures[index] = _padded(reduced(picture), _LEAST_MEASURED)
         tracer.add(_luma(frame))
         moments.append(frame.time)
         interlaced = interlaced or frame.interlaced_frame
     if len(moments) == len(scan.seconds):
-        return scan, kept, tracer.trace(scan.seconds, scan.info.duration)
+        trace = tracer.trace(scan.seconds, scan.info.duration)
+        signs = measure([pictures[index] for index in looked_at], trace) if measured else None
+        return _Decoded(scan, kept, trace, signs)
     # Two fields of one interlaced frame can be two packets.
     lost = len(moments) < len(scan.seconds) and scan.info.codec in ONE_PICTURE_A_PACKET and not interlaced
     if lost or not moments:
         raise _truncated(scan.path, len(moments), len(scan.seconds))
-    return _decode_whole(_corrected(scan, moments), choose, empty)
+    return _decode_whole(_corrected(scan, moments), choose, empty, measured)
 
 
 def _corrected(scan: _Scan, moments: Sequence[float | None]) -> _Scan:
@@ -963,14 +1011,19 @@ class DecoderPool:
             worker.discard()
 
     def imap(
-        self, paths: Iterable[str | Path], sampling: Sampling, views: Sequence[View], factor: int
+        self,
+        paths: Iterable[str | Path],
+        sampling: Sampling,
+        views: Sequence[View],
+        factor: int,
+        measured: bool = False,
     ) -> Iterator[Frames | ClipError]:
         """Read clips, in order; at most two clips a worker are taken from `paths` ahead of the one handed out.
 
         A clip that cannot be read is handed out as its error (see `read_frames`); besides, ClipTimeout when it took
         longer than the limit, and DecoderCrashed when its worker died. The other clips go on.
         """
-        requests = ((Path(path), sampling, tuple(views), factor) for path in paths)
+        requests = ((Path(path), sampling, tuple(views), factor, measured) for path in paths)
         return self._imap(self._reader, requests)
 
     def imap_windows(
@@ -981,6 +1034,7 @@ class DecoderPool:
         factor: int,
         window: float,
         step: float,
+        measured: bool = False,
     ) -> Iterator[Windows | ClipError]:
         """Read windows over clips (see `read_windows`), as `imap` reads frames.
 
@@ -988,7 +1042,7 @@ class DecoderPool:
             UsageError: the window or the step is not above 0.
         """
         _refuse_no_length(window, step)
-        requests = ((Path(path), sampling, tuple(views), factor, window, step) for path in paths)
+        requests = ((Path(path), sampling, tuple(views), factor, window, step, measured) for path in paths)
         return self._imap(read_windows, requests)
 
     def _imap(self, reader: Reader, requests: Iterable[tuple[Any, ...]]) -> Iterator[Any]:

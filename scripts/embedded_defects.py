@@ -1,29 +1,27 @@
 """Does the embedded model find the defects, and name them? Calibrate its answers on held-out clips, or judge them.
 
-    lmm-qa degrade VAL_CLIPS -o val/labels.jsonl \\
-        --causes stall,buffering,drop,jitter,bitrate_switch,mouth_freeze,flicker
-    python scripts/embedded_defects.py fit --copies data/embedded --labels val/labels.jsonl -o defects.json
+    lmm-qa degrade VAL_CLIPS -o val/labels.jsonl --strengths 0.35,0.75 --pairs 4 --length 3
+    python scripts/embedded_defects.py fit --labels val/labels.jsonl -o defects.json
 
-    lmm-qa degrade TEST_CLIPS -o test/labels.jsonl --strengths 0.35,0.75 --pairs 4
+    lmm-qa degrade TEST_CLIPS -o test/labels.jsonl --strengths 0.35,0.75 --pairs 4 --length 3
     python scripts/embedded_defects.py judge --labels test/labels.jsonl -o report.json
 
-`fit`: a logistic function a defect (Platt, 1999), by maximum likelihood, and the threshold of the best F1, but at least
-a half: on the prepared copies of the split `val` (scripts/embedded_data.py); on files for what the decoder measures in
-every frame. Defects that no damage makes, or that the model does not see (average precision below 0.3), are left out,
-and so not judged. Without --copies only what the decoder measures is fitted; how the rater reads the other answers
-stays.
+`fit`: a logistic function a defect (Platt, 1999) of the model's answer and of what was measured, by maximum likelihood,
+and the threshold of the best F1, but at least `SURE`. Answers that do not help beside what was measured get no weight,
+and are not asked for in use; defects of an average precision below 0.3 are left out, and so not judged.
 
-`judge`: average precision of each defect that some copy has, also of those that the rater is not asked about in use
-(from its answers as they are); precision and recall of what the explanations name; how often times of stalls,
-bufferings and bit-rate switches are right within half a second at both ends; how many explanations were the model's
-own; SRCC of the score with the labels, over all and within each cause (clean copies count as strength 0).
+`judge`: average precision of each defect that some copy has, also of those that the rater does not judge in use (from
+answers and measurements as they are), and of the measurements alone; precision and recall of what the explanations
+name; how often times of stalls, bufferings and bit-rate switches are right within half a second at both ends; how many
+explanations were the model's own; SRCC of the score with the labels, over all and within each cause (clean copies count
+as strength 0).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +30,16 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 from scipy.stats import pearsonr, spearmanr
 
-from lmm_qa.defects import MEASURED, UNCALIBRATED, DefectCalibration, Logistic, truth
+from lmm_qa.defects import UNCALIBRATED, DefectCalibration, Logistic, truth
 from lmm_qa.explain import mentions
 from lmm_qa.results import read_rows
 
 Floats = NDArray[np.float64]
 VISIBLE_LOSS = 0.05  # a damage that costs less of the quality is neither asserted nor denied
 WITHIN = 0.5  # seconds
-JUDGED = 0.3  # average precision below which a rater is not asked about a defect
+JUDGED = 0.3  # average precision below which a defect is not judged
+SURE = 0.5  # probability from which on a defect may be said to be there
+HELPS = 0.02  # share of the loss by which the model's answers must lower it
 
 
 def average_precision(scores: Floats, there: NDArray[np.bool_]) -> float:
@@ -51,16 +51,20 @@ def average_precision(scores: Floats, there: NDArray[np.bool_]) -> float:
 
 def fit_one(odds: Floats, measured: Floats, there: NDArray[np.bool_]) -> Logistic:
     """Maximum likelihood of slope, weight of what was measured, and intercept (the first two held small alike, so that
-    either may err where they agree); then the threshold of the best F1, or a half: these copies are damaged far more
+    either may err where they agree); then the threshold of the best F1, or `SURE`: these copies are damaged far more
     often than clips are."""
 
-    def loss(values: Floats) -> float:
-        z = values[0] * odds + values[1] * measured + values[2]
-        return float(np.mean(np.logaddexp(0, np.where(there, -z, z)))) + 1e-3 * float(np.square(values[:2]).sum())
+    def fitted(most: float) -> tuple[float, NDArray[np.float64]]:
+        def loss(values: Floats) -> float:
+            z = values[0] * odds + values[1] * measured + values[2]
+            return float(np.mean(np.logaddexp(0, np.where(there, -z, z)))) + 1e-3 * float(np.square(values[:2]).sum())
 
-    start = np.array([1.0, 0.5, 0.0])
-    found = minimize(loss, start, bounds=[(0.05, 5), (0, 6 if measured.any() else 0), (-12, 12)], method="L-BFGS-B")
-    slope, weight, intercept = (float(value) for value in found.x)
+        start = np.array([min(1.0, most), 0.5, 0.0])
+        found = minimize(loss, start, bounds=[(0, most), (0, 6 if measured.any() else 0), (-12, 12)], method="L-BFGS-B")
+        return float(found.fun), found.x
+
+    (without, least), (with_answers, best) = fitted(0.0), fitted(5.0)
+    slope, weight, intercept = (float(value) for value in (best if with_answers < (1 - HELPS) * without else least))
     p = 1 / (1 + np.exp(-(slope * odds + weight * measured + intercept)))
     limits = np.unique(np.clip(p, 0.02, 0.98))
     f1 = np.array([2 * (there & (p >= limit)).sum() / max(there.sum() + (p >= limit).sum(), 1) for limit in limits])
@@ -68,7 +72,7 @@ def fit_one(odds: Floats, measured: Floats, there: NDArray[np.bool_]) -> Logisti
         slope=round(slope, 4),
         measured=round(weight, 4),
         intercept=round(intercept, 4),
-        threshold=max(0.5, round(float(limits[f1 == f1.max()].max()), 4)),
+        threshold=max(SURE, round(float(limits[f1 == f1.max()].max()), 4)),
         average_precision=round(average_precision(p, there), 4),
     )
 
@@ -79,29 +83,6 @@ def known(row: dict[str, Any]) -> dict[str, bool | None]:
     if len(row["causes"]) == 1 and row["quality"] > (1 - VISIBLE_LOSS) * row["ceiling"]:
         found = {name: None if there else there for name, there in found.items()}
     return found
-
-
-def prepared(folder: Path, rater: Any, limit: int) -> Iterator[tuple[dict[str, Any], dict[str, float]]]:
-    """Rows of the prepared copies of `val`, and the log-odds of the answers."""
-    from embedded_data import rated_views
-
-    from lmm_qa.backbone import ClipInput
-    from lmm_qa.defects import questions
-    from lmm_qa.prompting import load_prompt
-
-    rows = [row for file in sorted(folder.glob("*.json")) for row in json.loads(file.read_text())]
-    rows = [row for row in rows if row["split"] == "val"]
-    rows = [rows[index] for index in np.random.default_rng(0).permutation(len(rows))[:limit]]
-    asked = {name: prompt for name, prompt in questions().items() if name in truth([])}
-    system = load_prompt("talking_head").system
-    for number, row in enumerate(rows):
-        views = rated_views(folder, row["name"], [view.kind for view in rater.settings.views])
-        seconds = tuple(row["duration"] * (moment + 0.5) / len(views[0]) for moment in range(len(views[0])))
-        clip = ClipInput(views, seconds, row["duration"], {})
-        (answers,) = rater.backbone.prefill([clip], system).ask([*asked.values()])
-        yield row, {name: float(each.logits[1] - each.logits[0]) for name, each in zip(asked, answers, strict=True)}
-        if number % 100 == 0:
-            print(f"{number}/{len(rows)} prepared copies", flush=True)
 
 
 def rated(labels: Path, rater: Any, explanation: bool) -> Iterator[tuple[dict[str, Any], Any]]:
@@ -124,17 +105,13 @@ def fit(args: argparse.Namespace) -> None:
     from lmm_qa import Rater
 
     rater = Rater.from_pretrained(args.model)
-    before, rater.defect_calibration = rater.defect_calibration, UNCALIBRATED  # which is asked about all of them
+    rater.defect_calibration = UNCALIBRATED  # which is asked about all of them
     samples: dict[str, list[tuple[float, float, bool]]] = {name: [] for name in truth([])}
-    for row, odds in prepared(args.copies, rater, args.limit) if args.copies else ():
-        for name, there in known(row).items():
-            if there is not None and name not in MEASURED:
-                samples[name].append((odds[name], 0.0, there))
     for row, result in rated(args.labels, rater, explanation=False):
         for name, there in known(row).items():
-            if there is not None and name in MEASURED:
-                samples[name].append((result.profile.log_odds[name], result.profile.measured[name], there))
-    judged = {} if args.copies else dict(before.defects)
+            if there is not None:
+                samples[name].append((result.profile.log_odds[name], result.profile.measured.get(name, 0.0), there))
+    judged = {}
     for name, kept in samples.items():
         if len({there for _, _, there in kept}) < 2:
             print(f"{name:<16} not fitted: all of {len(kept)} copies have it, or none has", flush=True)
@@ -142,11 +119,10 @@ def fit(args: argparse.Namespace) -> None:
         odds, measured, there = (np.array(column) for column in zip(*kept, strict=True))
         fitted = fit_one(odds, measured, there.astype(bool))
         print(f"{name:<16}{there.sum():>5} of {len(there):<6} {fitted}", flush=True)
-        judged.pop(name, None)
         if (fitted.average_precision or 0) >= JUDGED:
             judged[name] = fitted
     calibration = DefectCalibration(
-        defects=judged, data="held-out copies of the split val: scripts/embedded_defects.py"
+        defects=judged, data=f"{len(kept)} held-out copies of clips of the split val: scripts/embedded_defects.py"
     )
     args.output.write_text(calibration.model_dump_json(indent=2) + "\n")
 
@@ -159,7 +135,7 @@ def in_time(row: dict[str, Any], found: Sequence[Any], cause: str, defect: str) 
 
 
 def each_precision(
-    truths: Sequence[dict[str, bool | None]], read: Sequence[dict[str, float | None]]
+    truths: Sequence[dict[str, bool | None]], read: Sequence[Mapping[str, float | None]]
 ) -> dict[str, float]:
     """Average precision of each defect that some copy has and that was judged."""
     found = {}
@@ -182,6 +158,8 @@ def judge(args: argparse.Namespace) -> None:
     precisions = each_precision(truths, [result.profile.defects for result in results])
     report["average_precision"] = precisions
     report["mean_average_precision"] = round(float(np.mean(list(precisions.values()))), 3)
+    alone = each_precision(truths, [result.profile.measured for result in results])
+    report["average_precision_of_measurements"] = alone
     if left_out := set(truths[0]) - set(rater.defect_calibration.defects):  # in use; here it is asked about these too
         rater.defect_calibration = UNCALIBRATED
         answers = [result.profile.defects for _, result in rated(args.labels, rater, explanation=False)]
@@ -228,9 +206,6 @@ def main() -> None:
         sub.add_argument("--labels", type=Path, required=True)
         sub.add_argument("--model", default=None, help="rater; by default the embedded one")
         sub.add_argument("-o", "--output", type=Path, required=True)
-        if job is fit:
-            sub.add_argument("--copies", type=Path)
-            sub.add_argument("--limit", type=int, default=1000, help="prepared copies that are asked about")
     args = parser.parse_args()
     args.job(args)
 

@@ -25,7 +25,6 @@ import time
 from pathlib import Path
 
 SCRIPTS = Path(__file__).parent
-TIMED = "stall,buffering,drop,jitter,bitrate_switch,mouth_freeze,flicker"
 
 
 def main() -> None:
@@ -64,9 +63,9 @@ def main() -> None:
     step(None, f"{SCRIPTS}/embedded_pack.py", "--run", run, "--data", data, "--init", init)
     with (args.clips / "index.csv").open(newline="") as file:
         clips = [args.clips / row["clip"] for row in csv.DictReader(file) if row["split"] == "val"]
-    step(held_out, "-m lmm_qa degrade", *clips, "-o", held_out, "--causes", TIMED, "--strengths", "0.3,0.7",
-         "--length", "3", "--workers", args.workers)  # fmt: skip
-    step(run / "defects.json", f"{SCRIPTS}/embedded_defects.py", "fit", "--copies", data, "--labels", held_out,
+    step(held_out, "-m lmm_qa degrade", *clips, "-o", held_out, "--strengths", "0.35,0.75",
+         "--pairs", 4, "--length", "3", "--workers", args.workers)  # fmt: skip
+    step(run / "defects.json", f"{SCRIPTS}/embedded_defects.py", "fit", "--labels", held_out,
          "-o", run / "defects.json")  # fmt: skip
     step(None, f"{SCRIPTS}/embedded_pack.py", "--run", run, "--data", data, "--init", init)
 

@@ -11,7 +11,6 @@ from scipy.special import expit
 from lmm_qa.defects import (
     BY_NAME,
     DEFECTS,
-    MEASURED,
     PRESENT,
     UNCALIBRATED,
     VISIBLE,
@@ -78,9 +77,15 @@ def test_without_a_calibration_the_answer_is_taken_as_it_is() -> None:
     assert read_calibration(None) is UNCALIBRATED
     assert set(UNCALIBRATED.defects) == set(VISIBLE)
     assert UNCALIBRATED.probability("blur", 1.2) == pytest.approx(expit(1.2))
-    for name in MEASURED:
-        seen, unseen = (UNCALIBRATED.probability(name, 0.0, measured) or 0 for measured in (1.0, -1.0))
-        assert unseen < 0.5 < seen, "what every frame says counts"
+    assert UNCALIBRATED.probability("blur", 1.2, -0.5) == pytest.approx(expit(0.7)), "what was measured counts as much"
+
+
+def test_an_answer_without_weight_is_not_asked_for() -> None:
+    calibration = DefectCalibration(defects={"blur": Logistic(), "seam": Logistic(slope=0, measured=2.0)})
+    assert calibration.asks("blur")
+    assert not calibration.asks("seam"), "what was measured says it all"
+    assert not calibration.asks("noise"), "not judged"
+    assert calibration.probability("seam", 9.0, 1.5) == pytest.approx(expit(3.0))
 
 
 def test_a_calibration_is_read_and_checked(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_the_grammar_says_what_was_found_and_nothing_else(
     text = sentence(found, set(VISIBLE) - names, draw, each, good=is_good(level, LEVELS))
     whole = opening(RATING, level) + text
     assert mentions(whole) == names
-    assert objection(whole, level, LEVELS, names, VISIBLE) is None
+    assert objection(whole, level, LEVELS, found, VISIBLE) is None
     assert "  " not in whole
     assert "{" not in whole
     assert whole.endswith(".")
@@ -120,15 +120,19 @@ def test_mentions(text: str, names: set[str]) -> None:
         ("The quality of this video is fair: the picture is severe blur covers the picture.", "two verbs"),
         ("The quality of this video is fair: it is a blur that covers the face, and what is behind is soft.", None),
         ("The quality of this video is fair because it is blurred. Nothing else is wrong.", None),
+        ("The quality of this video is fair: it is blurred from 0.5 to 2.0 s.", "not measured: 2.0 s"),
+        ("The quality of this video is fair: it is blurred for 3 seconds.", "not measured: 3 s"),
+        ("The quality of this video is fair: it is a blurred 3D head of 1080p.", None),
     ],
 )
 def test_words_that_contradict_the_rating_are_not_shown(text: str, why: str | None) -> None:
-    said = objection(text, "fair", LEVELS, ["blur"], VISIBLE)
+    found = [Finding("blur", 0.9, ((0.5, 1.0),))]
+    said = objection(text, "fair", LEVELS, found, VISIBLE)
     assert said is None if why is None else why in str(said)
     begun = "The quality of this video is fair"
-    shown, reason = explain(text.removeprefix(begun), "fair", LEVELS, [Finding("blur", 0.9)], ["noise"], "id", begun)
+    shown, reason = explain(text.removeprefix(begun), "fair", LEVELS, found, ["noise"], "id", begun)
     assert reason == said
-    assert shown == text if why is None else objection(shown, "fair", LEVELS, ["blur"], VISIBLE) is None
+    assert shown == text if why is None else objection(shown, "fair", LEVELS, found, VISIBLE) is None
 
 
 @pytest.mark.parametrize(
@@ -143,4 +147,4 @@ def test_a_clip_below_good_is_not_called_faultless(level: str, why: str | None) 
 
 
 def test_a_short_stem_does_not_break_off() -> None:
-    assert objection("Quality: fair. The picture is blurred.", "fair", LEVELS, ["blur"], VISIBLE) is None
+    assert objection("Quality: fair. The picture is blurred.", "fair", LEVELS, [Finding("blur", 0.9)], VISIBLE) is None

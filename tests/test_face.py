@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lmm_qa
-from lmm_qa.face import Face, face_window, find_face
+from lmm_qa.face import FOLLOWED, Face, face_window, find_face, follow_face
 
 PORTRAIT = Path(lmm_qa.__file__).parent / "samples" / "astronaut_clean.mp4"
 EYES, MOUTH = (0.503, 0.393), (0.498, 0.55)
@@ -80,3 +80,21 @@ def test_where_there_is_no_face_one_is_assumed(height: int, width: int) -> None:
     assert (right - left) * width == pytest.approx((bottom - top) * height)
     assert 0.3 <= left < 0.5 < right <= 0.7
     assert 0.2 <= top < 0.5
+
+
+def test_a_few_pictures_are_followed_as_the_whole_clip_is(portrait: np.ndarray) -> None:
+    moved = np.stack([np.roll(frame, (number, 3 * number), axis=(0, 1)) for number, frame in enumerate(portrait)])
+    numbers = [0, 5, 11, 17, 23, 29]
+    quick, thorough = follow_face([moved[number] for number in numbers]), find_face(moved)
+    assert quick.found
+    assert quick.boxes.shape == (len(numbers), 4)
+    assert quick.boxes == pytest.approx(thorough.boxes[numbers], abs=0.04)
+
+
+def test_a_face_that_comes_later_is_followed_from_there(portrait: np.ndarray) -> None:
+    empty = np.full_like(portrait[0], 90)
+    assert follow_face([empty, portrait[5], portrait[10], portrait[15]]).found
+    assert not follow_face([portrait[0], empty, empty, empty]).found, "two pictures have to agree"
+    nobody = follow_face([empty] * (FOLLOWED + 2))
+    assert not nobody.found
+    assert nobody.boxes.shape == (FOLLOWED + 2, 4)

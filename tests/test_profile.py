@@ -16,7 +16,7 @@ def test_answers_become_a_profile() -> None:
         defects={"blur": Logistic(), "noise": Logistic(threshold=0.9), "seam": Logistic(intercept=2.0)}
     )
     answers = {"seam": (0.0, 0.6), "noise": (1.0, 0.8), "blur": (3.0, 1.0), "mouth": (9.0, 1.0)}
-    profile = read_profile(answers, calibration, None)
+    profile = read_profile(answers, calibration, None, {})
     assert list(profile.defects) == [defect.name for defect in DEFECTS]
     assert profile.defects["blur"] == pytest.approx(expit(3.0))
     assert profile.defects["seam"] == pytest.approx(expit(2.0))
@@ -30,6 +30,18 @@ def test_answers_become_a_profile() -> None:
     assert profile.measured == {}
 
 
+def test_what_is_not_asked_is_judged_by_what_was_measured() -> None:
+    calibration = DefectCalibration(defects={"blur": Logistic(), "seam": Logistic(slope=0, measured=2.0)})
+    profile = read_profile({"blur": (1.0, 1.0)}, calibration, None, {"seam": 1.5, "blur": 9.0, "noise": 9.0})
+    assert profile.defects["blur"] == pytest.approx(expit(1.0)), "the calibration gives what was measured no weight"
+    assert profile.defects["seam"] == pytest.approx(expit(3.0))
+    assert profile.defects["noise"] is None
+    assert [one.defect for one in profile.found] == ["seam", "blur"]
+    unmeasured = read_profile({"blur": (1.0, 1.0)}, calibration, None, {})
+    assert unmeasured.defects["seam"] is None, "nobody looked"
+    assert read_profile({}, calibration, None, {"seam": 1.5}).defects["blur"] is None, "nobody asked"
+
+
 def test_what_is_measured_joins_the_answers() -> None:
     """A picture that stands for a second, in light that jumps: when is said of what is not there all the time."""
     count, fps = 100, 25
@@ -37,12 +49,12 @@ def test_what_is_measured_joins_the_answers() -> None:
     peak[40:65], light[::2] = 0, 110
     flat = np.ones(count, np.float32)
     trace = Trace(np.arange(count, dtype=np.float32) / fps, count / fps, peak, flat, flat, light)
-    names = ("stall", "buffering", "flicker", "jerkiness", "bitrate_switch")
-    calibration = DefectCalibration(defects={name: Logistic(measured=3.0) for name in names})
-    profile = read_profile(dict.fromkeys(names, (0.0, 1.0)), calibration, trace)
-    assert profile.measured == {"stall": 1, "buffering": -1, "flicker": 1, "jerkiness": -1, "bitrate_switch": -1}
+    measured = {"stall": 2.0, "buffering": -1.0, "flicker": 2.0, "jerkiness": -1.0, "bitrate_switch": -1.0}
+    calibration = DefectCalibration(defects={name: Logistic(measured=1.5) for name in measured})
+    profile = read_profile(dict.fromkeys(measured, (0.0, 1.0)), calibration, trace, measured)
+    assert profile.measured == measured
     assert profile.defects["flicker"] == pytest.approx(expit(3.0))
-    assert profile.defects["buffering"] == pytest.approx(expit(-3.0))
+    assert profile.defects["buffering"] == pytest.approx(expit(-1.5))
     seconds = {one.defect: one.seconds for one in profile.found}
     assert seconds == {"stall": (pytest.approx((39 / fps, 65 / fps)),), "flicker": ()}
 

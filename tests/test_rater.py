@@ -573,9 +573,9 @@ def test_details_leave_the_score_as_it_is(rater: Rater, good: list[Path], alone:
         assert result.timeline is not None
         assert result.explanation is not None
         assert result.explanation.startswith(f"{rater.settings.prompt.stem} {result.level}")
-        assert objection(
-            result.explanation, result.level, LEVELS, [one.defect for one in result.profile.found][:MAX_NAMED], VISIBLE
-        ) is None, "whatever a model with random weights says"  # fmt: skip
+        told = result.profile.found[:MAX_NAMED]
+        said = objection(result.explanation, result.level, LEVELS, told, VISIBLE)
+        assert said is None, "whatever a model with random weights says"
         row = json.loads(json.dumps(result.to_row()))
         assert row["defects"]["lip_sync"] is None
         assert set(row["defects"]) == {defect.name for defect in DEFECTS}

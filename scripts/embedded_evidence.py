@@ -1,0 +1,335 @@
+"""Grow the trees of lmm_qa/evidence.safetensors: what the signs of a clip say of each defect.
+
+    python scripts/embedded_evidence.py copies --clips CLIPS --portraits PORTRAITS -o evidence/copies
+    python scripts/embedded_evidence.py measure evidence/copies
+    python scripts/embedded_evidence.py grow evidence/copies
+
+`copies`: of each clip of the split `train` (`index.csv` in CLIPS, see embedded_data.py) some seconds, now and then
+shrunk, and of each portrait a slow move over it; damaged by one cause, by two, or not at all, at a strength by lot; and
+encoded by x264 at a rate factor by lot, as clips that people rate are. No VMAF, so that a copy takes a second.
+`measure`: the signs of each copy (lmm_qa/signs.py) into signs.safetensors beside it. `grow`: average precision of each
+defect on sources that were left out, in five folds; then the trees, on all of them, into the package.
+
+`copies` goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from embedded_defects import average_precision
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from lmm_qa.config import Sampling, View
+from lmm_qa.defects import BY_NAME, truth
+from lmm_qa.degrade import (
+    COMPRESSION,
+    DAMAGES,
+    FACIAL,
+    PICTURE,
+    REPEATABLE_X264,
+    TEMPORAL,
+    Pixels,
+    damage,
+    encode,
+)
+from lmm_qa.evidence import FILE, Forests
+from lmm_qa.face import find_face
+from lmm_qa.reference import FAINT, change
+from lmm_qa.video import probe, read_frames
+
+KIND = {cause: number for number, kind in enumerate((FACIAL, PICTURE, COMPRESSION, TEMPORAL)) for cause in kind}
+OFTEN = {
+    "mouth_smear": 2, "teeth_smear": 1.5, "mouth_freeze": 3, "face_warp": 3, "background_wobble": 3, "seam": 2.5,
+    "identity_drift": 2.5, "banding": 2, "colour_cast": 2.5, "bitrate_switch": 2, "stall": 1.5,
+}  # fmt: skip
+"""Causes that are drawn more often: those that are the only one of their defect, or hard to see."""
+HOW_MANY = (0.12, 0.63, 0.25)
+"""Shares of copies with no, one and two causes."""
+RATE_FACTORS = (9.0, 23.0)
+SHORT_SIDES = {256: 0.1, 320: 0.1, 384: 0.2, 448: 0.2, 512: 0.2, 576: 0.1, 720: 0.1}
+SEEN = 0.15
+"""Share of `FAINT` that a damage changes the picture by: below, it is neither asserted nor denied."""
+FACES = ("mouth", "lips", "geometry", "identity", "seam")
+"""Defects that are not asserted where no face was found to damage."""
+FOLDS = 5
+FOREST: dict[str, Any] = {
+    "n_estimators": 200, "max_leaf_nodes": 48, "max_features": 0.4, "class_weight": "balanced_subsample",
+    "random_state": 0, "n_jobs": -1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Job:
+    source: Path
+    still: bool
+    round: int
+    copies: int
+    out: Path
+
+    @property
+    def name(self) -> str:
+        return f"{self.source.stem.replace('.', '_')}-{self.round}"
+
+
+def drawn(lot: np.random.Generator, still: bool) -> list[tuple[str, float]]:
+    """Causes of one copy and their strengths; two are of different kinds."""
+    names = [cause for cause in DAMAGES if not (still and cause == "mouth_freeze")]
+    weights = np.array([OFTEN.get(cause, 1.0) for cause in names])
+    count = lot.choice(3, p=HOW_MANY)
+    while True:
+        causes = [str(cause) for cause in lot.choice(names, count, replace=False, p=weights / weights.sum())]
+        if len({KIND[cause] for cause in causes}) == count:
+            break
+    causes.sort(key=list(DAMAGES).index)
+    return [(cause, round(float(lot.uniform(0.25, 1)), 3)) for cause in causes]
+
+
+def seconds_of(path: Path, lot: np.random.Generator) -> tuple[Pixels, float]:
+    """Two to three seconds of a clip, from somewhere in its first twelve, shrunk to a short side by lot."""
+    import av
+
+    info = probe(path)
+    count = int(min(lot.uniform(2, 3) * info.fps, 90))
+    first = int(lot.integers(0, max(1, min(info.frames, int(12 * info.fps)) - count + 1)))
+    shrink = min(1.0, int(lot.choice(list(SHORT_SIDES), p=list(SHORT_SIDES.values()))) / min(info.width, info.height))
+    size = round(info.width * shrink), round(info.height * shrink)
+    frames: list[NDArray[np.uint8]] = []
+    with av.open(str(path)) as container:
+        for number, frame in enumerate(container.decode(video=0)):
+            if number >= first:
+                picture = Image.fromarray(np.rot90(frame.to_ndarray(format="rgb24"), -info.rotation // 90))
+                frames.append(np.asarray(picture if shrink == 1 else picture.resize(size, Image.Resampling.LANCZOS)))
+            if len(frames) == count:
+                break
+    return np.stack(frames), info.fps
+
+
+def move_over(path: Path, lot: np.random.Generator) -> tuple[Pixels, float]:
+    """A slow move over a picture."""
+    picture = Image.open(path).convert("RGB")
+    side, out, count = min(picture.size), 2 * int(lot.integers(128, 280)), int(lot.integers(50, 76))
+    place, speed = lot.uniform(0.4, 0.6, 2), lot.normal(0, 0.02, 2)
+    zoom, growth = lot.uniform(0.75, 0.95), lot.normal(0, 0.02)
+    frames = []
+    for moment in np.arange(count) / count:
+        half = side * min(zoom + growth * moment, 1.0) / 2
+        x, y = (
+            float(np.clip((spot + pace * moment) * length, half, length - half))
+            for spot, pace, length in zip(place, speed, picture.size, strict=True)
+        )
+        frames.append(
+            np.asarray(picture.resize((out, out), Image.Resampling.BICUBIC, (x - half, y - half, x + half, y + half)))
+        )
+    return np.stack(frames), 25.0
+
+
+def make(job: Job) -> int:
+    """The copies of one source, the clean one first; their rows into NAME.json when all are there."""
+    done = job.out / f"{job.name}.json"
+    if done.exists():
+        return 0
+    lot = np.random.default_rng(zlib.crc32(job.name.encode()))
+    source, fps = (move_over if job.still else seconds_of)(job.source, lot)
+    face = find_face(source)
+    rows = []
+    for number in range(job.copies):
+        damages, seed = drawn(lot, job.still) if number else [], int(lot.integers(2**31))
+        frames, seen = source, []
+        for cause, strength in damages:
+            step = damage(frames, cause, strength, seed, fps=fps, face=face)
+            seen.append(round(change(frames, step, fps) / (FAINT * strength), 3))
+            frames = step.frames
+        clip = f"{job.name}--{number:02d}.mp4"
+        options = {**REPEATABLE_X264, "crf": f"{lot.uniform(*RATE_FACTORS):.1f}"}
+        encode(frames, "libx264", options, Fraction(fps).limit_denominator(1001), str(job.out / clip))
+        causes, strengths = [cause for cause, _ in damages], [strength for _, strength in damages]
+        rows.append({"clip": clip, "group": job.source.name, "still": job.still, "causes": causes,
+                     "strengths": strengths, "seen": seen, "face_found": face.found})  # fmt: skip
+    partial = done.with_suffix(".tmp")
+    partial.write_text(json.dumps(rows))
+    partial.replace(done)
+    return len(rows)
+
+
+def copies(args: argparse.Namespace) -> None:
+    args.output.mkdir(parents=True, exist_ok=True)
+    with (args.clips / "index.csv").open(newline="") as file:
+        index = list(csv.DictReader(file))
+    held_out = {row["repository"].partition("/")[2].partition("_")[0] for row in index if row["split"] != "train"}
+    train = [args.clips / row["clip"] for row in index if row["split"] == "train"]
+    portraits = []
+    if args.portraits:
+        with (args.portraits / "index.csv").open(newline="") as file:
+            portraits = [
+                args.portraits / row["image"]
+                for row in csv.DictReader(file)
+                if row["repository"].partition("/")[2].partition("_")[0] not in held_out
+            ]
+    jobs = [Job(path, False, number, 12, args.output) for number in range(args.rounds) for path in train]
+    jobs += [Job(path, True, number, 8, args.output) for number in range(args.rounds) for path in portraits]
+    jobs.sort(key=lambda job: (job.round, zlib.crc32(job.name.encode())))
+    with ProcessPoolExecutor(args.workers) as pool:
+        futures = {pool.submit(make, job): job for job in jobs}
+        for done, future in enumerate(as_completed(futures), 1):
+            job = futures[future]
+            try:
+                print(f"{done}/{len(jobs)} {job.name}: {future.result()} copies", flush=True)
+            except Exception as error:  # one bad source must not end it
+                print(f"{done}/{len(jobs)} {job.name}: FAILED {type(error).__name__}: {error}", flush=True)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [row for file in sorted(folder.glob("*.json")) for row in json.loads(file.read_text())]
+
+
+def signs_of(path: Path) -> dict[str, float]:
+    seen = read_frames(path, Sampling(strategy="pairs", frames=12), (View(max_pixels=784),), 28, measured=True)
+    if seen.signs is None:
+        raise SystemExit(f"{path} is too long to be measured")
+    return seen.signs
+
+
+def measure(args: argparse.Namespace) -> None:
+    rows = rows_of(args.folder)
+    measured: list[list[float]] = []
+    with ProcessPoolExecutor(args.workers) as pool:
+        for number, signs in enumerate(pool.map(signs_of, [args.folder / row["clip"] for row in rows], chunksize=4)):
+            measured.append([*signs.values()])
+            if number % 200 == 0:
+                print(f"{number}/{len(rows)} copies", flush=True)
+    kept = {"signs": np.array(measured, np.float32)}
+    save_file(
+        kept,
+        args.folder / "signs.safetensors",
+        {"names": json.dumps([*signs]), "clips": json.dumps([row["clip"] for row in rows])},
+    )
+
+
+def known(row: dict[str, Any]) -> dict[str, bool | None]:
+    """Which defects a copy has; what hardly changed the picture, or a face that was not found, is not asserted."""
+    found = truth(zip(row["causes"], row["strengths"], strict=True))
+    for cause, seen in zip(row["causes"], row["seen"], strict=True):
+        if seen < SEEN:
+            found |= {name: None for name in found if cause in BY_NAME[name].causes}
+    if not row["face_found"]:
+        found |= {name: None for name in FACES if found[name]}
+    return found | ({"lips": None} if row["still"] else {})
+
+
+def grown(signs: NDArray[np.float32], there: NDArray[np.bool_]) -> Any:
+    from sklearn.ensemble import ExtraTreesClassifier
+
+    return ExtraTreesClassifier(**FOREST).fit(signs, there)
+
+
+def folds(groups: list[str]) -> Iterator[NDArray[np.bool_]]:
+    """Which copies are left out, all of a source together."""
+    names = sorted(set(groups))
+    order = np.random.default_rng(0).permutation(len(names))
+    fold = {names[at]: number % FOLDS for number, at in enumerate(order)}
+    of = np.array([fold[group] for group in groups])
+    return (of == number for number in range(FOLDS))
+
+
+def grow(args: argparse.Namespace) -> None:
+    from safetensors import safe_open
+
+    file = args.folder / "signs.safetensors"
+    with safe_open(file, framework="numpy") as stored:
+        names, clips = (json.loads(stored.metadata()[key]) for key in ("names", "clips"))
+    signs = load_file(file)["signs"]
+    by_clip = {row["clip"]: row for row in rows_of(args.folder)}
+    rows = [by_clip[clip] for clip in clips]
+    truths = [known(row) for row in rows]
+    groups = [row["group"] for row in rows]
+    kept: list[tuple[str, Any]] = []
+    precisions = {}
+    for name in truths[0]:
+        sure = np.array([each[name] is not None for each in truths])
+        there = np.array([bool(each[name]) for each in truths])
+        votes = np.zeros(len(rows))
+        for left_out in folds(groups):
+            ask = sure & left_out
+            votes[ask] = grown(signs[sure & ~left_out], there[sure & ~left_out]).predict_proba(signs[ask])[:, 1]
+        precisions[name] = round(average_precision(votes[sure], there[sure]), 3)
+        print(f"{name:<16}{there[sure].sum():>5} of {sure.sum():<6}{precisions[name]}", flush=True)
+        kept.append((name, grown(signs[sure], there[sure])))
+    print(f"mean {np.mean([*precisions.values()]):.3f}")
+    data = f"{len(rows)} copies of {len(set(groups))} sources: scripts/embedded_evidence.py"
+    forests = as_arrays(kept, names)
+    forests.save(args.output, f"{data}; average precision on sources left out: {json.dumps(precisions)}")
+    print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
+
+
+def as_arrays(kept: list[tuple[str, Any]], names: list[str]) -> Forests:
+    """The trees of scikit-learn, children beside each other: see `lmm_qa.evidence.Forests`."""
+    sign: list[int] = []
+    limit: list[float] = []
+    child: list[int] = []
+    root: list[int] = []
+    defect: list[int] = []
+    for number, (_, forest) in enumerate(kept):
+        for grown_tree in forest.estimators_:
+            tree = grown_tree.tree_
+            root.append(len(sign))
+            defect.append(number)
+            place = {0: len(sign)}
+            queue = [0]
+            sign.append(0), limit.append(0.0), child.append(0)
+            while queue:
+                node = queue.pop(0)
+                at = place[node]
+                if tree.children_left[node] < 0:
+                    sign[at], limit[at] = -1, float(tree.value[node][0][1] / tree.value[node][0].sum())
+                    continue
+                # A sign is stored in single precision and compared so, as scikit-learn does.
+                sign[at], limit[at], child[at] = int(tree.feature[node]), math.nan, len(sign)
+                limit[at] = float(tree.threshold[node])
+                for below in (tree.children_left[node], tree.children_right[node]):
+                    place[below] = len(sign)
+                    sign.append(0), limit.append(0.0), child.append(0)
+                    queue.append(below)
+    return Forests(
+        tuple(name for name, _ in kept), tuple(names), np.array(sign, np.int16), np.array(limit, np.float32),
+        np.array(child, np.int32), np.array(root, np.int32), np.array(defect, np.int16),
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    jobs = parser.add_subparsers(required=True)
+    sub = jobs.add_parser("copies")
+    sub.set_defaults(job=copies)
+    sub.add_argument("--clips", type=Path, required=True)
+    sub.add_argument("--portraits", type=Path)
+    sub.add_argument("--rounds", type=int, default=2, help="times that each source is gone through")
+    sub.add_argument("-o", "--output", type=Path, required=True)
+    sub.add_argument("--workers", type=int, default=2)
+    sub = jobs.add_parser("measure")
+    sub.set_defaults(job=measure)
+    sub.add_argument("folder", type=Path)
+    sub.add_argument("--workers", type=int, default=2)
+    sub = jobs.add_parser("grow")
+    sub.set_defaults(job=grow)
+    sub.add_argument("folder", type=Path)
+    sub.add_argument("-o", "--output", type=Path, default=FILE)
+    args = parser.parse_args()
+    args.job(args)
+
+
+if __name__ == "__main__":
+    main()
