@@ -15,7 +15,8 @@ No path can be faster than the slower one of the last two; where the model runs 
 none can take less processor time than both together. Processor time is also what other work on the machine disturbs
 less. Set OMP_WAIT_POLICY=PASSIVE, as `lmm-qa rate` does. Besides, where the time of a clip goes, one stage after the
 other in one process; and what twelve closed questions cost on top of the score, on one prefill and in the reference's
-way: one full forward a question. DIR holds config.json and the files of tokenizer and processor; no weights are needed.
+way: one full forward a question; and what a defect profile costs in use, with all that is measured for it. DIR holds
+config.json and the files of tokenizer and processor; no weights are needed.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from lmm_qa.config import Sampling, View
 from lmm_qa.defects import questions
 from lmm_qa.levels import read_levels
 from lmm_qa.prompting import Prompt
-from lmm_qa.rater import clip_input, plan_rater
+from lmm_qa.rater import Details, clip_input, plan_rater
 from lmm_qa.video import DecoderPool, Frames, probe, read_frames, sample_indices, view_size
 
 Way = Callable[[], object]
@@ -260,7 +261,8 @@ def timed(part: torch.nn.Module, spent: dict[str, float], stage: str) -> list[An
 
 
 def cost_of_questions(rater: Rater, clips: Sequence[Path], runs: int) -> dict[str, Any]:
-    """What closed questions cost on top of the score, in this process, frames lying ready or decoded for it."""
+    """What closed questions cost on top of the score, in this process, frames lying ready or decoded for it; and a
+    profile as `rate --defects` makes it: the questions that count, and what is measured of the clip."""
     settings, backbone = rater.settings, rater.backbone
     score = settings.prompt
     closed = [each.model_copy(update={"system": score.system}) for each in questions().values()][:QUESTIONS]
@@ -282,6 +284,8 @@ def cost_of_questions(rater: Rater, clips: Sequence[Path], runs: int) -> dict[st
         "score + questions": lambda: answers(ready),
         "decoding + score": lambda: backbone.read(decoded(), score),
         "decoding + score + questions": lambda: answers(decoded()),
+        "rating": lambda: [rater.rate(clip) for clip in clips],
+        "rating + questions": lambda: [rater.rate(clip, Details(defects=True)) for clip in clips],
         "reference": lambda: [reference_answers(rater, clip, [score]) for clip in clips],
         "reference + questions": lambda: [reference_answers(rater, clip, asked) for clip in clips],
     }

@@ -51,8 +51,7 @@ def average_precision(scores: Floats, there: NDArray[np.bool_]) -> float:
 
 def fit_one(odds: Floats, measured: Floats, there: NDArray[np.bool_]) -> Logistic:
     """Maximum likelihood of slope, weight of what was measured, and intercept (the first two held small alike, so that
-    either may err where they agree); then the threshold of the best F1, or `SURE`: these copies are damaged far more
-    often than clips are."""
+    either may err where they agree); then the threshold of the best F1."""
 
     def fitted(most: float) -> tuple[float, NDArray[np.float64]]:
         def loss(values: Floats) -> float:
@@ -72,9 +71,24 @@ def fit_one(odds: Floats, measured: Floats, there: NDArray[np.bool_]) -> Logisti
         slope=round(slope, 4),
         measured=round(weight, 4),
         intercept=round(intercept, 4),
-        threshold=max(SURE, round(float(limits[f1 == f1.max()].max()), 4)),
+        threshold=round(float(limits[f1 == f1.max()].max()), 4),
         average_precision=round(average_precision(p, there), 4),
     )
+
+
+def both(judged: Mapping[str, Logistic], samples: Mapping[str, Sequence[tuple[float, float, bool]]]) -> str:
+    """Precision and recall of what is said to be there, over all defects, with this and that for `SURE`."""
+    lines = []
+    for sure in (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5):
+        said = right = due = 0
+        for name, kept in samples.items():
+            due += sum(there for _, _, there in kept)
+            if how := judged.get(name):
+                z = [how.slope * odds + how.measured * m + how.intercept for odds, m, _ in kept]
+                found = 1 / (1 + np.exp(-np.array(z))) >= max(how.threshold, sure)
+                said, right = said + int(found.sum()), right + int(found[[there for _, _, there in kept]].sum())
+        lines.append(f"least threshold {sure}: precision {right / max(said, 1):.3f}, recall {right / max(due, 1):.3f}")
+    return "\n".join(lines)
 
 
 def known(row: dict[str, Any]) -> dict[str, bool | None]:
@@ -121,6 +135,9 @@ def fit(args: argparse.Namespace) -> None:
         print(f"{name:<16}{there.sum():>5} of {len(there):<6} {fitted}", flush=True)
         if (fitted.average_precision or 0) >= JUDGED:
             judged[name] = fitted
+    print(both(judged, samples))
+    # These copies are damaged far more often than clips are.
+    judged = {name: how.model_copy(update={"threshold": max(SURE, how.threshold)}) for name, how in judged.items()}
     calibration = DefectCalibration(
         defects=judged, data=f"{len(kept)} held-out copies of clips of the split val: scripts/embedded_defects.py"
     )

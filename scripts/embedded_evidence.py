@@ -10,7 +10,7 @@ encoded by x264 at a rate factor by lot, as clips that people rate are. No VMAF,
 `measure`: the signs of each copy (lmm_qa/signs.py) into signs.safetensors beside it. `grow`: average precision of each
 defect on sources that were left out, in five folds; then the trees, on all of them, into the package.
 
-`copies` goes on where it was stopped.
+`copies` goes on where it was stopped, and leaves labels.jsonl, a table of all.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from lmm_qa.degrade import (
 from lmm_qa.evidence import FILE, Forests
 from lmm_qa.face import find_face
 from lmm_qa.reference import FAINT, change
+from lmm_qa.results import write_rows
 from lmm_qa.video import probe, read_frames
 
 KIND = {cause: number for number, kind in enumerate((FACIAL, PICTURE, COMPRESSION, TEMPORAL)) for cause in kind}
@@ -190,6 +191,7 @@ def copies(args: argparse.Namespace) -> None:
                 print(f"{done}/{len(jobs)} {job.name}: {future.result()} copies", flush=True)
             except Exception as error:  # one bad source must not end it
                 print(f"{done}/{len(jobs)} {job.name}: FAILED {type(error).__name__}: {error}", flush=True)
+    write_rows(args.output / "labels.jsonl", rows_of(args.output))
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:

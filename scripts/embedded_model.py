@@ -5,8 +5,9 @@
 CLIPS holds video files and an `index.csv` with columns `clip`, `repository` and `split` (train / val / test); PORTRAITS
 (may be left out) pictures and an `index.csv` with columns `image` and `repository`; PICTURES (may be left out) large
 photographs of anything. Steps: damaged copies (embedded_data.py), tokenizer, processor and first weights
-(embedded_build.py), the phases of configs/embedded.yaml (embedded_train.py), the calibration of the answers on defects
-(lmm-qa degrade, embedded_defects.py), and the model into lmm_qa/embedded (embedded_pack.py). When each step began and
+(embedded_build.py), the phases of configs/embedded.yaml (embedded_train.py), the model into lmm_qa/embedded
+(embedded_pack.py), the trees on what is measured (embedded_evidence.py), words (embedded_words.py), and the calibration
+of answers and measurements on defects (lmm-qa degrade, embedded_defects.py). When each step began and
 how long it took goes to WORK/steps.jsonl, losses and figures to WORK/run/log.jsonl, data and its fingerprint into
 rater.json.
 
@@ -19,10 +20,14 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from lmm_qa.evidence import FILE
+from lmm_qa.rater_file import DEFECTS_NAME, EMBEDDED
 
 SCRIPTS = Path(__file__).parent
 
@@ -60,14 +65,21 @@ def main() -> None:
          "--workers", args.workers)  # fmt: skip
     step(init / "model.safetensors", f"{SCRIPTS}/embedded_build.py", "--data", data, "--out", init, *start)
     step(run / "adapter", f"{SCRIPTS}/embedded_train.py", "--data", data, "--init", init, "--out", run)
-    step(None, f"{SCRIPTS}/embedded_pack.py", "--run", run, "--data", data, "--init", init)
+    spoken, copies = run / "words" / "adapter", work / "evidence"
+    step(spoken, f"{SCRIPTS}/embedded_pack.py", "--run", run, "--data", data, "--init", init)
+    step(None, f"{SCRIPTS}/embedded_evidence.py", "copies", "--clips", args.clips, *portraits, "-o", copies,
+         "--workers", args.workers)  # fmt: skip
+    step(copies / "signs.safetensors", f"{SCRIPTS}/embedded_evidence.py", "measure", copies, "--workers", args.workers)
+    step(copies / FILE.name, f"{SCRIPTS}/embedded_evidence.py", "grow", copies, "-o", copies / FILE.name)
+    shutil.copyfile(copies / FILE.name, FILE)
+    step(spoken, f"{SCRIPTS}/embedded_words.py", "--labels", copies / "labels.jsonl", "--out", run / "words", "--pack")
     with (args.clips / "index.csv").open(newline="") as file:
         clips = [args.clips / row["clip"] for row in csv.DictReader(file) if row["split"] == "val"]
     step(held_out, "-m lmm_qa degrade", *clips, "-o", held_out, "--strengths", "0.35,0.75",
          "--pairs", 4, "--length", "3", "--workers", args.workers)  # fmt: skip
     step(run / "defects.json", f"{SCRIPTS}/embedded_defects.py", "fit", "--labels", held_out,
          "-o", run / "defects.json")  # fmt: skip
-    step(None, f"{SCRIPTS}/embedded_pack.py", "--run", run, "--data", data, "--init", init)
+    shutil.copyfile(run / "defects.json", EMBEDDED / DEFECTS_NAME)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from lmm_qa.backbone import patch_factor
 from lmm_qa.copies import TIMED
 from lmm_qa.defects import BY_NAME, truth
 from lmm_qa.explain import MAX_NAMED, Finding, explanation_prompt, is_good, sentence
-from lmm_qa.rater_file import EMBEDDED, resolve_model
+from lmm_qa.rater_file import EMBEDDED, FILE_NAME, resolve_model
 from lmm_qa.results import read_rows
 from lmm_qa.video import read_frames
 
@@ -183,6 +183,9 @@ def main() -> None:
         weights = load_file(args.out / "adapter" / "adapter_model.safetensors")
         save_file({key: value.bfloat16() for key, value in weights.items()}, EMBEDDED / "adapter_model.safetensors",
                   metadata={"format": "pt"})  # fmt: skip
+        record = json.loads((EMBEDDED / FILE_NAME).read_text())
+        record["training"]["phases"]["words"] = {"steps": args.steps, "words": line["words"], "kept": line["kept"]}
+        (EMBEDDED / FILE_NAME).write_text(json.dumps(record, indent=2) + "\n")
         shutil.rmtree(args.out / "features")
 
 
