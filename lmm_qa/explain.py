@@ -135,6 +135,9 @@ _STRENGTHS = (
     (1.01, ("strongly", "severely"), ("strong", "severe")),
 )
 
+_STRONG = 0.69
+"""Strength as which more is spoken of in a clip of a good level."""
+
 _MERITS = {
     "blur": "the face is sharp",
     "noise": "flat parts are clean",
@@ -176,7 +179,8 @@ def sentence(
     for number, one in enumerate(found[:MAX_NAMED]):
         adverb = adjective = ""
         if number < len(strengths):
-            adverbs, adjectives = next(words for limit, *words in _STRENGTHS if strengths[number] < limit)
+            strength = min(strengths[number], _STRONG) if good else strengths[number]
+            adverbs, adjectives = next(words for limit, *words in _STRENGTHS if strength < limit)
             adverb, adjective = draw.choice(adverbs), draw.choice(adjectives)
         clause = draw.choice(_CLAUSES[one.defect]).format(adverb=adverb, adjective=adjective, when=_when(one.seconds))
         clauses.append(re.sub(r" +", " ", clause).strip().replace("a  ", "a "))
@@ -242,6 +246,9 @@ _VERB = (
 )
 """What is a verb, or looks like one: a sentence without is mostly a piece of one."""
 
+_GRAVE = r"\b(?:strong|severe)(?:ly)?\b"
+"""Words that no clip of a good level has earned."""
+
 _MOMENT = r"\b\d+(?:\.\d+)?(?=\s*(?:s|sec|secs|seconds?)\b|\s*(?:to|and|-|\u2013)\s*\d)"
 """A number of seconds."""
 
@@ -287,6 +294,8 @@ def objection(
             return f"it says {claim[0]}, and {', '.join(sorted(found))} was found"
         if not is_good(level, levels):
             return f"it says {claim[0]}, and the rating {level}"
+    if is_good(level, levels) and (grave := re.search(_GRAVE, lower)):
+        return f"it says {grave[0]}, and the rating {level}"
     if not text.rstrip().endswith("."):
         return "it does not come to an end"
     sentences = re.split(r"(?<=\.)\s+", text.strip())

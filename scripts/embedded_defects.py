@@ -38,7 +38,7 @@ Floats = NDArray[np.float64]
 VISIBLE_LOSS = 0.05  # a damage that costs less of the quality is neither asserted nor denied
 WITHIN = 0.5  # seconds
 JUDGED = 0.3  # average precision below which a defect is not judged
-SURE = 0.5  # probability from which on a defect may be said to be there
+SURE = 0.25  # probability from which on a defect may be said to be there: see `both`
 HELPS = 0.02  # share of the loss by which the model's answers must lower it
 
 
@@ -121,7 +121,9 @@ def fit(args: argparse.Namespace) -> None:
     rater = Rater.from_pretrained(args.model)
     rater.defect_calibration = UNCALIBRATED  # which is asked about all of them
     samples: dict[str, list[tuple[float, float, bool]]] = {name: [] for name in truth([])}
+    copies = 0
     for row, result in rated(args.labels, rater, explanation=False):
+        copies += 1
         for name, there in known(row).items():
             if there is not None:
                 samples[name].append((result.profile.log_odds[name], result.profile.measured.get(name, 0.0), there))
@@ -139,7 +141,7 @@ def fit(args: argparse.Namespace) -> None:
     # These copies are damaged far more often than clips are.
     judged = {name: how.model_copy(update={"threshold": max(SURE, how.threshold)}) for name, how in judged.items()}
     calibration = DefectCalibration(
-        defects=judged, data=f"{len(kept)} held-out copies of clips of the split val: scripts/embedded_defects.py"
+        defects=judged, data=f"{copies} held-out copies of clips of the split val: scripts/embedded_defects.py"
     )
     args.output.write_text(calibration.model_dump_json(indent=2) + "\n")
 

@@ -146,5 +146,12 @@ def test_a_clip_below_good_is_not_called_faultless(level: str, why: str | None) 
     assert objection(shown, level, LEVELS, [], VISIBLE) is None
 
 
+def test_a_good_clip_has_no_severe_defect() -> None:
+    blurred, found = "The quality of this video is {}. The picture is severely blurred.", [Finding("blur", 0.9)]
+    for level, why in (("excellent", "severely"), ("good", "severely"), ("fair", None), ("bad", None)):
+        said = objection(blurred.format(level), level, LEVELS, found, VISIBLE)
+        assert said is None if why is None else why in str(said)
+
+
 def test_a_short_stem_does_not_break_off() -> None:
     assert objection("Quality: fair. The picture is blurred.", "fair", LEVELS, [Finding("blur", 0.9)], VISIBLE) is None
