@@ -35,8 +35,9 @@ class Profile:
     """Of yes against no, as the model answered."""
     measured: dict[str, float]
     """Log-odds by what was measured (`lmm_qa.evidence`); empty where nothing was."""
-    mass: float
-    """Share of the vocabulary's probability on yes and no, mean over the questions. Near 0, the model cannot answer."""
+    mass: float | None
+    """Share of the vocabulary's probability on yes and no, mean over the questions. Near 0, the model cannot answer. None
+    where it was asked nothing."""
 
     @property
     def denied(self) -> list[str]:
@@ -79,7 +80,7 @@ def read_profile(
         tuple(sorted(found, key=lambda one: -one.probability)),
         {name: odds for name, (odds, _) in answers.items()},
         dict(measured),
-        sum(mass for _, mass in answers.values()) / max(len(answers), 1),
+        sum(mass for _, mass in answers.values()) / len(answers) if answers else None,
     )
 
 

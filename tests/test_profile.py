@@ -39,7 +39,9 @@ def test_what_is_not_asked_is_judged_by_what_was_measured() -> None:
     assert [one.defect for one in profile.found] == ["seam", "blur"]
     unmeasured = read_profile({"blur": (1.0, 1.0)}, calibration, None, {})
     assert unmeasured.defects["seam"] is None, "nobody looked"
-    assert read_profile({}, calibration, None, {"seam": 1.5}).defects["blur"] is None, "nobody asked"
+    alone = read_profile({}, calibration, None, {"seam": 1.5})
+    assert alone.defects["blur"] is None, "nobody asked"
+    assert alone.mass is None
 
 
 def test_what_is_measured_joins_the_answers() -> None:
