@@ -1,4 +1,4 @@
-"""What shows of defects in the pictures of a clip: some 270 numbers, for `lmm_qa.evidence` to weigh.
+"""What shows of defects in the pictures of a clip: some 370 numbers, for `lmm_qa.evidence` to weigh.
 
 The model looks at a dozen small pictures; the decoder passes every one, at native resolution. Here six moments of two
 close pictures each are measured where they lie ready: the texture and the block edges of the encoder, the levels that a
