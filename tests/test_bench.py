@@ -88,12 +88,12 @@ def test_questions_are_asked_in_both_ways(rater: Rater, monkeypatch: pytest.Monk
     finally:
         hook.remove()
     # Looks at the clip: score and five questions on one prefill, and one by one, to compare; then the score alone and
-    # with the questions, of frames that lie ready, of decoded ones, and the reference's way.
-    assert len(looks) == (1 + 6) + (1 + 1) + (1 + 1) + (1 + 6)
+    # with the questions, of frames that lie ready, of decoded ones, as a rating and its profile, and the reference's way.
+    assert len(looks) == (1 + 6) + (1 + 1) + (1 + 1) + (1 + 1) + (1 + 6)
     assert (cost["questions"], cost["clips"]) == (5, 1)
     assert cost["largest_difference"] < 1e-4, "on one prefill or on many"
     times = cost["times_the_score"]
-    assert times.keys() == {"score", "decoding + score", "reference"}
+    assert times.keys() == {"score", "decoding + score", "rating", "reference"}
     spent = {name: each["processor_seconds_a_clip"] for name, each in cost["paths"].items()}
     assert times["score"]["processor"] == spent["score + questions"] / spent["score"]
     score, *closed = rater.settings.prompt, *list(questions().values())[:2]
