@@ -36,8 +36,8 @@ class Profile:
     measured: dict[str, float]
     """Log-odds by what was measured (`lmm_qa.evidence`); empty where nothing was."""
     mass: float | None
-    """Share of the vocabulary's probability on yes and no, mean over the questions. Near 0, the model cannot answer. None
-    where it was asked nothing."""
+    """Share of the vocabulary's probability on yes and no, mean over the questions. Near 0, the model cannot answer.
+    None where it was asked nothing."""
 
     @property
     def denied(self) -> list[str]:

@@ -88,7 +88,7 @@ def test_questions_are_asked_in_both_ways(rater: Rater, monkeypatch: pytest.Monk
     finally:
         hook.remove()
     # Looks at the clip: score and five questions on one prefill, and one by one, to compare; then the score alone and
-    # with the questions, of frames that lie ready, of decoded ones, as a rating and its profile, and the reference's way.
+    # with the questions, of frames that lie ready, of decoded ones, as a rating and its profile, and as the reference.
     assert len(looks) == (1 + 6) + (1 + 1) + (1 + 1) + (1 + 1) + (1 + 6)
     assert (cost["questions"], cost["clips"]) == (5, 1)
     assert cost["largest_difference"] < 1e-4, "on one prefill or on many"
