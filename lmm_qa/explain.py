@@ -7,6 +7,7 @@ grammar is shown in their place. The same grammar writes the sentences of the tr
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Collection, Sequence
@@ -135,9 +136,6 @@ _STRENGTHS = (
     (1.01, ("strongly", "severely"), ("strong", "severe")),
 )
 
-_STRONG = 0.69
-"""Strength as which more is spoken of in a clip of a good level."""
-
 _MERITS = {
     "blur": "the face is sharp",
     "noise": "flat parts are clean",
@@ -179,8 +177,9 @@ def sentence(
     for number, one in enumerate(found[:MAX_NAMED]):
         adverb = adjective = ""
         if number < len(strengths):
-            strength = min(strengths[number], _STRONG) if good else strengths[number]
-            adverbs, adjectives = next(words for limit, *words in _STRENGTHS if strength < limit)
+            degree = next(degree for degree, (limit, *_) in enumerate(_STRENGTHS) if strengths[number] < limit)
+            # Nothing is said to be severe in a clip of a good level.
+            _, adverbs, adjectives = _STRENGTHS[min(degree, len(_STRENGTHS) - 2) if good else degree]
             adverb, adjective = draw.choice(adverbs), draw.choice(adjectives)
         clause = draw.choice(_CLAUSES[one.defect]).format(adverb=adverb, adjective=adjective, when=_when(one.seconds))
         clauses.append(re.sub(r" +", " ", clause).strip().replace("a  ", "a "))
@@ -246,8 +245,8 @@ _VERB = (
 )
 """What is a verb, or looks like one: a sentence without is mostly a piece of one."""
 
-_GRAVE = r"\b(?:strong|severe)(?:ly)?\b"
-"""Words that no clip of a good level has earned."""
+_GRAVE = rf"\b(?:{'|'.join(itertools.chain(*_STRENGTHS[-1][1:]))})\b"
+"""The words for what is strongest: no clip of a good level has earned them."""
 
 _MOMENT = r"\b\d+(?:\.\d+)?(?=\s*(?:s|sec|secs|seconds?)\b|\s*(?:to|and|-|\u2013)\s*\d)"
 """A number of seconds."""
@@ -287,8 +286,9 @@ def objection(
         return f"it names what was not found: {', '.join(invented)}"
     if (due := found & set(judged)) and not named & due:
         return "it names none of the defects that were found"
-    if guessed := [moment for moment in re.findall(_MOMENT, lower) if moment not in re.findall(_MOMENT, facts(told))]:
-        return f"it gives a time that was not measured: {guessed[0]} s"
+    measured = re.findall(_MOMENT, facts(told))
+    if guessed := next((moment for moment in re.findall(_MOMENT, lower) if moment not in measured), None):
+        return f"it gives a time that was not measured: {guessed} s"
     if claim := re.search(_FAULTLESS, lower):
         if found:
             return f"it says {claim[0]}, and {', '.join(sorted(found))} was found"

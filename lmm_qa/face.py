@@ -33,6 +33,7 @@ AROUND = 1.5
 _OVERLAP = 0.3
 _SEEN_AT_LEAST = 2
 FOLLOWED = 4
+"""Pictures that `follow_face` searches."""
 _BESIDE = 0.45
 """Sides of a box by which it may have moved from one searched picture to the next."""
 """Key frames: what is taken for a face once only is a flower, or a fold of a curtain."""

@@ -13,6 +13,7 @@ Knows nothing of files, models or weights. Most numbers are logarithms; a name s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
@@ -129,8 +130,8 @@ def window(picture: Picture, box: Floats, around: tuple[float, float], side: int
     left, top, right, _ = box * (width, height, width, height)
     scale = max(float(right - left), 1.0)
     x, y, whole = left + around[0] * scale, top + around[0] * scale, (around[1] - around[0]) * scale
-    edges = np.floor([x, y]).astype(int), np.ceil([x + whole, y + whole]).astype(int)
-    (first_x, first_y), (last_x, last_y) = edges
+    first_x, first_y = (math.floor(edge) for edge in (x, y))
+    last_x, last_y = (math.ceil(edge + whole) for edge in (x, y))
     inside = picture[
         min(max(first_y, 0), height - 1) : max(min(last_y, height), 1),
         min(max(first_x, 0), width - 1) : max(min(last_x, width), 1),
@@ -199,19 +200,19 @@ def _blocks(pictures: Floats, side: int) -> Floats:
     return pictures[:, : rows * side, : columns * side].reshape(count, rows, side, columns, side)
 
 
-def _deviations(pictures: Floats, side: int = 8) -> tuple[Floats, Floats]:
-    """Mean and root of the variance of each block, (n, rows, columns)."""
-    blocks = _blocks(pictures, side)
+def _deviations(pictures: Floats) -> tuple[Floats, Floats]:
+    """Mean and root of the variance of each block of 8 x 8, (n, rows, columns)."""
+    blocks = _blocks(pictures, 8)
     mean = blocks.mean((2, 4))
-    square = np.einsum("nabcd,nabcd->nac", blocks, blocks) / side**2
+    square = np.einsum("nabcd,nabcd->nac", blocks, blocks) / 64
     return mean, np.sqrt(np.maximum(square - mean**2, 0))
 
 
-def _ends(signs: Signs, name: str, values: Floats, floor: float | None = None) -> None:
-    """The least two, the middle and the most of what each moment gave; as logarithms where there is a floor."""
+def _ends(signs: Signs, name: str, values: Floats, floor: float) -> None:
+    """The least two, the middle and the most of what each moment gave, as logarithms."""
     low = np.sort(values)[:2].mean()
     for end, value in (("least", low), ("", np.median(values)), ("most", values.max())):
-        signs[f"{name}_{end}".rstrip("_")] = float(value) if floor is None else _log(value, floor)
+        signs[f"{name}_{end}".rstrip("_")] = _log(value, floor)
 
 
 # --- what the camera, the encoder and the player do ------------------------------------------------------------------

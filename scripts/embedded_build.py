@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from embedded_data import rows_of
 from scipy.fft import dct
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor
@@ -120,8 +121,7 @@ def build_config(recipe: dict[str, Any], tokenizer: Qwen2Tokenizer) -> Qwen2VLCo
 def training_patches(data: Path, count: int = 20000) -> np.ndarray:
     """Patches of the training copies, (count, 3, 2, 14, 14) in [-1, 1]."""
     names = sorted(data.glob("*.crop.npy"))
-    train = [row["name"] for file in sorted(data.glob("*.json")) for row in json.loads(file.read_text())
-             if row["split"] == "train"]  # fmt: skip
+    train = [row["name"] for row in rows_of(data) if row["split"] == "train"]
     if not names or not train:
         raise SystemExit(f"no training copies in {data}; run scripts/embedded_data.py first")
     draw = random.Random(0)

@@ -25,17 +25,22 @@ import json
 import math
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from lmm_qa.degrade import COMPRESSION, DAMAGES, FACIAL, REPEATABLE_X264, Pixels, transcode
 from lmm_qa.face import AROUND, ASSUMED, Face, face_window, find_face
 from lmm_qa.reference import ceiling, make_copy
+
+Floats = NDArray[np.float64]
+Made = TypeVar("Made")
 
 SHORT, LONG = 48, 250  # frames of a segment: about two seconds, up to ten
 FPS = 25.0
@@ -141,18 +146,33 @@ def pan_portrait(job: Job, rng: np.random.Generator) -> tuple[Pixels, float]:
     zoom, growth = float(rng.uniform(0.6 if job.segment else 0.75, 0.92)), float(rng.normal(0, 0.03))
     if not job.head:  # a window of a large photograph, shrunk somewhat, so that it is sharp
         side = min(side, int(out * float(rng.uniform(1.2, 3)) / zoom))
+    return camera(picture, side, out, SHORT, (place, speed), (zoom, growth)), ceiling(side, side, 1.0)
+
+
+def camera(picture: Image.Image, side: int, out: int, count: int, way: tuple[Floats, Floats],
+           zooms: tuple[float, float]) -> Pixels:  # fmt: skip
+    """(count, out, out, 3): a square of a picture under a camera that drifts and zooms.
+
+    Args:
+        picture: what is seen.
+        side: pixels of the largest square.
+        out: pixels a side of the frames.
+        count: frames.
+        way: the middle of the square at the begin, across and down, in fractions of the picture; and what it moves by
+            until the end.
+        zooms: the same of the square's side, in fractions of `side`, which it never exceeds.
+    """
     frames = []
-    for number in range(SHORT):
-        now = number / SHORT
-        half = side * min(zoom + growth * now, 1.0) / 2
+    for now in np.arange(count) / count:
+        half = side * min(zooms[0] + zooms[1] * now, 1.0) / 2
         x, y = (
             float(np.clip((spot + pace * now) * length, half, length - half))
-            for spot, pace, length in zip(place, speed, picture.size, strict=True)
+            for spot, pace, length in zip(*way, picture.size, strict=True)
         )
         frames.append(
             np.asarray(picture.resize((out, out), Image.Resampling.BICUBIC, (x - half, y - half, x + half, y + half)))
         )
-    return np.stack(frames), ceiling(side, side, 1.0)
+    return np.stack(frames)
 
 
 def sampled(frames: int) -> list[int]:
@@ -234,6 +254,39 @@ def prepare(job: Job) -> list[dict[str, object]]:
     return rows
 
 
+def index_of(folder: Path) -> list[dict[str, str]]:
+    """The rows of a folder's `index.csv`."""
+    with (folder / "index.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def portraits_of_training(folder: Path, clips: Sequence[Mapping[str, str]]) -> list[Path]:
+    """The pictures of a folder whose repositories gave no clip to val or test. `clips`: the rows of their index."""
+
+    def project(row: Mapping[str, str]) -> str:
+        return row["repository"].partition("/")[2].partition("_")[0]
+
+    held_out = {project(row) for row in clips if row["split"] != "train"}
+    return [folder / row["image"] for row in index_of(folder) if project(row) not in held_out]
+
+
+def run_all(make: Callable[[Made], list[Any]], jobs: Sequence[Made], workers: int) -> None:
+    """Make the copies of all jobs, which have names, in processes, and say how far it is."""
+    with ProcessPoolExecutor(workers) as pool:
+        futures = {pool.submit(make, job): job for job in jobs}
+        for done, future in enumerate(as_completed(futures), 1):
+            said = f"{done}/{len(jobs)} {futures[future].name}"
+            try:
+                print(f"{said}: {len(future.result())} copies", flush=True)
+            except Exception as error:  # one bad source must not end hours of work
+                print(f"{said}: FAILED {type(error).__name__}: {error}", flush=True)
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The rows of all copies in a folder, which lie there a file a job."""
+    return [row for file in sorted(folder.glob("*.json")) for row in json.loads(file.read_text())]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=Path, required=True)
@@ -244,8 +297,7 @@ def main() -> None:
                         help="segments of each clip, every second one longer; half as many of a portrait")  # fmt: skip
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
-    with (args.clips / "index.csv").open(newline="") as file:
-        index = list(csv.DictReader(file))
+    index = index_of(args.clips)
     args.out.mkdir(parents=True, exist_ok=True)
     jobs = [
         Job(args.clips / row["clip"], row["split"], segment, args.out)
@@ -254,14 +306,11 @@ def main() -> None:
         if row["split"] == "train" or (row["split"] == "val" and segment < 2)
     ]
     if args.portraits:
-        held_out = {row["repository"].partition("/")[2].partition("_")[0] for row in index if row["split"] != "train"}
-        with (args.portraits / "index.csv").open(newline="") as file:
-            jobs += [
-                Job(args.portraits / row["image"], "train", segment, args.out, still=True)
-                for row in csv.DictReader(file)
-                if row["repository"].partition("/")[2].partition("_")[0] not in held_out
-                for segment in range(max(1, args.segments // 2))
-            ]
+        jobs += [
+            Job(portrait, "train", segment, args.out, still=True)
+            for portrait in portraits_of_training(args.portraits, index)
+            for segment in range(max(1, args.segments // 2))
+        ]
     if args.pictures:
         jobs += [
             Job(picture, "train", segment, args.out, still=True, head=False)
@@ -271,14 +320,7 @@ def main() -> None:
         ]
     # A fixed shuffle inside each round: a training that starts early sees all splits and sources.
     jobs.sort(key=lambda job: (job.segment, zlib.crc32(job.name.encode())))
-    with ProcessPoolExecutor(args.workers) as pool:
-        futures = {pool.submit(prepare, job): job for job in jobs}
-        for done, future in enumerate(as_completed(futures), 1):
-            job = futures[future]
-            try:
-                print(f"{done}/{len(jobs)} {job.name}: {len(future.result())} copies", flush=True)
-            except Exception as error:  # one bad source must not end hours of work
-                print(f"{done}/{len(jobs)} {job.name}: FAILED {type(error).__name__}: {error}", flush=True)
+    run_all(prepare, jobs, args.workers)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ Floats = NDArray[np.float64]
 VISIBLE_LOSS = 0.05  # a damage that costs less of the quality is neither asserted nor denied
 WITHIN = 0.5  # seconds
 JUDGED = 0.3  # average precision below which a defect is not judged
-SURE = 0.25  # probability from which on a defect may be said to be there: see `both`
+SURE = 0.25  # probability from which on a defect may be said to be there: see `trade_off`
 HELPS = 0.02  # share of the loss by which the model's answers must lower it
 
 
@@ -76,16 +76,16 @@ def fit_one(odds: Floats, measured: Floats, there: NDArray[np.bool_]) -> Logisti
     )
 
 
-def both(judged: Mapping[str, Logistic], samples: Mapping[str, Sequence[tuple[float, float, bool]]]) -> str:
+def trade_off(judged: dict[str, Logistic], samples: Mapping[str, Sequence[tuple[float, float, bool]]]) -> str:
     """Precision and recall of what is said to be there, over all defects, with this and that for `SURE`."""
-    lines = []
+    calibration, lines = DefectCalibration(defects=judged), []
     for sure in (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5):
         said = right = due = 0
         for name, kept in samples.items():
             due += sum(there for _, _, there in kept)
             if how := judged.get(name):
-                z = [how.slope * odds + how.measured * m + how.intercept for odds, m, _ in kept]
-                found = 1 / (1 + np.exp(-np.array(z))) >= max(how.threshold, sure)
+                p = np.array([calibration.probability(name, odds, measured) for odds, measured, _ in kept])
+                found = p >= max(how.threshold, sure)
                 said, right = said + int(found.sum()), right + int(found[[there for _, _, there in kept]].sum())
         lines.append(f"least threshold {sure}: precision {right / max(said, 1):.3f}, recall {right / max(due, 1):.3f}")
     return "\n".join(lines)
@@ -121,9 +121,8 @@ def fit(args: argparse.Namespace) -> None:
     rater = Rater.from_pretrained(args.model)
     rater.defect_calibration = UNCALIBRATED  # which is asked about all of them
     samples: dict[str, list[tuple[float, float, bool]]] = {name: [] for name in truth([])}
-    copies = 0
-    for row, result in rated(args.labels, rater, explanation=False):
-        copies += 1
+    copies = [*rated(args.labels, rater, explanation=False)]
+    for row, result in copies:
         for name, there in known(row).items():
             if there is not None:
                 samples[name].append((result.profile.log_odds[name], result.profile.measured.get(name, 0.0), there))
@@ -137,11 +136,11 @@ def fit(args: argparse.Namespace) -> None:
         print(f"{name:<16}{there.sum():>5} of {len(there):<6} {fitted}", flush=True)
         if (fitted.average_precision or 0) >= JUDGED:
             judged[name] = fitted
-    print(both(judged, samples))
+    print(trade_off(judged, samples))
     # These copies are damaged far more often than clips are.
     judged = {name: how.model_copy(update={"threshold": max(SURE, how.threshold)}) for name, how in judged.items()}
     calibration = DefectCalibration(
-        defects=judged, data=f"{copies} held-out copies of clips of the split val: scripts/embedded_defects.py"
+        defects=judged, data=f"{len(copies)} held-out copies of clips of the split val: scripts/embedded_defects.py"
     )
     args.output.write_text(calibration.model_dump_json(indent=2) + "\n")
 

@@ -16,18 +16,18 @@ defect on sources that were left out, in five folds; then the trees, on all of t
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import math
 import zlib
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from embedded_data import camera, index_of, portraits_of_training, rows_of, run_all
 from embedded_defects import average_precision
 from numpy.typing import NDArray
 from PIL import Image
@@ -125,28 +125,18 @@ def move_over(path: Path, lot: np.random.Generator) -> tuple[Pixels, float]:
     side, out, count = min(picture.size), 2 * int(lot.integers(128, 280)), int(lot.integers(50, 76))
     place, speed = lot.uniform(0.4, 0.6, 2), lot.normal(0, 0.02, 2)
     zoom, growth = lot.uniform(0.75, 0.95), lot.normal(0, 0.02)
-    frames = []
-    for moment in np.arange(count) / count:
-        half = side * min(zoom + growth * moment, 1.0) / 2
-        x, y = (
-            float(np.clip((spot + pace * moment) * length, half, length - half))
-            for spot, pace, length in zip(place, speed, picture.size, strict=True)
-        )
-        frames.append(
-            np.asarray(picture.resize((out, out), Image.Resampling.BICUBIC, (x - half, y - half, x + half, y + half)))
-        )
-    return np.stack(frames), 25.0
+    return camera(picture, side, out, count, (place, speed), (zoom, growth)), 25.0
 
 
-def make(job: Job) -> int:
+def make(job: Job) -> list[dict[str, Any]]:
     """The copies of one source, the clean one first; their rows into NAME.json when all are there."""
     done = job.out / f"{job.name}.json"
     if done.exists():
-        return 0
+        return list(json.loads(done.read_text()))
     lot = np.random.default_rng(zlib.crc32(job.name.encode()))
     source, fps = (move_over if job.still else seconds_of)(job.source, lot)
     face = find_face(source)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number in range(job.copies):
         damages, seed = drawn(lot, job.still) if number else [], int(lot.integers(2**31))
         frames, seen = source, []
@@ -163,39 +153,19 @@ def make(job: Job) -> int:
     partial = done.with_suffix(".tmp")
     partial.write_text(json.dumps(rows))
     partial.replace(done)
-    return len(rows)
+    return rows
 
 
 def copies(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
-    with (args.clips / "index.csv").open(newline="") as file:
-        index = list(csv.DictReader(file))
-    held_out = {row["repository"].partition("/")[2].partition("_")[0] for row in index if row["split"] != "train"}
+    index = index_of(args.clips)
     train = [args.clips / row["clip"] for row in index if row["split"] == "train"]
-    portraits = []
-    if args.portraits:
-        with (args.portraits / "index.csv").open(newline="") as file:
-            portraits = [
-                args.portraits / row["image"]
-                for row in csv.DictReader(file)
-                if row["repository"].partition("/")[2].partition("_")[0] not in held_out
-            ]
+    portraits = portraits_of_training(args.portraits, index) if args.portraits else []
     jobs = [Job(path, False, number, 12, args.output) for number in range(args.rounds) for path in train]
     jobs += [Job(path, True, number, 8, args.output) for number in range(args.rounds) for path in portraits]
     jobs.sort(key=lambda job: (job.round, zlib.crc32(job.name.encode())))
-    with ProcessPoolExecutor(args.workers) as pool:
-        futures = {pool.submit(make, job): job for job in jobs}
-        for done, future in enumerate(as_completed(futures), 1):
-            job = futures[future]
-            try:
-                print(f"{done}/{len(jobs)} {job.name}: {future.result()} copies", flush=True)
-            except Exception as error:  # one bad source must not end it
-                print(f"{done}/{len(jobs)} {job.name}: FAILED {type(error).__name__}: {error}", flush=True)
+    run_all(make, jobs, args.workers)
     write_rows(args.output / "labels.jsonl", rows_of(args.output))
-
-
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return [row for file in sorted(folder.glob("*.json")) for row in json.loads(file.read_text())]
 
 
 def signs_of(path: Path) -> dict[str, float]:
@@ -284,27 +254,26 @@ def as_arrays(kept: list[tuple[str, Any]], names: list[str]) -> Forests:
     child: list[int] = []
     root: list[int] = []
     defect: list[int] = []
+
+    def add() -> int:
+        """A node, to be filled in later."""
+        for column in (sign, limit, child):
+            column.append(0)
+        return len(sign) - 1
+
     for number, (_, forest) in enumerate(kept):
         for grown_tree in forest.estimators_:
             tree = grown_tree.tree_
-            root.append(len(sign))
             defect.append(number)
-            place = {0: len(sign)}
-            queue = [0]
-            sign.append(0), limit.append(0.0), child.append(0)
-            while queue:
-                node = queue.pop(0)
-                at = place[node]
+            root.append(add())
+            waiting = deque([(0, root[-1])])
+            while waiting:
+                node, at = waiting.popleft()
                 if tree.children_left[node] < 0:
                     sign[at], limit[at] = -1, float(tree.value[node][0][1] / tree.value[node][0].sum())
                     continue
-                # A sign is stored in single precision and compared so, as scikit-learn does.
-                sign[at], limit[at], child[at] = int(tree.feature[node]), math.nan, len(sign)
-                limit[at] = float(tree.threshold[node])
-                for below in (tree.children_left[node], tree.children_right[node]):
-                    place[below] = len(sign)
-                    sign.append(0), limit.append(0.0), child.append(0)
-                    queue.append(below)
+                sign[at], limit[at], child[at] = int(tree.feature[node]), float(tree.threshold[node]), len(sign)
+                waiting.extend((below, add()) for below in (tree.children_left[node], tree.children_right[node]))
     return Forests(
         tuple(name for name, _ in kept), tuple(names), np.array(sign, np.int16), np.array(limit, np.float32),
         np.array(child, np.int32), np.array(root, np.int32), np.array(defect, np.int16),

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import yaml
+from embedded_data import rows_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
@@ -28,7 +29,7 @@ CARD = "README.md"  # is written by hand, and stays
 
 def training_record(run: Path, data: Path, init: Path) -> dict[str, Any]:
     """What the weights were made from: data and its fingerprint, phases with their last figures, versions."""
-    rows = [row for file in sorted(data.glob("*.json")) for row in json.loads(file.read_text())]
+    rows = rows_of(data)
     clean = {row["segment"] for row in rows if not row["causes"]}  # what training compares with, and needs
     train = [row for row in rows if row["split"] == "train" and row["segment"] in clean]
     text = json.dumps([[row["name"], row["causes"], row["strengths"], row["quality"]] for row in train])
@@ -47,6 +48,13 @@ def training_record(run: Path, data: Path, init: Path) -> dict[str, Any]:
         "phases": phases,
         "versions": {package: version(package) for package in ("torch", "transformers", "peft")},
     }
+
+
+def pack_adapter(folder: Path) -> None:
+    """The weights of an adapter into the package, in bfloat16."""
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({key: value.bfloat16() for key, value in weights.items()}, EMBEDDED / "adapter_model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
 
 
 def main() -> None:
@@ -69,9 +77,7 @@ def main() -> None:
     for name in ("chat_template.jinja", "processor_config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(source / name, base / name)
 
-    weights = load_file(args.run / "adapter" / "adapter_model.safetensors")
-    save_file({key: value.bfloat16() for key, value in weights.items()}, EMBEDDED / "adapter_model.safetensors",
-              metadata={"format": "pt"})  # fmt: skip
+    pack_adapter(args.run / "adapter")
     config = json.loads((args.run / "adapter" / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "lmm_qa/embedded/base"
     (EMBEDDED / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from embedded_data import FACE_SEEN, KINDS, handed_on, rated_views
+from embedded_data import FACE_SEEN, KINDS, handed_on, rated_views, rows_of
 from embedded_defects import known
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.fft import dct
@@ -74,6 +74,13 @@ def known_defects(row: dict[str, Any]) -> dict[str, bool | None]:
     """What is known of a copy, without the lips of a photograph, and without a head that is not there."""
     unseen = ([] if row["head"] else OF_HEADS) + (["lips"] if row["still"] else [])
     return known(row) | dict.fromkeys(unseen)
+
+
+def strongest_first(row: dict[str, Any], names: Sequence[str]) -> dict[str, float]:
+    """How strong each of these defects of a copy is, by the strongest of its causes."""
+    strength = dict(zip(row["causes"], row["strengths"], strict=True))
+    of = {name: max(strength[cause] for cause in BY_NAME[name].causes if cause in strength) for name in names}
+    return dict(sorted(of.items(), key=lambda one: -one[1]))
 
 
 def recolouring(draw: random.Random) -> Callable[[Any], Any]:
@@ -127,7 +134,7 @@ class Copies:
         self.refresh()
 
     def refresh(self) -> None:
-        rows = [row for file in sorted(self.folder.glob("*.json")) for row in json.loads(file.read_text())]
+        rows = rows_of(self.folder)
         self.rows = [row for row in rows if row["split"] == self.split]
         self.clean = {row["segment"]: row["name"] for row in rows if not row["causes"]}
         self.rows = [row for row in self.rows if row["segment"] in self.clean]
@@ -374,23 +381,21 @@ class Prefill:
 
     def explanation(self, row: dict[str, Any], draw: random.Random) -> Part:
         """A sentence of the grammar on one copy, after its level."""
-        there = [name for name, known in row["known"].items() if known]
-        strength = {
-            name: max(
-                s for cause, s in zip(row["causes"], row["strengths"], strict=True) if cause in BY_NAME[name].causes
-            )
-            for name in there
-        }
-        there.sort(key=lambda name: -strength[name])
+        strength = strongest_first(row, [name for name, known in row["known"].items() if known])
         found = []
-        for name in there:
+        for name in strength:
             first = 0.0 if name == "buffering" else draw.uniform(0, 8)
             when = ((first, first + draw.uniform(0.3, 5)),) if name in TIMED and draw.random() < 0.85 else ()
             found.append(Finding(name, 1.0, when))
         denied = [name for name, known in row["known"].items() if known is False]
         level = self.prompt.levels[round(row["quality"] * (len(LEVELS) - 1))]
-        strengths, good = [strength[name] for name in there], is_good(level, self.prompt.levels)
-        text = sentence(found, denied, draw, strengths, good)
+        return self.spoken(found, denied, level, draw, [*strength.values()])
+
+    def spoken(
+        self, found: list[Finding], denied: list[str], level: str, draw: random.Random, strengths: list[float]
+    ) -> Part:
+        """What the model is told, and a sentence of the grammar about it (see `lmm_qa.explain.sentence`)."""
+        text = sentence(found, denied, draw, strengths, is_good(level, self.prompt.levels))
         _, context = self.split(explanation_prompt(self.prompt, found), f" {level}")
         said = [*self.processor.tokenizer(text)["input_ids"], self.end]
         return Part(context + said[:-1], said)

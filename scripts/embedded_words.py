@@ -22,17 +22,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from embedded_train import Part, Prefill, next_words, vision_tokens
+from embedded_pack import pack_adapter
+from embedded_train import Part, Prefill, next_words, strongest_first, vision_tokens
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from lmm_qa.backbone import patch_factor
 from lmm_qa.copies import TIMED
-from lmm_qa.defects import BY_NAME, truth
-from lmm_qa.explain import MAX_NAMED, Finding, explanation_prompt, is_good, sentence
-from lmm_qa.rater_file import EMBEDDED, FILE_NAME, resolve_model
+from lmm_qa.defects import truth
+from lmm_qa.explain import Finding
+from lmm_qa.rater_file import EMBEDDED, FILE_NAME, RaterFile, resolve_model
 from lmm_qa.results import read_rows
 from lmm_qa.video import read_frames
 
@@ -48,11 +48,8 @@ def told(row: dict[str, Any], level: str, prefill: Prefill, draw: random.Random)
     known = truth(zip(row["causes"], row["strengths"], strict=True))
     strengths: list[float] = []
     if draw.random() < 0.5:
-        strength = dict(zip(row["causes"], row["strengths"], strict=True))
-        names = [name for name, there in known.items() if there]
-        of = {name: max(strength[cause] for cause in BY_NAME[name].causes if cause in strength) for name in names}
-        names.sort(key=lambda name: -of[name])
-        strengths = [of[name] for name in names]
+        strength = strongest_first(row, [name for name, there in known.items() if there])
+        names, strengths = [*strength], [*strength.values()]
     else:
         names = draw.sample(list(known), draw.choice((0, 1, 1, 1, 2, 2, 3)))
     found = []
@@ -65,16 +62,13 @@ def told(row: dict[str, Any], level: str, prefill: Prefill, draw: random.Random)
     words = prefill.prompt.levels
     level = level if draw.random() < 0.5 else draw.choice(words)
     denied = [name for name in known if name not in names]
-    text = sentence(found[:MAX_NAMED], denied, draw, strengths, is_good(level, words))
-    _, context = prefill.split(explanation_prompt(prefill.prompt, found), f" {level}")
-    said = [*prefill.processor.tokenizer(text)["input_ids"], prefill.end]
-    return Part(context + said[:-1], said)
+    return prefill.spoken(found, denied, level, draw, strengths)
 
 
-def features(rows: list[dict[str, Any]], folder: Path, model: Any, cache: Path) -> list[tuple[list[Any], list[Tensor]]]:
+def features(
+    rows: list[dict[str, Any]], folder: Path, model: Any, settings: RaterFile, factor: int, cache: Path
+) -> list[tuple[list[Any], list[Tensor]]]:
     """Shapes of the views, (T, H, W, 3) without T, and tokens, (moments, n, width), of each copy as it is rated."""
-    settings = resolve_model(None, None).settings
-    factor = patch_factor(Prefill(EMBEDDED.parent / "base", ["whole", "crop"]).processor) or 1
     cache.mkdir(parents=True, exist_ok=True)
     found = []
     for number, row in enumerate(rows):
@@ -104,7 +98,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     base = EMBEDDED.parent / "base"
-    prefill = Prefill(base, ["whole", "crop"])
+    settings = resolve_model().settings
+    prefill = Prefill(base, [view.kind for view in settings.views])
 
     def load(trained: bool) -> Any:
         model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
@@ -114,7 +109,8 @@ def main() -> None:
     core, before = tuned.base_model.model.model, teacher.base_model.model.model
     rows = read_rows(args.labels)
     rows = random.Random(0).sample(rows, min(args.copies, len(rows)))
-    seen = features(rows, args.labels.parent, teacher.base_model.model, args.out / "features")
+    factor = patch_factor(prefill.processor) or 1
+    seen = features(rows, args.labels.parent, teacher.base_model.model, settings, factor, args.out / "features")
     groups: dict[str, list[int]] = {}
     for number, (shapes, _) in enumerate(seen):
         groups.setdefault(str(shapes), []).append(number)
@@ -180,9 +176,7 @@ def main() -> None:
             torch.save({"model": adapter, "optimizer": optimizer.state_dict(), "step": step + 1}, checkpoint)
     tuned.save_pretrained(args.out / "adapter")
     if args.pack:
-        weights = load_file(args.out / "adapter" / "adapter_model.safetensors")
-        save_file({key: value.bfloat16() for key, value in weights.items()}, EMBEDDED / "adapter_model.safetensors",
-                  metadata={"format": "pt"})  # fmt: skip
+        pack_adapter(args.out / "adapter")
         record = json.loads((EMBEDDED / FILE_NAME).read_text())
         record["training"]["phases"]["words"] = {"steps": args.steps, "words": line["words"], "kept": line["kept"]}
         (EMBEDDED / FILE_NAME).write_text(json.dumps(record, indent=2) + "\n")
