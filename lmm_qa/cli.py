@@ -811,8 +811,8 @@ def _doubt_the_speaker(rows: Sequence[Row]) -> None:
     spoken = [row["explained_by"] for row in rows if row.get("explained_by")]
     if replaced := sum(by != "model" for by in spoken):
         _say(
-            f"note: {replaced} of {_count(len(spoken), 'explanation')} contradicted the rating or broke off, and were "
-            "replaced by sentences of ours (column explained_by says why)"
+            f"note: {replaced} of {_count(len(spoken), 'explanation')} contradicted the rating, left out a defect or "
+            "broke off, and were replaced by sentences of ours (column explained_by says why)"
         )
 
 

@@ -285,7 +285,7 @@ class Logistic(Settings):
     threshold: float = Field(0.5, gt=0, lt=1)
     """P from which on the defect is said to be there."""
     average_precision: float | None = Field(None, ge=0, le=1)
-    """On the held-out data that all this was fitted on."""
+    """On what all this was fitted on: sources that nothing was trained on, or that were left out in turn."""
 
 
 class DefectCalibration(Settings):

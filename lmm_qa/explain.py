@@ -1,8 +1,9 @@
 """The words about a rating: what a model is told when it is asked to explain, and whether its answer may be shown.
 
 The model continues a sentence that is begun with the level that was read, and is told which defects were found. Its
-words never touch the score; and where they contradict it, or name a defect that was not found, the sentence of a small
-grammar is shown in their place. The same grammar writes the sentences of the training data. Pure text: no model.
+words never touch the score; and where they contradict it, name a defect that was not found or leave out one that was,
+the sentence of a small grammar is shown in their place. The same grammar writes the sentences of the training data.
+Pure text: no model.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ from typing import Self
 from pydantic import model_validator
 
 from lmm_qa.config import Settings
-from lmm_qa.defects import BY_NAME, VISIBLE
+from lmm_qa.defects import BY_NAME
 from lmm_qa.prompting import Prompt
 
 MAX_NAMED = 3
 """Defects that an explanation names: the likeliest ones."""
+
+LEAST_NAMED = 2
+"""Of these it must name the first so many."""
 
 CLAUSE = 5
 """Words that make a clause: no sentence of the grammar has the same so many twice."""
@@ -265,17 +269,14 @@ def mentions(text: str) -> set[str]:
     }
 
 
-def objection(
-    text: str, level: str, levels: Sequence[str], told: Sequence[Finding], judged: Collection[str]
-) -> str | None:
+def objection(text: str, level: str, levels: Sequence[str], told: Sequence[Finding]) -> str | None:
     """Why an explanation may not be shown beside its rating; None if it may.
 
     Args:
         text: the whole explanation, opening included.
         level: the level word that was read.
         levels: all level words, worst first.
-        told: the defects that it may name, with the times that it may give.
-        judged: names of the defects that were asked for: of those it must name one, if one was found.
+        told: the defects that it may name, the likeliest first, with the times that it may give.
     """
     lower, found = text.lower(), {one.defect for one in told}
     words = set(re.findall(r"\w+", lower))
@@ -284,8 +285,8 @@ def objection(
     named = mentions(text)
     if invented := sorted(named - found):
         return f"it names what was not found: {', '.join(invented)}"
-    if (due := found & set(judged)) and not named & due:
-        return "it names none of the defects that were found"
+    if left_out := next((one.defect for one in told[:LEAST_NAMED] if one.defect not in named), None):
+        return f"it leaves out what was found: {left_out}"
     measured = re.findall(_MOMENT, facts(told))
     if guessed := next((moment for moment in re.findall(_MOMENT, lower) if moment not in measured), None):
         return f"it gives a time that was not measured: {guessed} s"
@@ -337,7 +338,7 @@ def explain(text: str | None, level: str, levels: Sequence[str], found: Sequence
         why: str | None = "the model was not asked"
     else:
         whole = begun + text
-        why = objection(whole, level, levels, told, VISIBLE)
+        why = objection(whole, level, levels, told)
         if why is None:
             return whole, None
     return begun + sentence(told, denied, random.Random(seed), good=is_good(level, levels)), why

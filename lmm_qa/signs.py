@@ -1,12 +1,12 @@
-"""What shows of defects in the pictures of a clip: some 370 numbers, for `lmm_qa.evidence` to weigh.
+"""What shows of defects in the pictures of a clip: some 500 numbers, for `lmm_qa.evidence` to weigh.
 
 The model looks at a dozen small pictures; the decoder passes every one, at native resolution. Here six moments of two
 close pictures each are measured where they lie ready: the texture and the block edges of the encoder, the levels that a
 histogram uses, light and colours; how the two pictures of a moment differ; and, about the face, the detail of its parts
 beside each other, how well a part is found again at another moment (what stands still is found to the grey level), by
 how much the parts move against each other, and where the colours of the face go; behind it, flow that no camera makes.
-What `lmm_qa.trace` knows of all frames is added. A clip is compared with itself wherever that can be done, since clips
-differ by more than defects do.
+What `lmm_qa.trace` and `lmm_qa.passage` know of all frames is added. A clip is compared with itself wherever that can
+be done, since clips differ by more than defects do.
 
 Knows nothing of files, models or weights. Most numbers are logarithms; a name says what each is.
 """
@@ -19,10 +19,12 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from PIL import Image
 
 from lmm_qa.face import Box, follow_face
+from lmm_qa.passage import Passage
 from lmm_qa.trace import STANDS, Trace, buffering, flicker, pace, stalls, switches, switching
 
 Picture = NDArray[np.uint8]
@@ -37,6 +39,9 @@ MIDDLE = 384
 
 MOST = 1080
 """Pixels: a picture of a longer short side is reduced by a whole number before it is measured."""
+
+_WAVES = 1024
+"""Frequencies, and their mirror images, in which a grid is looked for."""
 
 _SMALL, _BLOCK = 160, 8
 """Long side of the pictures in which what is behind the head is followed, and of the blocks there."""
@@ -83,13 +88,14 @@ _GREY = np.array((0.299, 0.587, 0.114), np.float32)
 _TINY = 1e-6
 
 
-def measure(pictures: Sequence[Picture], trace: Trace) -> Signs:
+def measure(pictures: Sequence[Picture], at: Sequence[int], trace: Trace, passage: Passage) -> Signs:
     """Measure a clip.
 
     Args:
         pictures: twelve, in pairs: (height, width, 3) uint8 RGB, all of one size, of at least 32 pixels a side, and
             `reduced` where they are large.
-        trace: of all frames of the clip.
+        at: numbers of their frames.
+        trace, passage: of all frames of the clip.
 
     Returns:
         numbers by name, the same names in the same order for every clip; all finite.
@@ -102,6 +108,8 @@ def measure(pictures: Sequence[Picture], trace: Trace) -> Signs:
     greys = np.stack([_grey(middle) for middle in middles])
     _texture(greys[::4], signs)
     _banding(middles[2::4], greys[2::4], signs)
+    _chroma(middles[::4], signs)
+    _grid(greys[::4], signs)
     _light(middles[::4], greys[::4], signs)
     _change(greys[::2], greys[1::2], signs)
     _behind(pictures, face.boxes, signs)
@@ -114,6 +122,10 @@ def measure(pictures: Sequence[Picture], trace: Trace) -> Signs:
     _drift(windows[::2], signs)
     _detail(pictures[::4], face.boxes[::4], signs)
     _in_time(trace, signs)
+    for name, value in (passage.rhythm() | passage.lips(face.boxes, at)).items():
+        if name in signs:
+            raise ValueError(f"two signs are called {name}")
+        signs[name] = value
     return {name: float(np.nan_to_num(value, nan=0.0, posinf=0.0, neginf=0.0)) for name, value in signs.items()}
 
 
@@ -259,10 +271,10 @@ def _texture(greys: Picture, signs: Signs) -> None:
     for share, low, high in zip(
         shares_of, np.percentile(coarse, shares_of), np.percentile(fine, shares_of), strict=True
     ):
-        signs[f"contrast_{share}"], signs[f"fine_{share}"] = _log(low, 0.1), _log(high, 0.05)
+        signs[f"contrast_{share}"], signs[f"texture_{share}"] = _log(low, 0.1), _log(high, 0.05)
     signs["flat"], signs["fine_flat"] = _log((coarse < 0.6).mean(), 1e-3), _log((fine < 0.3).mean(), 1e-3)
     for share in (5, 50, 95):
-        signs[f"fine_share_{share}"] = signs[f"fine_{share}"] - signs[f"contrast_{share}"]
+        signs[f"fine_share_{share}"] = signs[f"texture_{share}"] - signs[f"contrast_{share}"]
 
 
 def _banding(colours: Picture, greys: Picture, signs: Signs) -> None:
@@ -289,6 +301,41 @@ def _banding(colours: Picture, greys: Picture, signs: Signs) -> None:
         smooth = total <= most
         single = smooth & (largest >= least) & (rest <= np.maximum(2, share * largest))
         signs[f"single_steps_{name}"] = _log(single.sum() / (smooth.sum() + 1), 1e-3)
+
+
+def _chroma(colours: Picture, signs: Signs) -> None:
+    """The texture of the two colour planes, which encoders care for least, beside that of the brightness."""
+    planes = [Image.fromarray(picture).convert("YCbCr") for picture in colours]
+    halves = np.stack([np.asarray(plane.reduce(2)) for plane in planes])
+    grey = _deviations(halves[..., 0].astype(np.float32))[1].ravel()
+    textured = grey >= np.percentile(grey, 70)
+    for name, channel in (("cb", 1), ("cr", 2)):
+        plane = np.ascontiguousarray(halves[..., channel])
+        for reach in (1, 2, 4):
+            steps = _apart(plane[..., reach:], plane[..., :-reach])
+            signs[f"{name}_step_{reach}"] = _log(steps.mean(dtype=np.float32), 0.02)
+            signs[f"{name}_equal_{reach}"] = _log((steps == 0).mean(), 0.01)
+        spread = _deviations(plane.astype(np.float32))[1].ravel()
+        for share, value in zip((10, 50, 90), np.percentile(spread, (10, 50, 90)), strict=True):
+            signs[f"{name}_contrast_{share}"] = _log(value, 0.05)
+        signs[f"{name}_to_grey"] = _log(np.median(spread), 0.05) - _log(np.median(grey), 0.1)
+        signs[f"{name}_to_grey_textured"] = _log(spread[textured].mean(), 0.05) - _log(grey[textured].mean(), 0.1)
+
+
+def _grid(greys: Picture, signs: Signs) -> None:
+    """Whether steps and bends lie at equal distances across and down: blocks of an encoder, enlarged ones as well."""
+    for way, pictures in (("x", greys), ("y", np.ascontiguousarray(greys.transpose(0, 2, 1)))):
+        steps = np.diff(pictures.astype(np.int16))
+        for kind, values in (("step", steps), ("bend", np.diff(steps))):
+            columns = np.log(np.minimum(np.abs(values), 12).mean((0, 1), dtype=np.float32) + 0.05)
+            around = np.median(sliding_window_view(np.pad(columns, 7, mode="edge"), 15), axis=1)
+            wave = np.abs(np.fft.rfft((columns - around) * np.hanning(len(columns)), _WAVES))
+            heard = wave[_WAVES // 64 : _WAVES // 3]
+            usual = np.median(heard) + 1e-9
+            signs[f"grid_{kind}_{way}"] = _log(heard.max() / usual, 0.1)
+            for period in (4, 8, 16):
+                place = _WAVES // period
+                signs[f"grid_{kind}_{period}_{way}"] = _log(wave[place - 1 : place + 2].max() / usual, 0.1)
 
 
 def _light(colours: Picture, greys: Picture, signs: Signs) -> None:
@@ -331,11 +378,11 @@ def _change(first: Picture, second: Picture, signs: Signs) -> None:
     square = mean**2 + spread**2
     signs["skipped"], signs["nearly_skipped"] = _log((square == 0).mean(), 1e-3), _log((square < 0.2).mean(), 1e-3)
     for share, value in zip((5, 25, 50, 90), np.percentile(spread, (5, 25, 50, 90)), strict=True):
-        signs[f"change_{share}"] = _log(value, 0.05)
+        signs[f"change_of_blocks_{share}"] = _log(value, 0.05)
     whole = np.abs(mean.mean((1, 2)))
     signs["change_of_light"], signs["change_of_light_most"] = _log(np.median(whole), 0.05), _log(whole.max(), 0.05)
     signs["change_least"] = _log(np.sort(np.sqrt(square.mean((1, 2))))[:2].mean(), 0.02)
-    signs["change_spread"] = signs["change_25"] - signs["change_90"]
+    signs["change_spread"] = signs["change_of_blocks_25"] - signs["change_of_blocks_90"]
 
 
 # --- movement --------------------------------------------------------------------------------------------------------

@@ -69,6 +69,7 @@ from lmm_qa.errors import (
     UsageError,
 )
 from lmm_qa.face import face_window, find_face
+from lmm_qa.passage import Passage
 from lmm_qa.signs import MOMENTS, Signs, measure, reduced
 from lmm_qa.trace import Span, Trace, Tracer
 
@@ -161,8 +162,8 @@ class Frames:
     trace: Trace | None = None
     """What was measured of every frame of the clip; None where decord sought the sampled ones."""
     signs: Signs | None = None
-    """What was measured of its pictures at native resolution, and of the trace; None unless asked for, and where there
-    is no trace."""
+    """What was measured of its pictures at native resolution, and of how its frames follow each other; None unless it
+    was asked for, and where there is no trace."""
 
 
 @dataclass(frozen=True)
@@ -397,7 +398,7 @@ def probe(path: str | Path) -> ClipInfo:
 def read_frames(
     path: str | Path, sampling: Sampling, views: Sequence[View], factor: int, measured: bool = False
 ) -> Frames:
-    """Read the sampled frames of a clip, holding no other frame in memory, save the twelve that are measured.
+    """Read the sampled frames of a clip, holding no other in memory, save twelve and small pictures that are measured.
 
     Args:
         path: the clip.
@@ -857,7 +858,7 @@ def _decode_whole(
     kept = empty()
     moments: list[float | None] = []
     interlaced = False
-    tracer = Tracer()
+    tracer, passage = Tracer(), Passage(-scan.info.rotation // 90)
     for index, frame in enumerate(_every_frame(scan)):
         if index in wanted or index in pictures:
             picture = _upright(frame, scan.info)
@@ -865,12 +866,15 @@ def _decode_whole(
                 kept.add(index, picture)
             if index in pictures:
                 pictures[index] = _padded(reduced(picture), _LEAST_MEASURED)
-        tracer.add(_luma(frame))
+        luma = _luma(frame)
+        tracer.add(luma)
+        if measured:
+            passage.add(luma)
         moments.append(frame.time)
         interlaced = interlaced or frame.interlaced_frame
     if len(moments) == len(scan.seconds):
         trace = tracer.trace(scan.seconds, scan.info.duration)
-        signs = measure([pictures[index] for index in looked_at], trace) if measured else None
+        signs = measure([pictures[index] for index in looked_at], looked_at, trace, passage) if measured else None
         return _Decoded(scan, kept, trace, signs)
     # Two fields of one interlaced frame can be two packets.
     lost = len(moments) < len(scan.seconds) and scan.info.codec in ONE_PICTURE_A_PACKET and not interlaced

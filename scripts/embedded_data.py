@@ -267,7 +267,8 @@ def portraits_of_training(folder: Path, clips: Sequence[Mapping[str, str]]) -> l
         return row["repository"].partition("/")[2].partition("_")[0]
 
     held_out = {project(row) for row in clips if row["split"] != "train"}
-    return [folder / row["image"] for row in index_of(folder) if project(row) not in held_out]
+    images = [row["image"] for row in index_of(folder) if project(row) not in held_out]
+    return [folder / image for image in dict.fromkeys(images)]  # some are listed twice
 
 
 def run_all(make: Callable[[Made], list[Any]], jobs: Sequence[Made], workers: int) -> None:

@@ -1,14 +1,17 @@
 """Does the embedded model find the defects, and name them? Calibrate its answers on held-out clips, or judge them.
 
     lmm-qa degrade VAL_CLIPS -o val/labels.jsonl --strengths 0.35,0.75 --pairs 4 --length 3
-    python scripts/embedded_defects.py fit --labels val/labels.jsonl -o defects.json
+    python scripts/embedded_defects.py fit --labels val/labels.jsonl --votes evidence/votes.jsonl -o defects.json
 
     lmm-qa degrade TEST_CLIPS -o test/labels.jsonl --strengths 0.35,0.75 --pairs 4 --length 3
     python scripts/embedded_defects.py judge --labels test/labels.jsonl -o report.json
 
-`fit`: a logistic function a defect (Platt, 1999) of the model's answer and of what was measured, by maximum likelihood,
-and the threshold of the best F1, but at least `SURE`. Answers that do not help beside what was measured get no weight,
-and are not asked for in use; defects of an average precision below 0.3 are left out, and so not judged.
+`fit`: a logistic function a defect (Platt, 1999) of what was measured, by maximum likelihood, on all copies of which
+`embedded_evidence.py grow` has the votes of trees that have not seen their source: ten clips are too few to say what a
+clip without a defect may look like. Where the model's answers on the held-out clips help beside that (on clips that are
+left out in turn) they get a weight, fitted on those clips; where they do not, they get none, and are not asked for in
+use. The threshold is that of the best F1, but at least `SURE`. Defects of an average precision below 0.3
+are left out, and so not judged.
 
 `judge`: average precision of each defect that some copy has, also of those that the rater does not judge in use (from
 answers and measurements as they are), and of the measurements alone; precision and recall of what the explanations
@@ -22,12 +25,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
+from scipy.special import expit, logit
 from scipy.stats import pearsonr, spearmanr
 
 from lmm_qa.defects import UNCALIBRATED, DefectCalibration, Logistic, truth
@@ -39,7 +44,7 @@ VISIBLE_LOSS = 0.05  # a damage that costs less of the quality is neither assert
 WITHIN = 0.5  # seconds
 JUDGED = 0.3  # average precision below which a defect is not judged
 SURE = 0.25  # probability from which on a defect may be said to be there: see `trade_off`
-HELPS = 0.02  # share of the loss by which the model's answers must lower it
+HELPS = 0.02  # by which answers must lower the loss on clips left out, in shares of that of knowing how many have it
 
 
 def average_precision(scores: Floats, there: NDArray[np.bool_]) -> float:
@@ -49,44 +54,97 @@ def average_precision(scores: Floats, there: NDArray[np.bool_]) -> float:
     return float(precision[ordered].mean())
 
 
-def fit_one(odds: Floats, measured: Floats, there: NDArray[np.bool_]) -> Logistic:
-    """Maximum likelihood of slope, weight of what was measured, and intercept (the first two held small alike, so that
-    either may err where they agree); then the threshold of the best F1."""
+@dataclass(frozen=True)
+class Copies:
+    """What is known of some copies, one entry each."""
 
-    def fitted(most: float) -> tuple[float, NDArray[np.float64]]:
-        def loss(values: Floats) -> float:
-            z = values[0] * odds + values[1] * measured + values[2]
-            return float(np.mean(np.logaddexp(0, np.where(there, -z, z)))) + 1e-3 * float(np.square(values[:2]).sum())
+    group: NDArray[np.str_]
+    """The source."""
+    measured: Floats
+    """Log-odds by trees that have not seen the source."""
+    odds: Floats
+    """Log-odds of the model's answer."""
+    there: NDArray[np.bool_]
 
-        start = np.array([min(1.0, most), 0.5, 0.0])
-        found = minimize(loss, start, bounds=[(0, most), (0, 6 if measured.any() else 0), (-12, 12)], method="L-BFGS-B")
-        return float(found.fun), found.x
 
-    (without, least), (with_answers, best) = fitted(0.0), fitted(5.0)
-    slope, weight, intercept = (float(value) for value in (best if with_answers < (1 - HELPS) * without else least))
-    p = 1 / (1 + np.exp(-(slope * odds + weight * measured + intercept)))
+def fitted(copies: Copies) -> Logistic:
+    """Weight of what was measured, and intercept, by maximum likelihood."""
+
+    def loss(values: Floats) -> float:
+        return loss_of(values[0] * copies.measured + values[1], copies.there) + 1e-3 * float(values[0] ** 2)
+
+    found = minimize(loss, np.array([0.5, 0.0]), bounds=[(0, 6), (-12, 12)], method="L-BFGS-B")
+    weight, intercept = (round(float(value), 4) for value in found.x)
+    return Logistic(slope=0.0, measured=weight, intercept=intercept)
+
+
+def shifted(how: Logistic, copies: Copies, answers: bool) -> Logistic:
+    """The same, moved to fit some copies, and with a weight for the answers if these are to count."""
+    known = log_odds(how, copies)
+
+    def loss(values: Floats) -> float:
+        return loss_of(known + values[0] * copies.odds + values[1], copies.there) + 1e-3 * float(values[0] ** 2)
+
+    start = np.array([0.5 if answers else 0.0, 0.0])
+    found = minimize(loss, start, bounds=[(0, 5.0 if answers else 0.0), (-12, 12)], method="L-BFGS-B")
+    slope, shift = (float(value) for value in found.x)
+    return how.model_copy(update={"slope": round(slope, 4), "intercept": round(how.intercept + shift, 4)})
+
+
+def left_out(how: Logistic, copies: Copies, answers: bool) -> float:
+    """Loss on the copies of each source, by what was `shifted` on those of the others."""
+    z = np.zeros(len(copies.there))
+    for group in set(copies.group):
+        out = copies.group == group
+        others = Copies(**{name: values[~out] for name, values in vars(copies).items()})
+        z[out] = log_odds(shifted(how, others, answers), copies)[out]
+    return loss_of(z, copies.there)
+
+
+def loss_of(z: Floats, there: NDArray[np.bool_]) -> float:
+    return float(np.mean(np.logaddexp(0, np.where(there, -z, z))))
+
+
+def log_odds(how: Logistic, copies: Copies) -> Floats:
+    return np.asarray(how.slope * copies.odds + how.measured * copies.measured + how.intercept)
+
+
+def fit_one(voted: Copies, answered: Copies) -> Logistic:
+    """The better of two functions, and its threshold.
+
+    Answers count beside what was measured, never in its place; and what moving the function to these clips does alone
+    is not put down to them.
+
+    Args:
+        voted: all copies that trees have judged; their `odds` mean nothing.
+        answered: those of which there are answers.
+    """
+    how, judged = fitted(voted), voted
+    if len(set(answered.there)) == 2:
+        knowing_how_many = loss_of(np.full(len(answered.there), logit(answered.there.mean())), answered.there)
+        without = min(loss_of(log_odds(how, answered), answered.there), left_out(how, answered, answers=False))
+        if without - left_out(how, answered, answers=True) > HELPS * knowing_how_many:
+            how, judged = shifted(how, answered, answers=True), answered
+    p = expit(log_odds(how, judged))
     limits = np.unique(np.clip(p, 0.02, 0.98))
-    f1 = np.array([2 * (there & (p >= limit)).sum() / max(there.sum() + (p >= limit).sum(), 1) for limit in limits])
-    return Logistic(
-        slope=round(slope, 4),
-        measured=round(weight, 4),
-        intercept=round(intercept, 4),
-        threshold=round(float(limits[f1 == f1.max()].max()), 4),
-        average_precision=round(average_precision(p, there), 4),
-    )
+    said = [p >= limit for limit in limits]
+    f1 = np.array([2 * (judged.there & one).sum() / max(judged.there.sum() + one.sum(), 1) for one in said])
+    return how.model_copy(update={
+        "threshold": round(float(limits[f1 == f1.max()].max()), 4),
+        "average_precision": round(average_precision(p, judged.there), 4),
+    })  # fmt: skip
 
 
-def trade_off(judged: dict[str, Logistic], samples: Mapping[str, Sequence[tuple[float, float, bool]]]) -> str:
+def trade_off(judged: dict[str, Logistic], samples: Mapping[str, Copies]) -> str:
     """Precision and recall of what is said to be there, over all defects, with this and that for `SURE`."""
-    calibration, lines = DefectCalibration(defects=judged), []
+    lines = []
     for sure in (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5):
         said = right = due = 0
-        for name, kept in samples.items():
-            due += sum(there for _, _, there in kept)
+        for name, copies in samples.items():
+            due += int(copies.there.sum())
             if how := judged.get(name):
-                p = np.array([calibration.probability(name, odds, measured) for odds, measured, _ in kept])
-                found = p >= max(how.threshold, sure)
-                said, right = said + int(found.sum()), right + int(found[[there for _, _, there in kept]].sum())
+                found = expit(log_odds(how, copies)) >= max(how.threshold, sure)
+                said, right = said + int(found.sum()), right + int(found[copies.there].sum())
         lines.append(f"least threshold {sure}: precision {right / max(said, 1):.3f}, recall {right / max(due, 1):.3f}")
     return "\n".join(lines)
 
@@ -120,27 +178,33 @@ def fit(args: argparse.Namespace) -> None:
 
     rater = Rater.from_pretrained(args.model)
     rater.defect_calibration = UNCALIBRATED  # which is asked about all of them
-    samples: dict[str, list[tuple[float, float, bool]]] = {name: [] for name in truth([])}
-    copies = [*rated(args.labels, rater, explanation=False)]
-    for row, result in copies:
-        for name, there in known(row).items():
-            if there is not None:
-                samples[name].append((result.profile.log_odds[name], result.profile.measured.get(name, 0.0), there))
-    judged = {}
-    for name, kept in samples.items():
-        if len({there for _, _, there in kept}) < 2:
-            print(f"{name:<16} not fitted: all of {len(kept)} copies have it, or none has", flush=True)
+    answers = {row["clip"]: result.profile.log_odds for row, result in rated(args.labels, rater, explanation=False)}
+    votes = read_rows(args.votes)
+    judged, samples = {}, {}
+    for name in truth([]):
+        rows = [row for row in votes if row["known"][name] is not None]
+        voted = Copies(
+            group=np.array([row["group"] for row in rows]),
+            measured=np.array([row["log_odds"][name] for row in rows]),
+            odds=np.array([answers[row["clip"]][name] if row["clip"] in answers else 0.0 for row in rows]),
+            there=np.array([row["known"][name] for row in rows], bool),
+        )
+        asked = np.array([row["clip"] in answers for row in rows])
+        answered = Copies(**{field: values[asked] for field, values in vars(voted).items()})
+        if len(set(voted.there)) < 2:
+            print(f"{name:<16} not fitted: all of {len(rows)} copies have it, or none has", flush=True)
             continue
-        odds, measured, there = (np.array(column) for column in zip(*kept, strict=True))
-        fitted = fit_one(odds, measured, there.astype(bool))
-        print(f"{name:<16}{there.sum():>5} of {len(there):<6} {fitted}", flush=True)
-        if (fitted.average_precision or 0) >= JUDGED:
-            judged[name] = fitted
+        how = fit_one(voted, answered)
+        print(f"{name:<16}{voted.there.sum():>5} of {len(rows):<6} {how}", flush=True)
+        samples[name] = answered
+        if (how.average_precision or 0) >= JUDGED:
+            judged[name] = how
     print(trade_off(judged, samples))
     # These copies are damaged far more often than clips are.
     judged = {name: how.model_copy(update={"threshold": max(SURE, how.threshold)}) for name, how in judged.items()}
     calibration = DefectCalibration(
-        defects=judged, data=f"{len(copies)} held-out copies of clips of the split val: scripts/embedded_defects.py"
+        defects=judged,
+        data=f"{len(votes)} damaged copies, answers on {len(answers)} held-out ones: scripts/embedded_defects.py",
     )
     args.output.write_text(calibration.model_dump_json(indent=2) + "\n")
 
@@ -224,6 +288,8 @@ def main() -> None:
         sub.add_argument("--labels", type=Path, required=True)
         sub.add_argument("--model", default=None, help="rater; by default the embedded one")
         sub.add_argument("-o", "--output", type=Path, required=True)
+        if job is fit:
+            sub.add_argument("--votes", type=Path, required=True, help="what embedded_evidence.py grow wrote")
     args = parser.parse_args()
     args.job(args)
 

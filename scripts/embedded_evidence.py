@@ -2,13 +2,18 @@
 
     python scripts/embedded_evidence.py copies --clips CLIPS --portraits PORTRAITS -o evidence/copies
     python scripts/embedded_evidence.py measure evidence/copies
-    python scripts/embedded_evidence.py grow evidence/copies
+    python scripts/embedded_evidence.py measure evidence/val
+    python scripts/embedded_evidence.py grow evidence/copies evidence/val --votes evidence/votes.jsonl
 
 `copies`: of each clip of the split `train` (`index.csv` in CLIPS, see embedded_data.py) some seconds, now and then
-shrunk, and of each portrait a slow move over it; damaged by one cause, by two, or not at all, at a strength by lot; and
-encoded by x264 at a rate factor by lot, as clips that people rate are. No VMAF, so that a copy takes a second.
-`measure`: the signs of each copy (lmm_qa/signs.py) into signs.safetensors beside it. `grow`: average precision of each
-defect on sources that were left out, in five folds; then the trees, on all of them, into the package.
+shrunk, and of each portrait a slow move over it; with another look each round, since there are few sources and clips
+differ most in their light and colours; damaged by one cause, by two, or not at all, at a strength by lot; and encoded
+by x264 at a rate factor by lot, as clips that people rate are. No VMAF, so that a copy takes a second.
+`measure`: the signs of each copy (lmm_qa/signs.py) into signs.safetensors beside it; takes a set of `lmm-qa degrade` as
+well, here of the clips of the split `val`. `grow`: in five folds, what trees say of the copies of sources that they
+have not seen, for `embedded_defects.py fit` to calibrate by, and the average precision of that; then the trees, on all
+sources, into the package. A first forest says which signs it looks at most, and the one that is kept looks at those
+alone: the others are chance.
 
 `copies` goes on where it was stopped, and leaves labels.jsonl, a table of all.
 """
@@ -19,7 +24,7 @@ import argparse
 import json
 import zlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -28,7 +33,7 @@ from typing import Any
 
 import numpy as np
 from embedded_data import camera, index_of, portraits_of_training, rows_of, run_all
-from embedded_defects import average_precision
+from embedded_defects import average_precision, known
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import load_file, save_file
@@ -46,16 +51,18 @@ from lmm_qa.degrade import (
     damage,
     encode,
 )
-from lmm_qa.evidence import FILE, Forests
+from lmm_qa.evidence import FILE, SUREST, Forests
 from lmm_qa.face import find_face
 from lmm_qa.reference import FAINT, change
-from lmm_qa.results import write_rows
+from lmm_qa.results import read_rows, write_rows
 from lmm_qa.video import probe, read_frames
 
+Signs = NDArray[np.float32]
 KIND = {cause: number for number, kind in enumerate((FACIAL, PICTURE, COMPRESSION, TEMPORAL)) for cause in kind}
 OFTEN = {
     "mouth_smear": 2, "teeth_smear": 1.5, "mouth_freeze": 3, "face_warp": 3, "background_wobble": 3, "seam": 2.5,
-    "identity_drift": 2.5, "banding": 2, "colour_cast": 2.5, "bitrate_switch": 2, "stall": 1.5,
+    "identity_drift": 2.5, "banding": 2, "colour_cast": 2.5, "bitrate_switch": 2, "stall": 1.5, "overexposure": 1.5,
+    "underexposure": 1.5, "h264": 1.5, "h265": 1.5, "vp9": 1.5, "av1": 1.5,
 }  # fmt: skip
 """Causes that are drawn more often: those that are the only one of their defect, or hard to see."""
 HOW_MANY = (0.12, 0.63, 0.25)
@@ -67,6 +74,8 @@ SEEN = 0.15
 FACES = ("mouth", "lips", "geometry", "identity", "seam")
 """Defects that are not asserted where no face was found to damage."""
 FOLDS = 5
+SIGNS = 120
+"""How many signs a forest looks at."""
 FOREST: dict[str, Any] = {
     "n_estimators": 200, "max_leaf_nodes": 48, "max_features": 0.4, "class_weight": "balanced_subsample",
     "random_state": 0, "n_jobs": -1,
@@ -83,7 +92,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{self.source.stem.replace('.', '_')}-{self.round}"
+        return f"{self.source.name.replace('.', '_')}-{self.round}"
 
 
 def drawn(lot: np.random.Generator, still: bool) -> list[tuple[str, float]]:
@@ -119,6 +128,23 @@ def seconds_of(path: Path, lot: np.random.Generator) -> tuple[Pixels, float]:
     return np.stack(frames), info.fps
 
 
+def another_look(frames: Pixels, lot: np.random.Generator) -> Pixels:
+    """The same clip as another camera sees it, perhaps from the other side: light, contrast, white balance and
+    saturation within what nobody minds."""
+    light = 1 + lot.normal(0, 0.08) + lot.normal(0, 0.03, 3)  # of each channel
+    bend, contrast, saturation = np.exp(lot.normal(0, 0.12)), 1 + lot.normal(0, 0.06), lot.uniform(0.7, 1.2)
+    values = (np.arange(256) / 255) ** bend
+    table = np.clip(255 * (0.45 + contrast * (values - 0.45)), 0, 255)[:, None] * light
+    turned = frames[:, :, ::-1] if lot.random() < 0.5 else frames
+    looks = []
+    for frame in turned:
+        colours = table[frame, np.arange(3)].astype(np.float32)
+        grey = colours @ np.array([0.299, 0.587, 0.114], np.float32)
+        look = np.clip(np.rint(grey[..., None] + saturation * (colours - grey[..., None])), 0, 255)
+        looks.append(look.astype(np.uint8))
+    return np.stack(looks)
+
+
 def move_over(path: Path, lot: np.random.Generator) -> tuple[Pixels, float]:
     """A slow move over a picture."""
     picture = Image.open(path).convert("RGB")
@@ -135,6 +161,8 @@ def make(job: Job) -> list[dict[str, Any]]:
         return list(json.loads(done.read_text()))
     lot = np.random.default_rng(zlib.crc32(job.name.encode()))
     source, fps = (move_over if job.still else seconds_of)(job.source, lot)
+    if job.round:
+        source = another_look(source, lot)
     face = find_face(source)
     rows: list[dict[str, Any]] = []
     for number in range(job.copies):
@@ -176,23 +204,33 @@ def signs_of(path: Path) -> dict[str, float]:
 
 
 def measure(args: argparse.Namespace) -> None:
-    rows = rows_of(args.folder)
+    clips = [row["clip"] for row in read_rows(args.folder / "labels.jsonl")]
     measured: list[list[float]] = []
     with ProcessPoolExecutor(args.workers) as pool:
-        for number, signs in enumerate(pool.map(signs_of, [args.folder / row["clip"] for row in rows], chunksize=4)):
+        for number, signs in enumerate(pool.map(signs_of, [args.folder / clip for clip in clips], chunksize=4)):
             measured.append([*signs.values()])
             if number % 200 == 0:
-                print(f"{number}/{len(rows)} copies", flush=True)
+                print(f"{number}/{len(clips)} copies", flush=True)
     kept = {"signs": np.array(measured, np.float32)}
-    save_file(
-        kept,
-        args.folder / "signs.safetensors",
-        {"names": json.dumps([*signs]), "clips": json.dumps([row["clip"] for row in rows])},
-    )
+    names = {"names": json.dumps([*signs]), "clips": json.dumps(clips)}
+    save_file(kept, args.folder / "signs.safetensors", names)
 
 
-def known(row: dict[str, Any]) -> dict[str, bool | None]:
+def read_signs(folder: Path) -> tuple[Signs, list[str], list[dict[str, Any]]]:
+    """The signs of the copies in a folder, (copies, signs), their names, and the row of each copy."""
+    from safetensors import safe_open
+
+    file = folder / "signs.safetensors"
+    with safe_open(file, framework="numpy") as stored:
+        names, clips = (json.loads(stored.metadata()[key]) for key in ("names", "clips"))
+    rows = {row["clip"]: row for row in read_rows(folder / "labels.jsonl")}
+    return load_file(file)["signs"], names, [rows[clip] for clip in clips]
+
+
+def there_or_not(row: dict[str, Any]) -> dict[str, bool | None]:
     """Which defects a copy has; what hardly changed the picture, or a face that was not found, is not asserted."""
+    if "seen" not in row:
+        return known(row)
     found = truth(zip(row["causes"], row["strengths"], strict=True))
     for cause, seen in zip(row["causes"], row["seen"], strict=True):
         if seen < SEEN:
@@ -202,13 +240,16 @@ def known(row: dict[str, Any]) -> dict[str, bool | None]:
     return found | ({"lips": None} if row["still"] else {})
 
 
-def grown(signs: NDArray[np.float32], there: NDArray[np.bool_]) -> Any:
+def grown(signs: Signs, there: NDArray[np.bool_]) -> tuple[Any, NDArray[np.intp]]:
+    """A forest, and which signs it looks at."""
     from sklearn.ensemble import ExtraTreesClassifier
 
-    return ExtraTreesClassifier(**FOREST).fit(signs, there)
+    first = ExtraTreesClassifier(**FOREST).fit(signs, there)
+    chosen = np.sort(np.argsort(-first.feature_importances_, kind="stable")[:SIGNS])
+    return ExtraTreesClassifier(**FOREST).fit(signs[:, chosen], there), chosen
 
 
-def folds(groups: list[str]) -> Iterator[NDArray[np.bool_]]:
+def folds(groups: Sequence[str]) -> Iterator[NDArray[np.bool_]]:
     """Which copies are left out, all of a source together."""
     names = sorted(set(groups))
     order = np.random.default_rng(0).permutation(len(names))
@@ -218,37 +259,47 @@ def folds(groups: list[str]) -> Iterator[NDArray[np.bool_]]:
 
 
 def grow(args: argparse.Namespace) -> None:
-    from safetensors import safe_open
-
-    file = args.folder / "signs.safetensors"
-    with safe_open(file, framework="numpy") as stored:
-        names, clips = (json.loads(stored.metadata()[key]) for key in ("names", "clips"))
-    signs = load_file(file)["signs"]
-    by_clip = {row["clip"]: row for row in rows_of(args.folder)}
-    rows = [by_clip[clip] for clip in clips]
-    truths = [known(row) for row in rows]
-    groups = [row["group"] for row in rows]
-    kept: list[tuple[str, Any]] = []
-    precisions = {}
+    read = [read_signs(folder) for folder in args.folders]
+    names = read[0][1]
+    if any(other != names for _, other, _ in read):
+        raise SystemExit("the folders were not measured by the same program: measure them again")
+    signs = np.concatenate([each for each, _, _ in read])
+    rows = [row for _, _, each in read for row in each]
+    truths = [there_or_not(row) for row in rows]
+    groups = [Path(row["group"]).name for row in rows]
+    kept: list[tuple[str, Any, NDArray[np.intp]]] = []
+    precisions, votes = {}, {}
     for name in truths[0]:
         sure = np.array([each[name] is not None for each in truths])
         there = np.array([bool(each[name]) for each in truths])
-        votes = np.zeros(len(rows))
+        share = np.zeros(len(rows))
         for left_out in folds(groups):
-            ask = sure & left_out
-            votes[ask] = grown(signs[sure & ~left_out], there[sure & ~left_out]).predict_proba(signs[ask])[:, 1]
-        precisions[name] = round(average_precision(votes[sure], there[sure]), 3)
+            forest, chosen = grown(signs[sure & ~left_out], there[sure & ~left_out])
+            share[left_out] = forest.predict_proba(signs[left_out][:, chosen])[:, 1]
+        precisions[name] = round(average_precision(share[sure], there[sure]), 3)
+        share = np.clip(share, SUREST, 1 - SUREST)
+        votes[name] = np.log(share / (1 - share))
         print(f"{name:<16}{there[sure].sum():>5} of {sure.sum():<6}{precisions[name]}", flush=True)
-        kept.append((name, grown(signs[sure], there[sure])))
+        kept.append((name, *grown(signs[sure], there[sure])))
     print(f"mean {np.mean([*precisions.values()]):.3f}")
     data = f"{len(rows)} copies of {len(set(groups))} sources: scripts/embedded_evidence.py"
     forests = as_arrays(kept, names)
     forests.save(args.output, f"{data}; average precision on sources left out: {json.dumps(precisions)}")
     print(f"{args.output}: {args.output.stat().st_size / 1e6:.1f} MB")
+    write_rows(args.votes, [
+        {"clip": row["clip"], "group": group, "known": what,
+         "log_odds": {name: round(float(odds[number]), 4) for name, odds in votes.items()}}
+        for number, (row, group, what) in enumerate(zip(rows, groups, truths, strict=True))
+    ])  # fmt: skip
 
 
-def as_arrays(kept: list[tuple[str, Any]], names: list[str]) -> Forests:
-    """The trees of scikit-learn, children beside each other: see `lmm_qa.evidence.Forests`."""
+def as_arrays(kept: Sequence[tuple[str, Any, NDArray[np.intp]]], names: list[str]) -> Forests:
+    """The trees of scikit-learn, children beside each other: see `lmm_qa.evidence.Forests`.
+
+    Args:
+        kept: a defect's name, its forest, and which of the signs that one looks at.
+        names: of all signs.
+    """
     sign: list[int] = []
     limit: list[float] = []
     child: list[int] = []
@@ -261,7 +312,7 @@ def as_arrays(kept: list[tuple[str, Any]], names: list[str]) -> Forests:
             column.append(0)
         return len(sign) - 1
 
-    for number, (_, forest) in enumerate(kept):
+    for number, (_, forest, chosen) in enumerate(kept):
         for grown_tree in forest.estimators_:
             tree = grown_tree.tree_
             defect.append(number)
@@ -272,10 +323,10 @@ def as_arrays(kept: list[tuple[str, Any]], names: list[str]) -> Forests:
                 if tree.children_left[node] < 0:
                     sign[at], limit[at] = -1, float(tree.value[node][0][1] / tree.value[node][0].sum())
                     continue
-                sign[at], limit[at], child[at] = int(tree.feature[node]), float(tree.threshold[node]), len(sign)
+                sign[at], limit[at], child[at] = int(chosen[tree.feature[node]]), float(tree.threshold[node]), len(sign)
                 waiting.extend((below, add()) for below in (tree.children_left[node], tree.children_right[node]))
     return Forests(
-        tuple(name for name, _ in kept), tuple(names), np.array(sign, np.int16), np.array(limit, np.float32),
+        tuple(name for name, _, _ in kept), tuple(names), np.array(sign, np.int16), np.array(limit, np.float32),
         np.array(child, np.int32), np.array(root, np.int32), np.array(defect, np.int16),
     )  # fmt: skip
 
@@ -296,7 +347,8 @@ def main() -> None:
     sub.add_argument("--workers", type=int, default=2)
     sub = jobs.add_parser("grow")
     sub.set_defaults(job=grow)
-    sub.add_argument("folder", type=Path)
+    sub.add_argument("folders", type=Path, nargs="+")
+    sub.add_argument("--votes", type=Path, required=True, help="JSONL to write: what unseen copies were taken for")
     sub.add_argument("-o", "--output", type=Path, default=FILE)
     args = parser.parse_args()
     args.job(args)

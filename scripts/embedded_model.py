@@ -69,16 +69,20 @@ def main() -> None:
     step(spoken, f"{SCRIPTS}/embedded_pack.py", "--run", run, "--data", data, "--init", init)
     step(None, f"{SCRIPTS}/embedded_evidence.py", "copies", "--clips", args.clips, *portraits, "-o", copies,
          "--workers", args.workers)  # fmt: skip
-    step(copies / "signs.safetensors", f"{SCRIPTS}/embedded_evidence.py", "measure", copies, "--workers", args.workers)
-    step(copies / FILE.name, f"{SCRIPTS}/embedded_evidence.py", "grow", copies, "-o", copies / FILE.name)
-    shutil.copyfile(copies / FILE.name, FILE)
-    step(spoken, f"{SCRIPTS}/embedded_words.py", "--labels", copies / "labels.jsonl", "--out", run / "words", "--pack")
     with (args.clips / "index.csv").open(newline="") as file:
         clips = [args.clips / row["clip"] for row in csv.DictReader(file) if row["split"] == "val"]
     step(held_out, "-m lmm_qa degrade", *clips, "-o", held_out, "--strengths", "0.35,0.75",
          "--pairs", 4, "--length", "3", "--workers", args.workers)  # fmt: skip
+    for folder in (copies, held_out.parent):
+        step(folder / "signs.safetensors", f"{SCRIPTS}/embedded_evidence.py", "measure", folder,
+             "--workers", args.workers)  # fmt: skip
+    votes = work / "votes.jsonl"
+    step(votes, f"{SCRIPTS}/embedded_evidence.py", "grow", copies, held_out.parent, "--votes", votes,
+         "-o", work / FILE.name)  # fmt: skip
+    shutil.copyfile(work / FILE.name, FILE)
+    step(spoken, f"{SCRIPTS}/embedded_words.py", "--labels", copies / "labels.jsonl", "--out", run / "words", "--pack")
     step(run / "defects.json", f"{SCRIPTS}/embedded_defects.py", "fit", "--labels", held_out,
-         "-o", run / "defects.json")  # fmt: skip
+         "--votes", votes, "-o", run / "defects.json")  # fmt: skip
     shutil.copyfile(run / "defects.json", EMBEDDED / DEFECTS_NAME)
 
 

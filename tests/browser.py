@@ -122,10 +122,10 @@ class Browser:
         """Into what has the focus."""
         self.send("Input.insertText", text=text)
 
-    def busy(self) -> float:
-        """Processor seconds that the page has taken so far: what else runs on the machine does not count."""
+    def layouts(self) -> int:
+        """How often the page has been laid out so far."""
         metrics = self.send("Performance.getMetrics")["metrics"]
-        return float(next(metric["value"] for metric in metrics if metric["name"] == "TaskDuration"))
+        return int(next(metric["value"] for metric in metrics if metric["name"] == "LayoutCount"))
 
     def complaints(self) -> list[dict[str, Any]]:
         """Exceptions and lines in the log since the page was opened, such as those of a broken content policy."""

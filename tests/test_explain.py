@@ -46,7 +46,7 @@ def test_the_grammar_says_what_was_found_and_nothing_else(
     text = sentence(found, set(VISIBLE) - names, draw, each, good=is_good(level, LEVELS))
     whole = opening(RATING, level) + text
     assert mentions(whole) == names
-    assert objection(whole, level, LEVELS, found, VISIBLE) is None
+    assert objection(whole, level, LEVELS, found) is None
     assert "  " not in whole
     assert "{" not in whole
     assert whole.endswith(".")
@@ -100,7 +100,7 @@ def test_mentions(text: str, names: set[str]) -> None:
         ("The quality of this video is fair: the picture is blurred.", None),
         ("The quality of this video is fair: it looks excellent though blurred.", "excellent"),
         ("The quality of this video is fair: noise covers the blurred picture.", "noise"),
-        ("The quality of this video is fair, and so on.", "none of the defects"),
+        ("The quality of this video is fair, and so on.", "leaves out what was found: blur"),
         ("The quality of this video is fair: the picture is blurred and", "end"),
         ("The quality of this video is fair: the picture is blurred from 0.5 to 1.0 s. The face.", "breaks off"),
         ("The quality of this video is fair: the picture is blurred. There is no visible defect.", "no visible defect"),
@@ -127,12 +127,12 @@ def test_mentions(text: str, names: set[str]) -> None:
 )
 def test_words_that_contradict_the_rating_are_not_shown(text: str, why: str | None) -> None:
     found = [Finding("blur", 0.9, ((0.5, 1.0),))]
-    said = objection(text, "fair", LEVELS, found, VISIBLE)
+    said = objection(text, "fair", LEVELS, found)
     assert said is None if why is None else why in str(said)
     begun = "The quality of this video is fair"
     shown, reason = explain(text.removeprefix(begun), "fair", LEVELS, found, ["noise"], "id", begun)
     assert reason == said
-    assert shown == text if why is None else objection(shown, "fair", LEVELS, found, VISIBLE) is None
+    assert shown == text if why is None else objection(shown, "fair", LEVELS, found) is None
 
 
 @pytest.mark.parametrize(
@@ -143,15 +143,24 @@ def test_a_clip_below_good_is_not_called_faultless(level: str, why: str | None) 
     shown, reason = explain(text, level, LEVELS, [], ["noise"], "id", begun)
     assert reason is None if why is None else why in str(reason)
     assert ("defect stands out" in shown) == (why is None)
-    assert objection(shown, level, LEVELS, [], VISIBLE) is None
+    assert objection(shown, level, LEVELS, []) is None
 
 
 def test_a_good_clip_has_no_severe_defect() -> None:
     blurred, found = "The quality of this video is {}. The picture is severely blurred.", [Finding("blur", 0.9)]
     for level, why in (("excellent", "severely"), ("good", "severely"), ("fair", None), ("bad", None)):
-        said = objection(blurred.format(level), level, LEVELS, found, VISIBLE)
+        said = objection(blurred.format(level), level, LEVELS, found)
         assert said is None if why is None else why in str(said)
 
 
+def test_the_two_main_defects_are_named() -> None:
+    found = [Finding("blur", 0.9), Finding("noise", 0.8), Finding("flicker", 0.7)]
+    said = "The quality of this video is fair: {}."
+    assert objection(said.format("noise covers the blurred picture"), "fair", LEVELS, found) is None
+    assert objection(said.format("the brightness of the blurred picture flickers"), "fair", LEVELS, found) == (
+        "it leaves out what was found: noise"
+    )
+
+
 def test_a_short_stem_does_not_break_off() -> None:
-    assert objection("Quality: fair. The picture is blurred.", "fair", LEVELS, [Finding("blur", 0.9)], VISIBLE) is None
+    assert objection("Quality: fair. The picture is blurred.", "fair", LEVELS, [Finding("blur", 0.9)]) is None

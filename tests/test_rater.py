@@ -29,7 +29,7 @@ import lmm_qa
 from lmm_qa import ClipError, Failure, Rater, Rating, Sampling, View, load_prompt
 from lmm_qa.backbone import ClipInput
 from lmm_qa.calibrate import Calibration, Linear, Mapping, Spread
-from lmm_qa.defects import DEFECTS, VISIBLE, questions
+from lmm_qa.defects import DEFECTS, questions
 from lmm_qa.errors import ClipNotFound, ClipUnreadable, ConfigError, LevelTokenError, UsageError
 from lmm_qa.explain import MAX_NAMED, objection
 from lmm_qa.levels import LEVELS, read_levels
@@ -574,7 +574,7 @@ def test_details_leave_the_score_as_it_is(rater: Rater, good: list[Path], alone:
         assert result.explanation is not None
         assert result.explanation.startswith(f"{rater.settings.prompt.stem} {result.level}")
         told = result.profile.found[:MAX_NAMED]
-        said = objection(result.explanation, result.level, LEVELS, told, VISIBLE)
+        said = objection(result.explanation, result.level, LEVELS, told)
         assert said is None, "whatever a model with random weights says"
         row = json.loads(json.dumps(result.to_row()))
         assert row["defects"]["lip_sync"] is None

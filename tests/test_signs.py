@@ -14,6 +14,7 @@ import lmm_qa
 from lmm_qa.config import Sampling, View
 from lmm_qa.copies import read_clip
 from lmm_qa.degrade import damage
+from lmm_qa.passage import Passage
 from lmm_qa.signs import MOST, measure, reduced, window
 from lmm_qa.trace import Tracer
 from lmm_qa.video import MEASURED, DecoderPool, Frames, read_frames, sample_indices
@@ -29,12 +30,15 @@ def portrait() -> NDArray[np.uint8]:
 
 def signs(frames: NDArray[np.uint8]) -> dict[str, float]:
     """Of a clip in memory."""
-    tracer = Tracer()
+    tracer, passage = Tracer(), Passage()
     for frame in frames:
-        tracer.add(np.asarray(Image.fromarray(frame).convert("L")))
+        luma = np.asarray(Image.fromarray(frame).convert("L"))
+        tracer.add(luma)
+        passage.add(luma)
     seconds = np.arange(len(frames)) / FPS
     looked_at = sample_indices(seconds.tolist(), MEASURED)
-    return measure([frames[index] for index in looked_at], tracer.trace(seconds.tolist(), len(frames) / FPS))
+    trace = tracer.trace(seconds.tolist(), len(frames) / FPS)
+    return measure([frames[index] for index in looked_at], looked_at, trace, passage)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ ROWS = (
     {"errors", "atomic"},
     {"levels", "metrics", "config"},
     {"prompting", "face", "trace"},
+    {"passage"},
     {"signs"},
     {"video", "degrade", "defects"},
     {"thqa", "manifest", "results", "reference", "explain", "evidence"},
