@@ -314,11 +314,14 @@ def objection(text: str, level: str, levels: Sequence[str], told: Sequence[Findi
 
 
 def _repeated(text: str) -> str | None:
-    """What a text in lower case says twice: some words one after the other, or a clause anywhere; times may well be."""
+    """What a text in lower case says twice: some words one after the other, or a clause anywhere; times may well be.
+    A clause ends at a comma."""
     if twice := re.search(r"\b(\w+(?:\W+\w+){2,4})\W+\1\b", text):
         return twice[1]
-    words = re.findall(r"\w+", text)
-    clauses = [" ".join(words[start : start + CLAUSE]) for start in range(len(words) - CLAUSE + 1)]
+    clauses = []
+    for between in re.split(r"[.,;:](?:\s|$)", text):
+        words = re.findall(r"\w+", between)
+        clauses += [" ".join(words[start : start + CLAUSE]) for start in range(len(words) - CLAUSE + 1)]
     return next((one for one in clauses if clauses.count(one) > 1 and not re.search(r"\d", one)), None)
 
 

@@ -114,6 +114,7 @@ def test_mentions(text: str, names: set[str]) -> None:
             "repeats itself: the picture is strongly blurred",
         ),
         ("The quality of this video is fair: it is blurred from 0.5 to 1.0 s, and soft from 0.5 to 1.0 s.", None),
+        ("The quality of this video is fair: soft over the whole picture, blurred over the whole picture.", None),
         ("The quality of this video is fair: the picture is blurred. Still, the face is sharp.", "the face is sharp"),
         ("The quality of this video is fair: it is blurred. On the positive side, the same.", "without a verb"),
         ("The quality of this video is fair: it is blurred. The face is steady stands out.", "two verbs"),
