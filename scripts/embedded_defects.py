@@ -10,14 +10,14 @@
 `embedded_evidence.py grow` has the votes of trees that have not seen their source: ten clips are too few to say what a
 clip without a defect may look like. Where the model's answers on the held-out clips help beside that (on clips that are
 left out in turn) they get a weight, fitted on those clips; where they do not, they get none, and are not asked for in
-use. The threshold is that of the best F1, but at least `SURE`. Defects of an average precision below 0.3
-are left out, and so not judged.
+use. The threshold is that of the best F1, but at least `SURE`. Defects of an average precision below 0.3 are left out,
+and so not judged.
 
 `judge`: average precision of each defect that some copy has, also of those that the rater does not judge in use (from
 answers and measurements as they are), and of the measurements alone; precision and recall of what the explanations
 name; how often times of stalls, bufferings and bit-rate switches are right within half a second at both ends; how many
 explanations were the model's own; SRCC of the score with the labels, over all and within each cause (clean copies count
-as strength 0).
+as strength 0). Of clips that nothing was fitted on: the package's trees have seen those of the split val.
 """
 
 from __future__ import annotations
