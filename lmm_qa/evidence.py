@@ -57,8 +57,7 @@ class Forests:
             beyond = values[self.sign[node]] > self.limit[node]
             node = np.where(inner, self.child[node] + beyond, node)
         votes = np.bincount(self.defect, self.limit[node]) / np.bincount(self.defect)
-        share = np.clip(votes, SUREST, 1 - SUREST)
-        return {name: float(odds) for name, odds in zip(self.defects, np.log(share / (1 - share)), strict=True)}
+        return {name: float(odds) for name, odds in zip(self.defects, log_odds(votes), strict=True)}
 
     def save(self, file: Path, data: str) -> None:
         """Write all of it, and for people what it was grown on."""
@@ -77,6 +76,12 @@ class Forests:
             names = stored.metadata()
             arrays: dict[str, Any] = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         return cls(tuple(json.loads(names["defects"])), tuple(json.loads(names["signs"])), **arrays)
+
+
+def log_odds(votes: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+    """Natural logarithm of the odds by shares of a forest's votes, of any shape: see `SUREST`."""
+    share = np.clip(votes, SUREST, 1 - SUREST)
+    return np.asarray(np.log(share / (1 - share)))
 
 
 def weigh(signs: Mapping[str, float]) -> dict[str, float]:

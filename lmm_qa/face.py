@@ -32,11 +32,11 @@ AROUND = 1.5
 """Side of `face_window` in sides of the box, which ends at the brows: hair, chin and the edge of the face come in."""
 _OVERLAP = 0.3
 _SEEN_AT_LEAST = 2
+"""Key frames: what is taken for a face once only is a flower, or a fold of a curtain."""
 FOLLOWED = 4
 """Pictures that `follow_face` searches."""
 _BESIDE = 0.45
 """Sides of a box by which it may have moved from one searched picture to the next."""
-"""Key frames: what is taken for a face once only is a flower, or a fold of a curtain."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lmm_qa.face import Box
+from lmm_qa.trace import apart, spread
 
 Grey = NDArray[np.uint8]
 Floats = NDArray[np.floating[Any]]
@@ -82,8 +83,7 @@ class Passage:
             self._measure(last=True)
             self._watching = self._shape == (0, 0)
             self._shape = luma.shape
-            count = max(_LEAST_LINES, _PIXELS // luma.shape[1])
-            self._lines = (2 * np.arange(count) + 1) * luma.shape[0] // (2 * count)
+            self._lines = spread(luma.shape[0], max(_LEAST_LINES, _PIXELS // luma.shape[1]))
         self._waiting.append(luma[self._lines])
         if len(self._waiting) > _BATCH:
             self._measure()
@@ -142,13 +142,12 @@ class Passage:
         """Compare the frames that wait, each with the one before; the last one stays, for those to come."""
         if len(self._waiting) > 1:
             lines = np.stack(self._waiting)
-            change = np.maximum(lines[1:], lines[:-1]) - np.minimum(lines[1:], lines[:-1])
+            change = apart(lines[1:], lines[:-1])
             count, rows, width = change.shape
             whole = max(width // _RUN * _RUN, 1)
             run = _RUN if width >= _RUN else 1
             runs = change[..., :whole].reshape(count, rows, whole // run, run).max(-1)
-            signed = lines[1:].astype(np.int16)
-            bends = np.abs(signed[..., 2:] - 2 * signed[..., 1:-1] + signed[..., :-2])
+            bends = np.abs(np.diff(lines[1:].astype(np.int16), 2))
             self._measured.append(np.stack([
                 change.mean((1, 2), dtype=np.float32), (change == 0).mean((1, 2), dtype=np.float32),
                 (runs <= 1).mean((1, 2), dtype=np.float32),
@@ -176,15 +175,21 @@ class Passage:
         starts, ends = starts - low, ends - low
         measured = np.empty((len(parts), count - 1))
         for number, (before, after) in enumerate(pairwise(window)):
-            change = np.maximum(after, before) - np.minimum(after, before)
+            change = apart(after, before)
             for part, ((x, y), (stop_x, stop_y)) in enumerate(zip(starts[number], ends[number], strict=True)):
                 measured[part, number] = change[y:stop_y, x:stop_x].mean()
         return measured
 
 
+def running_median(values: Floats, width: int) -> Floats:
+    """(n,): the median of so many values about each; their ends are repeated. `width`: odd."""
+    padded = np.pad(values, width // 2, mode="edge")
+    return np.asarray(np.median(sliding_window_view(padded, width), axis=1))
+
+
 def _beat(name: str, values: Floats, signs: dict[str, float]) -> None:
     """Quantiles of what a logarithm has been in each frame, and how it leaves its running median."""
-    beat = values - np.median(sliding_window_view(np.pad(values, _STEADY // 2, mode="edge"), _STEADY), axis=1)
+    beat = values - running_median(values, _STEADY)
     signs[f"{name}_beat"], signs[f"{name}_beat_usual"] = (
         float(np.log(each + 0.003)) for each in (beat.std(), np.median(abs(beat)))
     )

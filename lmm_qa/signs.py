@@ -19,13 +19,12 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from PIL import Image
 
 from lmm_qa.face import Box, follow_face
-from lmm_qa.passage import Passage
-from lmm_qa.trace import STANDS, Trace, buffering, flicker, pace, stalls, switches, switching
+from lmm_qa.passage import Passage, running_median
+from lmm_qa.trace import STANDS, Trace, apart, buffering, flicker, pace, stalls, switches, switching
 
 Picture = NDArray[np.uint8]
 Floats = NDArray[np.floating[Any]]
@@ -109,7 +108,6 @@ def measure(pictures: Sequence[Picture], at: Sequence[int], trace: Trace, passag
     _texture(greys[::4], signs)
     _banding(middles[2::4], greys[2::4], signs)
     _chroma(middles[::4], signs)
-    _grid(greys[::4], signs)
     _light(middles[::4], greys[::4], signs)
     _change(greys[::2], greys[1::2], signs)
     _behind(pictures, face.boxes, signs)
@@ -184,11 +182,6 @@ def _log(value: float | np.floating | Floats, floor: float = _TINY) -> float:
     return float(np.log(float(value) + floor))
 
 
-def _apart(one: Picture, other: Picture) -> Picture:
-    """Absolute difference, in whole grey levels."""
-    return np.maximum(one, other) - np.minimum(one, other)
-
-
 def _histogram(values: Picture) -> Floats:
     return np.asarray(np.bincount(values.ravel(), minlength=256) / max(values.size, 1))
 
@@ -234,10 +227,10 @@ def _texture(greys: Picture, signs: Signs) -> None:
     """How neighbours differ, across and down: steps of one, two and four pixels, block edges, flat parts."""
     levels = np.arange(256)
     for way, pictures in (("x", greys), ("y", np.ascontiguousarray(greys.transpose(0, 2, 1)))):
-        one, four = _apart(pictures[..., 1:], pictures[..., :-1]), _apart(pictures[..., 4:], pictures[..., :-4])
+        one, four = apart(pictures[..., 1:], pictures[..., :-1]), apart(pictures[..., 4:], pictures[..., :-4])
         ones, fours = _histogram(one), _histogram(four)
         means = [
-            float(each @ levels) for each in (ones, _histogram(_apart(pictures[..., 2:], pictures[..., :-2])), fours)
+            float(each @ levels) for each in (ones, _histogram(apart(pictures[..., 2:], pictures[..., :-2])), fours)
         ]
         signs[f"step_{way}"] = _log(means[0], 0.05)
         signs[f"step_2_{way}"] = _log(means[1], 0.05) - _log(means[0], 0.05)
@@ -255,7 +248,7 @@ def _texture(greys: Picture, signs: Signs) -> None:
             signs[f"sharpness_{way}"] = _log(largest.mean() / four[at].mean(), 0.01)
         else:
             signs[f"sharpness_{way}"] = -0.5
-        signs[f"bends_{way}"] = _log(float(_histogram(_apart(one[..., 1:], one[..., :-1])) @ levels), 0.05) - _log(
+        signs[f"bends_{way}"] = _log(float(_histogram(apart(one[..., 1:], one[..., :-1])) @ levels), 0.05) - _log(
             means[0], 0.05
         )
         columns = np.log(one.mean((0, 1)) + 0.05)
@@ -264,6 +257,8 @@ def _texture(greys: Picture, signs: Signs) -> None:
         phase -= np.median(phase)
         signs[f"blocks_8_{way}"], signs[f"blocks_4_{way}"] = phase[7], phase[3]
         signs[f"blocks_any_{way}"], signs[f"blocks_spread_{way}"] = phase.max(), phase.std()
+        _grid("step", way, one, signs)
+        _grid("bend", way, np.abs(np.diff(pictures.astype(np.int16), 2)), signs)
     values = greys.astype(np.float32)
     around = (values[:, :-2, 1:-1] + values[:, 2:, 1:-1] + values[:, 1:-1, :-2] + values[:, 1:-1, 2:]) / 4
     coarse, fine = (_deviations(each)[1].ravel() for each in (values, values[:, 1:-1, 1:-1] - around))
@@ -275,6 +270,19 @@ def _texture(greys: Picture, signs: Signs) -> None:
     signs["flat"], signs["fine_flat"] = _log((coarse < 0.6).mean(), 1e-3), _log((fine < 0.3).mean(), 1e-3)
     for share in (5, 50, 95):
         signs[f"fine_share_{share}"] = signs[f"texture_{share}"] - signs[f"contrast_{share}"]
+
+
+def _grid(kind: str, way: str, values: NDArray[Any], signs: Signs) -> None:
+    """Whether steps or bends along a row lie at equal distances: blocks of an encoder, enlarged ones as well."""
+    columns = np.log(np.minimum(values, 12).mean((0, 1), dtype=np.float32) + 0.05)
+    rest = columns - running_median(columns, 15)
+    wave = np.abs(np.fft.rfft(rest * np.hanning(len(columns)), _WAVES))
+    heard = wave[_WAVES // 64 : _WAVES // 3]
+    usual = np.median(heard) + 1e-9
+    signs[f"grid_{kind}_{way}"] = _log(heard.max() / usual, 0.1)
+    for period in (4, 8, 16):
+        place = _WAVES // period
+        signs[f"grid_{kind}_{period}_{way}"] = _log(wave[place - 1 : place + 2].max() / usual, 0.1)
 
 
 def _banding(colours: Picture, greys: Picture, signs: Signs) -> None:
@@ -292,7 +300,7 @@ def _banding(colours: Picture, greys: Picture, signs: Signs) -> None:
     signs["comb"], signs["comb_least"] = _log(np.mean(combs), 0.01), _log(np.min(combs), 0.01)
     signs["comb_grey"] = _log(np.abs(grey - near).sum() / (near.sum() + 1e-9), 0.01)
     signs["comb_period"], signs["comb_period_least"] = _log(np.mean(periods), 0.1), _log(np.min(periods), 0.1)
-    steps = _apart(colours[:, ::3, 1:], colours[:, ::3, :-1]).max(-1).astype(np.int16)
+    steps = apart(colours[:, ::3, 1:], colours[:, ::3, :-1]).max(-1).astype(np.int16)
     nines = steps[..., : steps.shape[-1] // 9 * 9].reshape(*steps.shape[:2], -1, 9)
     largest = nines.max(-1)
     total = nines.sum(-1)
@@ -312,7 +320,7 @@ def _chroma(colours: Picture, signs: Signs) -> None:
     for name, channel in (("cb", 1), ("cr", 2)):
         plane = np.ascontiguousarray(halves[..., channel])
         for reach in (1, 2, 4):
-            steps = _apart(plane[..., reach:], plane[..., :-reach])
+            steps = apart(plane[..., reach:], plane[..., :-reach])
             signs[f"{name}_step_{reach}"] = _log(steps.mean(dtype=np.float32), 0.02)
             signs[f"{name}_equal_{reach}"] = _log((steps == 0).mean(), 0.01)
         spread = _deviations(plane.astype(np.float32))[1].ravel()
@@ -320,22 +328,6 @@ def _chroma(colours: Picture, signs: Signs) -> None:
             signs[f"{name}_contrast_{share}"] = _log(value, 0.05)
         signs[f"{name}_to_grey"] = _log(np.median(spread), 0.05) - _log(np.median(grey), 0.1)
         signs[f"{name}_to_grey_textured"] = _log(spread[textured].mean(), 0.05) - _log(grey[textured].mean(), 0.1)
-
-
-def _grid(greys: Picture, signs: Signs) -> None:
-    """Whether steps and bends lie at equal distances across and down: blocks of an encoder, enlarged ones as well."""
-    for way, pictures in (("x", greys), ("y", np.ascontiguousarray(greys.transpose(0, 2, 1)))):
-        steps = np.diff(pictures.astype(np.int16))
-        for kind, values in (("step", steps), ("bend", np.diff(steps))):
-            columns = np.log(np.minimum(np.abs(values), 12).mean((0, 1), dtype=np.float32) + 0.05)
-            around = np.median(sliding_window_view(np.pad(columns, 7, mode="edge"), 15), axis=1)
-            wave = np.abs(np.fft.rfft((columns - around) * np.hanning(len(columns)), _WAVES))
-            heard = wave[_WAVES // 64 : _WAVES // 3]
-            usual = np.median(heard) + 1e-9
-            signs[f"grid_{kind}_{way}"] = _log(heard.max() / usual, 0.1)
-            for period in (4, 8, 16):
-                place = _WAVES // period
-                signs[f"grid_{kind}_{period}_{way}"] = _log(wave[place - 1 : place + 2].max() / usual, 0.1)
 
 
 def _light(colours: Picture, greys: Picture, signs: Signs) -> None:
@@ -371,7 +363,7 @@ def _light(colours: Picture, greys: Picture, signs: Signs) -> None:
 
 def _change(first: Picture, second: Picture, signs: Signs) -> None:
     """How the two pictures of a moment differ: grain, what an encoder skips, light."""
-    shares = _shares(_histogram(_apart(first, second)), (0, 1, 2, 4, 8, 16, 256))
+    shares = _shares(_histogram(apart(first, second)), (0, 1, 2, 4, 8, 16, 256))
     for least, share in zip((0, 1, 2, 4, 8, 16), shares, strict=True):
         signs[f"change_from_{least}"] = _log(share, 1e-4)
     mean, spread = _deviations(second.astype(np.float32) - first)

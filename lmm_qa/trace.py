@@ -115,7 +115,7 @@ class Tracer:
         if luma.shape != self._shape:
             self._measure()
             self._shape = luma.shape
-            self._down, self._across = (_spread(side, _SIDE) for side in luma.shape)
+            self._down, self._across = (spread(side, _SIDE) for side in luma.shape)
         self._rows.append(luma[self._down])
         if len(self._rows) == _BATCH:
             self._measure()
@@ -132,26 +132,27 @@ class Tracer:
         rows = np.stack(self._rows)
         pictures = rows[..., self._across]
         before = np.concatenate([pictures[:1] if self._before is None else self._before, pictures[:-1]])
-        change, step = _distance(pictures, before), _SIDE // _BLOCKS
+        change, step = apart(pictures, before).astype(np.float32), _SIDE // _BLOCKS
         # Slices instead of a product of matrices: as quick, and no threads that wait for more.
         across = sum((change[..., start::step] for start in range(1, step)), start=change[..., ::step])
         changes = (across.reshape(len(rows), _BLOCKS, step, _BLOCKS).sum(axis=2) / step**2).reshape(len(rows), -1)
         quarter = changes.shape[1] // 4
         lines = rows[:, :: max(1, _SIDE // max(_LEAST_ROWS, _PAIRS // rows.shape[2]))]
-        roots = np.sqrt(_distance(lines[..., 1:], lines[..., :-1])).reshape(len(rows), -1)
+        roots = np.sqrt(apart(lines[..., 1:], lines[..., :-1]).astype(np.float32)).reshape(len(rows), -1)
         detail = roots.sum(axis=1) / max(1, roots.shape[1])
         quiet, light = np.partition(changes, quarter)[:, quarter], pictures.mean(axis=(1, 2), dtype=np.float32)
         self._measured.append(np.stack([changes.max(axis=1), quiet, detail, light]))
         self._before, self._rows = pictures[-1:], []
 
 
-def _spread(side: int, count: int) -> NDArray[np.intp]:
+def spread(side: int, count: int) -> NDArray[np.intp]:
     """The middles of so many equal shares of a side."""
     return (2 * np.arange(count) + 1) * side // (2 * count)
 
 
-def _distance(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> Floats:
-    return (np.maximum(one, other) - np.minimum(one, other)).astype(np.float32)
+def apart(one: NDArray[np.uint8], other: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Absolute difference, in whole grey levels."""
+    return np.maximum(one, other) - np.minimum(one, other)
 
 
 # Pictures that stand

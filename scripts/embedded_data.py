@@ -44,6 +44,7 @@ Made = TypeVar("Made")
 
 SHORT, LONG = 48, 250  # frames of a segment: about two seconds, up to ten
 FPS = 25.0
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 COPIES, FEWER = 46, 16  # of one of the first two segments of a clip, the first of a portrait; and of any other
 KINDS = ("whole", "face", "crop")  # of views, in the order of the prompt
 PAIRS = 6  # moments looked at, two frames each

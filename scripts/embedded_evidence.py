@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from embedded_data import camera, index_of, portraits_of_training, rows_of, run_all
+from embedded_data import LUMA, camera, index_of, portraits_of_training, rows_of, run_all
 from embedded_defects import average_precision, known
 from numpy.typing import NDArray
 from PIL import Image
@@ -51,7 +51,7 @@ from lmm_qa.degrade import (
     damage,
     encode,
 )
-from lmm_qa.evidence import FILE, SUREST, Forests
+from lmm_qa.evidence import FILE, Forests, log_odds
 from lmm_qa.face import find_face
 from lmm_qa.reference import FAINT, change
 from lmm_qa.results import read_rows, write_rows
@@ -139,7 +139,7 @@ def another_look(frames: Pixels, lot: np.random.Generator) -> Pixels:
     looks = []
     for frame in turned:
         colours = table[frame, np.arange(3)].astype(np.float32)
-        grey = colours @ np.array([0.299, 0.587, 0.114], np.float32)
+        grey = colours @ np.array(LUMA, np.float32)
         look = np.clip(np.rint(grey[..., None] + saturation * (colours - grey[..., None])), 0, 255)
         looks.append(look.astype(np.uint8))
     return np.stack(looks)
@@ -277,8 +277,7 @@ def grow(args: argparse.Namespace) -> None:
             forest, chosen = grown(signs[sure & ~left_out], there[sure & ~left_out])
             share[left_out] = forest.predict_proba(signs[left_out][:, chosen])[:, 1]
         precisions[name] = round(average_precision(share[sure], there[sure]), 3)
-        share = np.clip(share, SUREST, 1 - SUREST)
-        votes[name] = np.log(share / (1 - share))
+        votes[name] = log_odds(share)
         print(f"{name:<16}{there[sure].sum():>5} of {sure.sum():<6}{precisions[name]}", flush=True)
         kept.append((name, *grown(signs[sure], there[sure])))
     print(f"mean {np.mean([*precisions.values()]):.3f}")

@@ -18,13 +18,14 @@ same sizes are gone on from, and the phase that teaches the vision tower alone i
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from embedded_data import index_of
 
 from lmm_qa.evidence import FILE
 from lmm_qa.rater_file import DEFECTS_NAME, EMBEDDED
@@ -69,8 +70,7 @@ def main() -> None:
     step(spoken, f"{SCRIPTS}/embedded_pack.py", "--run", run, "--data", data, "--init", init)
     step(None, f"{SCRIPTS}/embedded_evidence.py", "copies", "--clips", args.clips, *portraits, "-o", copies,
          "--workers", args.workers)  # fmt: skip
-    with (args.clips / "index.csv").open(newline="") as file:
-        clips = [args.clips / row["clip"] for row in csv.DictReader(file) if row["split"] == "val"]
+    clips = [args.clips / row["clip"] for row in index_of(args.clips) if row["split"] == "val"]
     step(held_out, "-m lmm_qa degrade", *clips, "-o", held_out, "--strengths", "0.35,0.75",
          "--pairs", 4, "--length", "3", "--workers", args.workers)  # fmt: skip
     for folder in (copies, held_out.parent):

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
-from embedded_data import FACE_SEEN, KINDS, handed_on, rated_views, rows_of
+from embedded_data import FACE_SEEN, KINDS, LUMA, handed_on, rated_views, rows_of
 from embedded_defects import known
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.fft import dct
@@ -65,7 +65,6 @@ SHARES = {"clip": 0.5, "portrait": 0.25, "picture": 0.25}  # of the samples, by 
 RECOLOURED = 0.7  # share of the samples of which the colours are changed, unless colours are what is damaged
 LIGHT = {"overexposure", "underexposure", "colour_cast"}
 OF_HEADS = [name for name, defect in BY_NAME.items() if defect.causes and set(defect.causes) <= set(FACIAL)]
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 AUTOCAST = torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

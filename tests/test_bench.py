@@ -79,7 +79,7 @@ def test_questions_are_asked_in_both_ways(rater: Rater, monkeypatch: pytest.Monk
 
     from lmm_qa.defects import questions
 
-    monkeypatch.setattr(bench_rating, "QUESTIONS", 2)
+    monkeypatch.setattr(bench_rating, "QUESTIONS", 5)
     looks: list[int] = []
     tower = next(part for name, part in rater.backbone.model.named_modules() if name.endswith("visual"))
     hook = tower.register_forward_hook(lambda *_: looks.append(1))
@@ -87,10 +87,10 @@ def test_questions_are_asked_in_both_ways(rater: Rater, monkeypatch: pytest.Monk
         cost = bench_rating.cost_of_questions(rater, CLIPS[1:2], runs=1)
     finally:
         hook.remove()
-    # Looks at the clip: score and two questions on one prefill, and one by one, to compare; then the score alone and
+    # Looks at the clip: score and five questions on one prefill, and one by one, to compare; then the score alone and
     # with the questions, of frames that lie ready, of decoded ones, as a rating and its profile, and as the reference.
-    assert len(looks) == (1 + 3) + (1 + 1) + (1 + 1) + (1 + 1) + (1 + 3)
-    assert (cost["questions"], cost["clips"]) == (2, 1)
+    assert len(looks) == (1 + 6) + (1 + 1) + (1 + 1) + (1 + 1) + (1 + 6)
+    assert (cost["questions"], cost["clips"]) == (5, 1)
     assert cost["largest_difference"] < 1e-4, "on one prefill or on many"
     times = cost["times_the_score"]
     assert times.keys() == {"score", "decoding + score", "rating", "reference"}
