@@ -14,20 +14,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lmm_qa.config import Sampling, View
     from lmm_qa.errors import ClipError, LmmQaError
-    from lmm_qa.prompting import Prompt, load_prompt
-    from lmm_qa.rater import Details, Failure, Rater, Rating
+    from lmm_qa.model.prompt import Prompt, load_prompt
+    from lmm_qa.rater import Rater
+    from lmm_qa.ratings import Details, Failure, Rating
 
 _HOMES = {
     "ClipError": "errors",
-    "Details": "rater",
-    "Failure": "rater",
+    "Details": "ratings",
+    "Failure": "ratings",
     "LmmQaError": "errors",
-    "Prompt": "prompting",
+    "Prompt": "model.prompt",
     "Rater": "rater",
-    "Rating": "rater",
+    "Rating": "ratings",
     "Sampling": "config",
     "View": "config",
-    "load_prompt": "prompting",
+    "load_prompt": "model.prompt",
 }
 
 __all__ = [

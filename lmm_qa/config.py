@@ -82,6 +82,8 @@ def _rising(ends: tuple[float, float]) -> tuple[float, float]:
 
 
 ScaleEnds = Annotated[tuple[float, float], AfterValidator(_rising)]
+
+
 """MOS of the worst and of the best quality: a scale that is declared, as an option."""
 
 

@@ -25,12 +25,20 @@ VIDEO_SUFFIXES = (
     *(".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"),
     *(".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv", ".y4m"),
 )
+
+
 """What a folder is searched for. A file that is named outright may have any suffix."""
 
+
 MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
+
+
 """Lists of clips; `.txt` holds one path a line, without a header."""
 
+
 CLIP_COLUMNS = ("clip", "video", "path", "file", "filename", "name")
+
+
 """The column of a list that names the clip: the first of these that it has, in any case."""
 
 
@@ -163,6 +171,8 @@ def _videos(folder: Path) -> Iterator[Path]:
 # --- lists of clips --------------------------------------------------------------------------------------------------
 
 Entries = Iterable[tuple[int, object]]
+
+
 """Line (or row) number, and what stands there for a clip."""
 
 

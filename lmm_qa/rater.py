@@ -15,200 +15,66 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import product, tee
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import torch
 
-from lmm_qa.backbone import (
-    Backbone,
-    ClipInput,
-    Dtype,
-    LevelLogits,
-    Quantization,
-    choose_device,
-    choose_dtype,
-    patch_factor,
-)
 from lmm_qa.config import Sampling, View
-from lmm_qa.defects import UNCALIBRATED, questions, read_calibration
+from lmm_qa.defects.calibration import UNCALIBRATED, read_calibration
+from lmm_qa.defects.classifier import defect_log_odds
+from lmm_qa.defects.explanation import explain, explanation_prompt, opening
+from lmm_qa.defects.profile import Profile, read_profile
+from lmm_qa.defects.questions import questions
 from lmm_qa.errors import ClipError, ConfigError, ModelError, UsageError
-from lmm_qa.evidence import weigh
-from lmm_qa.explain import explain, explanation_prompt, opening
-from lmm_qa.levels import LevelReading, read_levels
 from lmm_qa.manifest import Clip, content_id
-from lmm_qa.profile import STEP, WINDOW, Profile, Timeline, read_profile, read_timeline
-from lmm_qa.prompting import Prompt, load_prompt
-from lmm_qa.rater_file import ModelSource, RaterFile, identity, resolve_model
-from lmm_qa.video import DecoderPool, Frames, Windows, read_frames, read_windows
+from lmm_qa.model.backbone import Backbone
+from lmm_qa.model.inputs import ClipInput, patch_factor
+from lmm_qa.model.levels import LevelLogits, LevelReading, read_levels
+from lmm_qa.model.loading import Dtype, Quantization, choose_device, choose_dtype
+from lmm_qa.model.prefill import Prefill
+from lmm_qa.model.prompt import Prompt, load_prompt
+from lmm_qa.model.rater_config import ModelSource, RaterConfig, identity, resolve_model
+from lmm_qa.ratings import STEP, WINDOW, Timeline, read_timeline
+from lmm_qa.video.decode import Frames, Windows, read_frames, read_windows
+from lmm_qa.video.decoder_pool import DecoderPool
 
 if TYPE_CHECKING:
-    from lmm_qa.calibrate import Calibration
+    from lmm_qa.evaluation.calibration import Calibration
 
-
-Speaker = Literal["adapter", "base"]
+from lmm_qa.ratings import CalibrationUse, Details, Failure, Rating
 
 MAX_WORDS = 96
+
+
 """Tokens of an explanation: three clauses and what is good, in the vocabulary of the embedded model."""
 
+
 WINDOWS_AT_ONCE = 8
+
+
 """Windows of a timeline that go through the model together."""
 
+
 SIDE_BY_SIDE = 4
+
+
 """Clips that go through the model at the same time on a CPU, each on its share of the cores; one on each of two."""
 
+
 Seen = Frames | Windows
+
+
 """What was read of a clip: the sampled frames; or those of each window too."""
 
+
 Read = tuple[Clip, str | None, Seen | ClipError]
+
+
 """A clip, its content id where it could be read, and what was seen."""
-
-
-@dataclass(frozen=True)
-class Details:
-    """What is asked of a clip besides its score."""
-
-    defects: bool = False
-    """The defect profile: a closed question for each defect, all on one prefill."""
-    explanation: bool = False
-    """Why, in words; brings the profile along."""
-    timeline: bool = False
-    """The score over time: windows of `lmm_qa.profile.WINDOW` seconds, each a rating of its own."""
-    speaker: Speaker = "adapter"
-    """Whose the words and the answers on defects are, where the rater has an adapter. The score is the adapter's."""
-
-    @property
-    def profile(self) -> bool:
-        """Whether the profile is needed."""
-        return self.defects or self.explanation
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Those of a row that are filled by this."""
-        profile = ("defects", "found") if self.profile else ()
-        return (*profile, *(["explanation"] if self.explanation else ()), *(["timeline"] if self.timeline else ()))
-
-
-@dataclass(frozen=True)
-class CalibrationUse:
-    """Which calibration a score went through."""
-
-    id: str
-    """Short hash of all that the calibration is."""
-    fitted: bool
-    """Whether it was fitted on this very clip, which is then no test of the rater."""
-    raw_rater_id: str
-    """What made the raw score: the rater's identity without its calibration."""
-
-
-@dataclass(frozen=True)
-class Rating:
-    """What the rater says of one clip."""
-
-    clip: str
-    content_id: str
-    score: float
-    """Expected MOS, on `scale`; calibrated where `calibration` says so."""
-    raw_score: float | None
-    """The score before calibration, on `scale`; None where nothing was calibrated."""
-    interval: tuple[float, float] | None
-    """Prediction interval of the MOS, low and high, see `lmm_qa.calibrate`; None where nothing was calibrated."""
-    calibration: CalibrationUse | None
-    scale: tuple[float, float]
-    level: str
-    """The likeliest level word."""
-    probabilities: dict[str, float]
-    """P(level word), worst first; sums to 1."""
-    std: float
-    """Standard deviation of the level distribution, in MOS units; of the raw score, as are level and probabilities."""
-    level_mass: float
-    """Share of the vocabulary's probability on the level words; near 0, the prompt was not understood."""
-    frames: Frames
-    """What was looked at, without the pixels (`views` is empty), so that the ratings of many clips fit into memory."""
-    model: str
-    adapter: str | None
-    prompt: str
-    rater_id: str
-    seconds: float
-    """Seconds that the model spent on this clip (its share of the batch)."""
-    profile: Profile | None = None
-    """Which defects it has; None unless asked for, see `Details`."""
-    explanation: str | None = None
-    """Why, in words; None unless asked for."""
-    explained_by: str | None = None
-    """`model`; or why its words may not be shown, and those of the grammar are (see `lmm_qa.explain`)."""
-    timeline: Timeline | None = None
-    """The score over time; None unless asked for."""
-
-    def to_row(self) -> dict[str, Any]:
-        """The rating as plain data, one column a key."""
-        info = self.frames.info
-        return {
-            "clip": self.clip,
-            "content_id": self.content_id,
-            "score": self.score,
-            "raw_score": self.raw_score,
-            "interval": list(self.interval) if self.interval else None,
-            "calibration": asdict(self.calibration) if self.calibration else None,
-            "scale": list(self.scale),
-            "level": self.level,
-            "probabilities": self.probabilities,
-            "std": self.std,
-            "level_mass": self.level_mass,
-            "frames": {"indices": list(self.frames.indices), "seconds": [round(s, 4) for s in self.frames.seconds]},
-            "video": {
-                "width": info.width,
-                "height": info.height,
-                "fps": round(info.fps, 4),
-                "frames": info.frames,
-                "duration": round(info.duration, 4),
-                "decoder": self.frames.decoder,
-            },
-            "model": self.model,
-            "adapter": self.adapter,
-            "prompt": self.prompt,
-            "rater_id": self.rater_id,
-            "seconds": round(self.seconds, 4),
-            "defects": self.profile.defects if self.profile else None,
-            "found": [one.to_row() for one in self.profile.found] if self.profile else None,
-            "defect_mass": self.profile.mass if self.profile else None,
-            "explanation": self.explanation,
-            "explained_by": self.explained_by,
-            "timeline": self.timeline.to_row() if self.timeline else None,
-            "error": None,
-        }
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A clip that could not be rated, and why."""
-
-    clip: str
-    content_id: str | None
-    error: ClipError
-    model: str
-    rater_id: str
-
-    def to_row(self) -> dict[str, Any]:
-        """The failure as plain data: the columns of a rating are there, without values."""
-        empty = dict.fromkeys(
-            (
-                *("score", "raw_score", "interval", "calibration", "scale", "level", "probabilities", "std"),
-                *("level_mass", "frames", "video", "adapter", "prompt", "seconds"),
-                *("defects", "found", "defect_mass", "explanation", "explained_by", "timeline"),
-            )
-        )
-        return {
-            "clip": self.clip,
-            "content_id": self.content_id,
-            **empty,
-            "model": self.model,
-            "rater_id": self.rater_id,
-            "error": {"class": type(self.error).__name__, "message": str(self.error)},
-        }
 
 
 @dataclass(frozen=True)
@@ -216,7 +82,7 @@ class RaterPlan:
     """A rater that is decided on and not loaded yet: enough to know what it would do, and whether it has done it."""
 
     source: ModelSource
-    settings: RaterFile
+    settings: RaterConfig
     quantization: Quantization | None
     device: str | None
     dtype: Dtype | None
@@ -292,12 +158,12 @@ def _check_device(device: str | None) -> None:
         raise UsageError(f"{error} (devices here: {', '.join(here)})") from None
 
 
-def _calibration(source: ModelSource, settings: RaterFile) -> tuple[Calibration | None, str | None]:
+def _calibration(source: ModelSource, settings: RaterConfig) -> tuple[Calibration | None, str | None]:
     """The model's calibration, if it has one that applies; if it has one that does not, why."""
     path = source.calibration
     if path is None:
         return None, None
-    from lmm_qa.calibrate import Calibration
+    from lmm_qa.evaluation.calibration import Calibration
 
     usual = source.settings.asked()
     if changed := [key for key, value in settings.asked().items() if value != usual[key]]:
@@ -455,7 +321,7 @@ class Rater:
         for each other. A GPU takes one batch at a time, and so does a model whose adapter is put aside meanwhile.
         """
         cores = torch.get_num_threads()
-        alone = self.backbone.device.type != "cpu" or details.speaker == "base"
+        alone = self.backbone.device.type != "cpu" or details.answers_from == "base"
         most = 1 if alone else min(SIDE_BY_SIDE, cores)
         try:
             with ThreadPoolExecutor(most, initializer=torch.set_num_threads, initargs=(cores // most,)) as threads:
@@ -507,20 +373,20 @@ class Rater:
     ) -> tuple[list[LevelLogits], list[Profile], list[str | None]]:
         """Level logits, profile and words of each clip, all on one prefill (two, where the base speaks)."""
         prompt, backbone = self.settings.prompt, self.backbone
-        base = details.speaker == "base" and self.source.adapter is not None
+        base = details.answers_from == "base" and self.source.adapter is not None
         calibration = UNCALIBRATED if base else self.defect_calibration
         asked = {name: _of(question, prompt) for name, question in questions().items() if calibration.asks(name)}
         logits = backbone.read(inputs, prompt) if base else []
         with backbone.without_adapter() if base else nullcontext():
-            prefill = backbone.prefill(inputs, prompt.system)
+            prefill = Prefill(backbone, inputs, prompt.system)
             answers = prefill.ask([*asked.values(), prompt])
             logits = logits or [each[-1] for each in answers]
             profiles = [
                 read_profile(
                     dict(zip(asked, map(_yes, each), strict=False)),
                     calibration,
-                    frames.trace,
-                    weigh(frames.signs) if frames.signs else {},
+                    frames.dynamics,
+                    defect_log_odds(frames.features) if frames.features else {},
                 )
                 for each, frames in zip(answers, looked_at, strict=True)
             ]
@@ -565,7 +431,7 @@ class Rater:
             probabilities=dict(zip(prompt.levels, reading.probabilities, strict=True)),
             std=reading.std,
             level_mass=reading.mass,
-            frames=replace(frames, views=(), trace=None, signs=None),
+            frames=replace(frames, views=(), dynamics=None, features=None),
             model=self.source.name,
             adapter=str(self.source.adapter) if self.source.adapter else None,
             prompt=f"{prompt.question} {prompt.stem}",
@@ -577,7 +443,7 @@ class Rater:
 
 def _calibrated(rating: Rating, calibration: Calibration, raw_rater_id: str) -> Rating:
     mos, low, high = calibration.apply(rating.score, rating.std)
-    use = CalibrationUse(calibration.identity, calibration.knows(rating.clip, rating.content_id), raw_rater_id)
+    use = CalibrationUse(calibration.identity, calibration.was_fitted_on(rating.clip, rating.content_id), raw_rater_id)
     return replace(rating, score=mos, raw_score=rating.score, interval=(low, high), calibration=use)
 
 
@@ -624,7 +490,7 @@ def _explained(rating: Rating, text: str | None, prompt: Prompt) -> Rating:
         return rating
     profile, begun = rating.profile, opening(prompt, rating.level)
     words, objection = explain(
-        text, rating.level, prompt.levels, profile.found, profile.denied, rating.content_id, begun
+        text, rating.level, prompt.levels, profile.found, profile.absent, rating.content_id, begun
     )
     return replace(rating, explanation=words, explained_by=objection or "model")
 

@@ -3,7 +3,7 @@
     python scripts/bench_decoding.py [CLIPS ...] [--frames 8] [--runs 3] [-o runs/decoding.json]
 
 One process and one thread for each decoder, in turns, the median of several runs: PyAV that decodes every frame, decord
-and torchcodec (where they are installed) that seek, and ours (`lmm_qa.video.read_frames`: strict, every frame, checked
+and torchcodec (where they are installed) that seek, and ours (`lmm_qa.video.decode.read_frames`: strict, every frame, checked
 from end to end), which besides renders its view. Then ours in worker processes. Difference: of the pictures from those
 of PyAV, mean over all, in grey levels; "fails": clips that a decoder cannot open, or where it counts other frames.
 """
@@ -24,7 +24,9 @@ from damaged_files import SAMPLES
 from numpy.typing import NDArray
 
 from lmm_qa.config import Sampling, View
-from lmm_qa.video import DecoderPool, probe, read_frames
+from lmm_qa.video.decode import read_frames
+from lmm_qa.video.decoder_pool import DecoderPool
+from lmm_qa.video.probe import probe
 
 Pictures = NDArray[np.uint8]
 Decoder = Callable[[Path, Sequence[int]], Pictures]

@@ -42,22 +42,21 @@ from PIL import Image
 from watched_run import resident
 
 from lmm_qa import Rater, Rating
-from lmm_qa.backbone import (
-    Backbone,
-    ClipInput,
-    LevelLogits,
-    choose_attention,
-    choose_device,
-    choose_dtype,
-    load_processor,
-    prepare_inputs,
-)
 from lmm_qa.config import Sampling, View
-from lmm_qa.defects import questions
-from lmm_qa.levels import read_levels
-from lmm_qa.prompting import Prompt
-from lmm_qa.rater import Details, clip_input, plan_rater
-from lmm_qa.video import DecoderPool, Frames, probe, read_frames, sample_indices, view_size
+from lmm_qa.defects.questions import questions
+from lmm_qa.model.backbone import Backbone
+from lmm_qa.model.inputs import ClipInput, prepare_inputs
+from lmm_qa.model.levels import LevelLogits, read_levels
+from lmm_qa.model.loading import choose_attention, choose_device, choose_dtype, load_processor
+from lmm_qa.model.prefill import Prefill
+from lmm_qa.model.prompt import Prompt
+from lmm_qa.rater import clip_input, plan_rater
+from lmm_qa.ratings import Details
+from lmm_qa.video.decode import Frames, read_frames
+from lmm_qa.video.decoder_pool import DecoderPool
+from lmm_qa.video.probe import probe
+from lmm_qa.video.sampling import sample_indices
+from lmm_qa.video.views import view_size
 
 Way = Callable[[], object]
 STAGES = ("decode", "preprocess", "transfer", "vision", "prefill", "readout")
@@ -273,7 +272,7 @@ def cost_of_questions(rater: Rater, clips: Sequence[Path], runs: int) -> dict[st
         return [clip_input(each) for each in frames]
 
     def answers(clips: Sequence[ClipInput]) -> list[list[LevelLogits]]:
-        return backbone.prefill(clips, score.system).ask(asked)
+        return Prefill(backbone, clips, score.system).ask(asked)
 
     ready = decoded()
     together = answers(ready)  # this and the next also warm up

@@ -22,21 +22,21 @@ import torch
 from bench_rating import now, random_rater
 from damaged_files import SAMPLES
 
-from lmm_qa.adapters import tunable
-from lmm_qa.backbone import Backbone
-from lmm_qa.dataset import Example
-from lmm_qa.features import VisionStore
 from lmm_qa.manifest import content_id
-from lmm_qa.recipe import Recipe
-from lmm_qa.samples import Batch, Clip, Collate, Samples
-from lmm_qa.train import read_level_logits, weighted_loss
+from lmm_qa.model.backbone import Backbone
+from lmm_qa.training.adapters import tunable
+from lmm_qa.training.collate import Batch, Clip, Collate, Samples
+from lmm_qa.training.config import Recipe
+from lmm_qa.training.dataset import Example
+from lmm_qa.training.run import read_level_logits, weighted_loss
+from lmm_qa.training.vision_cache import VisionCache
 
 
 def bench(recipe: Recipe, backbone: Backbone, clips: list[Path], steps: int) -> dict[str, Any]:
     """Seconds a step on both ways, and peak memory on a GPU."""
     settings, processor = recipe.rater(), backbone.processor
     with tempfile.TemporaryDirectory() as folder:
-        store = VisionStore(Path(folder), "bench", settings)
+        store = VisionCache(Path(folder), "bench", settings)
         examples = [
             Clip(Example(p.name, p, 1 + n % 5, None, None, p, (1, 5)), content_id(p)) for n, p in enumerate(clips)
         ]

@@ -42,16 +42,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from lmm_qa import metrics
 from lmm_qa.config import Sampling, View
-from lmm_qa.copies import COLUMNS
-from lmm_qa.degrade import COMPRESSION, DAMAGES, FACIAL, PICTURE, TEMPORAL, Pixels
+from lmm_qa.degrade.causes import COMPRESSION, DEGRADATIONS, FACIAL, PICTURE, TEMPORAL, Pixels
+from lmm_qa.degrade.dataset import COLUMNS
 from lmm_qa.errors import LmmQaError, ScoresError
+from lmm_qa.evaluation import metrics
+from lmm_qa.evaluation.labels import Label, join, read_scores
+from lmm_qa.evaluation.metrics import Bootstrap, Floats
 from lmm_qa.manifest import content_id
-from lmm_qa.metrics import Bootstrap, Floats
-from lmm_qa.results import Row, read_rows, to_json, write_rows
-from lmm_qa.scores import Label, join, read_scores
-from lmm_qa.video import read_frames
+from lmm_qa.ratings_io import read_rows, to_json, write_rows
+from lmm_qa.tables import Row
+from lmm_qa.video.decode import read_frames
 
 if TYPE_CHECKING:  # it brings torch, which most peers do without
     from lmm_qa.rater import Rater
@@ -212,7 +213,7 @@ def score_peers(scores: Scores, folder: Path, clips: Sequence[str], peers: Mappi
 
 
 def score_ours(scores: Scores, folder: Path, clips: Sequence[str], rater: Rater, args: Any) -> None:
-    from lmm_qa.rater import Rating
+    from lmm_qa.ratings import Rating
 
     if args.ratings:
         joined = join([Label(clip, 0.0, clip) for clip in clips], read_scores(args.ratings))
@@ -268,7 +269,7 @@ def evenly(rows: Sequence[Row], number: int, seed: int) -> list[Row]:
 
 def parts(rows: Sequence[Row]) -> dict[str, list[int]]:
     """Places of the rows of each cause, each kind of causes, and the pairs. Single copies go with the clean ones."""
-    wanted = {**{cause: (cause,) for cause in DAMAGES}, **{f"all {kind}": kinds for kind, kinds in KINDS.items()}}
+    wanted = {**{cause: (cause,) for cause in DEGRADATIONS}, **{f"all {kind}": kinds for kind, kinds in KINDS.items()}}
     clean = [place for place, row in enumerate(rows) if not row["causes"]]
     single = {place: row["causes"][0] for place, row in enumerate(rows) if len(row["causes"]) == 1}
     found = {

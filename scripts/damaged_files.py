@@ -29,7 +29,7 @@ import numpy as np
 from watched_run import Run, watched_run
 
 import lmm_qa
-from lmm_qa.results import read_rows
+from lmm_qa.ratings_io import read_rows
 
 SAMPLES = Path(lmm_qa.__file__).parent / "samples"
 FRAMES = 36
@@ -166,7 +166,7 @@ def flipped(sources: dict[str, bytes], rng: random.Random) -> Iterator[Case]:
 
 
 def overwritten(sources: dict[str, bytes], rng: random.Random) -> Iterator[Case]:
-    """A twelfth of the pictures. Some codecs decode whatever they are given (see `lmm_qa.video`)."""
+    """A twelfth of the pictures. Some codecs decode whatever they are given (see `lmm_qa.video.decode`)."""
     blind = {"vp9.webm": SEEN_OR_WHOLE, "hevc.mp4": SEEN_OR_WHOLE, "animation.gif": ANY}
     for name, raw in sources.items():
         outcomes = blind.get(name, BROKEN)
@@ -197,7 +197,7 @@ def no_video(rng: random.Random) -> Iterator[Case]:
     texts = {
         "text": "This is not a video.\n" * 100,
         "page": "<!DOCTYPE html><html><body><h1>404 Not Found</h1></body></html>",
-        "json": json.dumps({"error": "access denied"}),
+        "json": json.dumps({"error": "access absent"}),
         "pointer": "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
         "hls": "#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\n../good/0.mp4\n#EXT-X-ENDLIST\n",
         "concat": "ffconcat version 1.0\nfile ../good/0.mp4\n",

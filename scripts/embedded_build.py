@@ -26,10 +26,11 @@ from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGen
 from transformers.models.qwen2_vl.processing_qwen2_vl import Qwen2VLProcessor
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
-from lmm_qa.defects import VISIBLE, questions
-from lmm_qa.explain import Finding, explanation_prompt, facts, is_good, opening, sentence
-from lmm_qa.prompting import load_prompt
-from lmm_qa.rater_file import weights_fingerprint
+from lmm_qa.defects.explanation import Finding, explanation_prompt, facts, is_good, opening, sentence
+from lmm_qa.defects.questions import questions
+from lmm_qa.defects.vocabulary import VISIBLE
+from lmm_qa.model.prompt import load_prompt
+from lmm_qa.model.rater_config import weights_fingerprint
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",

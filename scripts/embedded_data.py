@@ -11,7 +11,7 @@ learn blur, noise and compression from. Each segment is damaged in known ways, t
 a portrait in all of them, the others in some; what is stored of a damaged copy is what the rater will look at, its
 views, so that training reads pixels and decodes nothing.
 
-Labels run from 0 to 1 (mapped to the declared scale in training) and come from `lmm_qa.reference`: VMAF on the frames
+Labels run from 0 to 1 (mapped to the declared scale in training) and come from `lmm_qa.degrade.full_reference`: VMAF on the frames
 that are looked at, stated curves where VMAF cannot judge, times the ceiling of the source itself.
 
 Restartable: a segment that is already there is left alone.
@@ -35,9 +35,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from lmm_qa.degrade import COMPRESSION, DAMAGES, FACIAL, REPEATABLE_X264, Pixels, transcode
-from lmm_qa.face import AROUND, ASSUMED, Face, face_window, find_face
-from lmm_qa.reference import ceiling, make_copy
+from lmm_qa.degrade.causes import COMPRESSION, DEGRADATIONS, FACIAL, REPEATABLE_X264, Pixels, transcode
+from lmm_qa.degrade.full_reference import ceiling, make_copy
+from lmm_qa.video.face import AROUND, ASSUMED, Face, face_window, find_face
 
 Floats = NDArray[np.float64]
 Made = TypeVar("Made")
@@ -83,7 +83,7 @@ class Job:
 
 def recipe(rng: np.random.Generator, long: bool) -> list[list[tuple[str, float]]]:
     """The damages of each copy: none, every cause (main ones and those of heads mild and strong), some random pairs."""
-    causes = [cause for cause in DAMAGES if not (long and cause in SLOW)]
+    causes = [cause for cause in DEGRADATIONS if not (long and cause in SLOW)]
     copies: list[list[tuple[str, float]]] = [[]]
     for cause in causes:
         shares = 2 if cause in MAIN or cause in FACIAL else 1

@@ -35,12 +35,13 @@ from scipy.optimize import minimize
 from scipy.special import expit, logit
 from scipy.stats import pearsonr, spearmanr
 
-from lmm_qa.defects import UNCALIBRATED, DefectCalibration, Logistic, truth
-from lmm_qa.explain import mentions
-from lmm_qa.results import read_rows
+from lmm_qa.defects.calibration import UNCALIBRATED, DefectCalibration, Logistic
+from lmm_qa.defects.explanation import mentions
+from lmm_qa.defects.vocabulary import reference_defects
+from lmm_qa.ratings_io import read_rows
 
 Floats = NDArray[np.float64]
-VISIBLE_LOSS = 0.05  # a damage that costs less of the quality is neither asserted nor denied
+VISIBLE_LOSS = 0.05  # a damage that costs less of the quality is neither asserted nor absent
 WITHIN = 0.5  # seconds
 JUDGED = 0.3  # average precision below which a defect is not judged
 SURE = 0.25  # probability from which on a defect may be said to be there: see `trade_off`
@@ -150,8 +151,8 @@ def trade_off(judged: dict[str, Logistic], samples: Mapping[str, Copies]) -> str
 
 
 def known(row: dict[str, Any]) -> dict[str, bool | None]:
-    """Which defects a copy has; a single damage that costs next to nothing is neither asserted nor denied."""
-    found = truth(zip(row["causes"], row["strengths"], strict=True))
+    """Which defects a copy has; a single damage that costs next to nothing is neither asserted nor absent."""
+    found = reference_defects(zip(row["causes"], row["strengths"], strict=True))
     if len(row["causes"]) == 1 and row["quality"] > (1 - VISIBLE_LOSS) * row["ceiling"]:
         found = {name: None if there else there for name, there in found.items()}
     return found
@@ -160,7 +161,7 @@ def known(row: dict[str, Any]) -> dict[str, bool | None]:
 def rated(labels: Path, rater: Any, explanation: bool) -> Iterator[tuple[dict[str, Any], Any]]:
     """Rows of a labelled set of `lmm-qa degrade`, and the rating of each."""
     from lmm_qa import Rating
-    from lmm_qa.rater import Details
+    from lmm_qa.ratings import Details
 
     rows = read_rows(labels)
     details = Details(defects=True, explanation=explanation)
@@ -181,7 +182,7 @@ def fit(args: argparse.Namespace) -> None:
     answers = {row["clip"]: result.profile.log_odds for row, result in rated(args.labels, rater, explanation=False)}
     votes = read_rows(args.votes)
     judged, samples = {}, {}
-    for name in truth([]):
+    for name in reference_defects([]):
         rows = [row for row in votes if row["known"][name] is not None]
         voted = Copies(
             group=np.array([row["group"] for row in rows]),

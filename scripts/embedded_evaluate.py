@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from lmm_qa.degrade import MILD, STRONG, Pixels, damage, encode
+from lmm_qa.degrade.causes import MILD, STRONG, Pixels, damage, encode
 
 CAUSES = {"blur": "blur", "compression": "h264", "noise": "noise", "freezing": "stall", "rescaling": "rescale"}
 HARMLESS = {"reencoding": "mp4", "container": "mkv", "flip": "mp4", "trim": "mp4"}  # and the suffix of the copy

@@ -1,4 +1,4 @@
-"""Grow the trees of lmm_qa/evidence.safetensors: what the signs of a clip say of each defect.
+"""Grow the trees of lmm_qa/evidence.safetensors: what the features of a clip say of each defect.
 
     python scripts/embedded_evidence.py copies --clips CLIPS --portraits PORTRAITS -o evidence/copies
     python scripts/embedded_evidence.py measure evidence/copies
@@ -9,10 +9,10 @@
 shrunk, and of each portrait a slow move over it; with another look each round, since there are few sources and clips
 differ most in their light and colours; damaged by one cause, by two, or not at all, at a strength by lot; and encoded
 by x264 at a rate factor by lot, as clips that people rate are. No VMAF, so that a copy takes a second.
-`measure`: the signs of each copy (lmm_qa/signs.py) into signs.safetensors beside it; takes a set of `lmm-qa degrade` as
+`measure`: the features of each copy (lmm_qa/features.py) into features.safetensors beside it; takes a set of `lmm-qa degrade` as
 well, here of the clips of the split `val`. `grow`: in five folds, what trees say of the copies of sources that they
 have not seen, for `embedded_defects.py fit` to calibrate by, and the average precision of that; then the trees, on all
-sources, into the package. A first forest says which signs it looks at most, and the one that is kept looks at those
+sources, into the package. A first forest says which features it looks at most, and the one that is kept looks at those
 alone: the others are chance.
 
 `copies` goes on where it was stopped, and leaves labels.jsonl, a table of all.
@@ -39,10 +39,11 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from lmm_qa.config import Sampling, View
-from lmm_qa.defects import BY_NAME, truth
-from lmm_qa.degrade import (
+from lmm_qa.defects.classifier import FILE, Forests, log_odds
+from lmm_qa.defects.vocabulary import BY_NAME, reference_defects
+from lmm_qa.degrade.causes import (
     COMPRESSION,
-    DAMAGES,
+    DEGRADATIONS,
     FACIAL,
     PICTURE,
     REPEATABLE_X264,
@@ -51,13 +52,13 @@ from lmm_qa.degrade import (
     damage,
     encode,
 )
-from lmm_qa.evidence import FILE, Forests, log_odds
-from lmm_qa.face import find_face
-from lmm_qa.reference import FAINT, change
-from lmm_qa.results import read_rows, write_rows
-from lmm_qa.video import probe, read_frames
+from lmm_qa.degrade.full_reference import FAINT, change
+from lmm_qa.ratings_io import read_rows, write_rows
+from lmm_qa.video.decode import read_frames
+from lmm_qa.video.face import find_face
+from lmm_qa.video.probe import probe
 
-Signs = NDArray[np.float32]
+Features = NDArray[np.float32]
 KIND = {cause: number for number, kind in enumerate((FACIAL, PICTURE, COMPRESSION, TEMPORAL)) for cause in kind}
 OFTEN = {
     "mouth_smear": 2, "teeth_smear": 1.5, "mouth_freeze": 3, "face_warp": 3, "background_wobble": 3, "seam": 2.5,
@@ -70,12 +71,12 @@ HOW_MANY = (0.12, 0.63, 0.25)
 RATE_FACTORS = (9.0, 23.0)
 SHORT_SIDES = {256: 0.1, 320: 0.1, 384: 0.2, 448: 0.2, 512: 0.2, 576: 0.1, 720: 0.1}
 SEEN = 0.15
-"""Share of `FAINT` that a damage changes the picture by: below, it is neither asserted nor denied."""
+"""Share of `FAINT` that a damage changes the picture by: below, it is neither asserted nor absent."""
 FACES = ("mouth", "lips", "geometry", "identity", "seam")
 """Defects that are not asserted where no face was found to damage."""
 FOLDS = 5
 SIGNS = 120
-"""How many signs a forest looks at."""
+"""How many features a forest looks at."""
 FOREST: dict[str, Any] = {
     "n_estimators": 200, "max_leaf_nodes": 48, "max_features": 0.4, "class_weight": "balanced_subsample",
     "random_state": 0, "n_jobs": -1,
@@ -97,14 +98,14 @@ class Job:
 
 def drawn(lot: np.random.Generator, still: bool) -> list[tuple[str, float]]:
     """Causes of one copy and their strengths; two are of different kinds."""
-    names = [cause for cause in DAMAGES if not (still and cause == "mouth_freeze")]
+    names = [cause for cause in DEGRADATIONS if not (still and cause == "mouth_freeze")]
     weights = np.array([OFTEN.get(cause, 1.0) for cause in names])
     count = lot.choice(3, p=HOW_MANY)
     while True:
         causes = [str(cause) for cause in lot.choice(names, count, replace=False, p=weights / weights.sum())]
         if len({KIND[cause] for cause in causes}) == count:
             break
-    causes.sort(key=list(DAMAGES).index)
+    causes.sort(key=list(DEGRADATIONS).index)
     return [(cause, round(float(lot.uniform(0.25, 1)), 3)) for cause in causes]
 
 
@@ -198,40 +199,40 @@ def copies(args: argparse.Namespace) -> None:
 
 def signs_of(path: Path) -> dict[str, float]:
     seen = read_frames(path, Sampling(strategy="pairs", frames=12), (View(max_pixels=784),), 28, measured=True)
-    if seen.signs is None:
+    if seen.features is None:
         raise SystemExit(f"{path} is too long to be measured")
-    return seen.signs
+    return seen.features
 
 
 def measure(args: argparse.Namespace) -> None:
     clips = [row["clip"] for row in read_rows(args.folder / "labels.jsonl")]
     measured: list[list[float]] = []
     with ProcessPoolExecutor(args.workers) as pool:
-        for number, signs in enumerate(pool.map(signs_of, [args.folder / clip for clip in clips], chunksize=4)):
-            measured.append([*signs.values()])
+        for number, features in enumerate(pool.map(signs_of, [args.folder / clip for clip in clips], chunksize=4)):
+            measured.append([*features.values()])
             if number % 200 == 0:
                 print(f"{number}/{len(clips)} copies", flush=True)
-    kept = {"signs": np.array(measured, np.float32)}
-    names = {"names": json.dumps([*signs]), "clips": json.dumps(clips)}
-    save_file(kept, args.folder / "signs.safetensors", names)
+    kept = {"features": np.array(measured, np.float32)}
+    names = {"names": json.dumps([*features]), "clips": json.dumps(clips)}
+    save_file(kept, args.folder / "features.safetensors", names)
 
 
-def read_signs(folder: Path) -> tuple[Signs, list[str], list[dict[str, Any]]]:
-    """The signs of the copies in a folder, (copies, signs), their names, and the row of each copy."""
+def read_signs(folder: Path) -> tuple[Features, list[str], list[dict[str, Any]]]:
+    """The features of the copies in a folder, (copies, features), their names, and the row of each copy."""
     from safetensors import safe_open
 
-    file = folder / "signs.safetensors"
+    file = folder / "features.safetensors"
     with safe_open(file, framework="numpy") as stored:
         names, clips = (json.loads(stored.metadata()[key]) for key in ("names", "clips"))
     rows = {row["clip"]: row for row in read_rows(folder / "labels.jsonl")}
-    return load_file(file)["signs"], names, [rows[clip] for clip in clips]
+    return load_file(file)["features"], names, [rows[clip] for clip in clips]
 
 
 def there_or_not(row: dict[str, Any]) -> dict[str, bool | None]:
     """Which defects a copy has; what hardly changed the picture, or a face that was not found, is not asserted."""
     if "seen" not in row:
         return known(row)
-    found = truth(zip(row["causes"], row["strengths"], strict=True))
+    found = reference_defects(zip(row["causes"], row["strengths"], strict=True))
     for cause, seen in zip(row["causes"], row["seen"], strict=True):
         if seen < SEEN:
             found |= {name: None for name in found if cause in BY_NAME[name].causes}
@@ -240,13 +241,13 @@ def there_or_not(row: dict[str, Any]) -> dict[str, bool | None]:
     return found | ({"lips": None} if row["still"] else {})
 
 
-def grown(signs: Signs, there: NDArray[np.bool_]) -> tuple[Any, NDArray[np.intp]]:
-    """A forest, and which signs it looks at."""
+def grown(features: Features, there: NDArray[np.bool_]) -> tuple[Any, NDArray[np.intp]]:
+    """A forest, and which features it looks at."""
     from sklearn.ensemble import ExtraTreesClassifier
 
-    first = ExtraTreesClassifier(**FOREST).fit(signs, there)
+    first = ExtraTreesClassifier(**FOREST).fit(features, there)
     chosen = np.sort(np.argsort(-first.feature_importances_, kind="stable")[:SIGNS])
-    return ExtraTreesClassifier(**FOREST).fit(signs[:, chosen], there), chosen
+    return ExtraTreesClassifier(**FOREST).fit(features[:, chosen], there), chosen
 
 
 def folds(groups: Sequence[str]) -> Iterator[NDArray[np.bool_]]:
@@ -263,7 +264,7 @@ def grow(args: argparse.Namespace) -> None:
     names = read[0][1]
     if any(other != names for _, other, _ in read):
         raise SystemExit("the folders were not measured by the same program: measure them again")
-    signs = np.concatenate([each for each, _, _ in read])
+    features = np.concatenate([each for each, _, _ in read])
     rows = [row for _, _, each in read for row in each]
     truths = [there_or_not(row) for row in rows]
     groups = [Path(row["group"]).name for row in rows]
@@ -274,12 +275,12 @@ def grow(args: argparse.Namespace) -> None:
         there = np.array([bool(each[name]) for each in truths])
         share = np.zeros(len(rows))
         for left_out in folds(groups):
-            forest, chosen = grown(signs[sure & ~left_out], there[sure & ~left_out])
-            share[left_out] = forest.predict_proba(signs[left_out][:, chosen])[:, 1]
+            forest, chosen = grown(features[sure & ~left_out], there[sure & ~left_out])
+            share[left_out] = forest.predict_proba(features[left_out][:, chosen])[:, 1]
         precisions[name] = round(average_precision(share[sure], there[sure]), 3)
         votes[name] = log_odds(share)
         print(f"{name:<16}{there[sure].sum():>5} of {sure.sum():<6}{precisions[name]}", flush=True)
-        kept.append((name, *grown(signs[sure], there[sure])))
+        kept.append((name, *grown(features[sure], there[sure])))
     print(f"mean {np.mean([*precisions.values()]):.3f}")
     data = f"{len(rows)} copies of {len(set(groups))} sources: scripts/embedded_evidence.py"
     forests = as_arrays(kept, names)
@@ -293,11 +294,11 @@ def grow(args: argparse.Namespace) -> None:
 
 
 def as_arrays(kept: Sequence[tuple[str, Any, NDArray[np.intp]]], names: list[str]) -> Forests:
-    """The trees of scikit-learn, children beside each other: see `lmm_qa.evidence.Forests`.
+    """The trees of scikit-learn, children beside each other: see `lmm_qa.defects.classifier.Forests`.
 
     Args:
-        kept: a defect's name, its forest, and which of the signs that one looks at.
-        names: of all signs.
+        kept: a defect's name, its forest, and which of the features that one looks at.
+        names: of all features.
     """
     sign: list[int] = []
     limit: list[float] = []

@@ -27,8 +27,8 @@ from pathlib import Path
 
 from embedded_data import index_of
 
-from lmm_qa.evidence import FILE
-from lmm_qa.rater_file import DEFECTS_NAME, EMBEDDED
+from lmm_qa.defects.classifier import FILE
+from lmm_qa.model.rater_config import DEFECTS_NAME, EMBEDDED
 
 SCRIPTS = Path(__file__).parent
 
@@ -74,7 +74,7 @@ def main() -> None:
     step(held_out, "-m lmm_qa degrade", *clips, "-o", held_out, "--strengths", "0.35,0.75",
          "--pairs", 4, "--length", "3", "--workers", args.workers)  # fmt: skip
     for folder in (copies, held_out.parent):
-        step(folder / "signs.safetensors", f"{SCRIPTS}/embedded_evidence.py", "measure", folder,
+        step(folder / "features.safetensors", f"{SCRIPTS}/embedded_evidence.py", "measure", folder,
              "--workers", args.workers)  # fmt: skip
     votes = work / "votes.jsonl"
     step(votes, f"{SCRIPTS}/embedded_evidence.py", "grow", copies, held_out.parent, "--votes", votes,

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from lmm_qa.config import Sampling, View
-from lmm_qa.rater_file import DEFECTS_NAME, EMBEDDED, FILE_NAME, RaterFile
+from lmm_qa.model.rater_config import DEFECTS_NAME, EMBEDDED, FILE_NAME, RaterConfig
 
 CARD = "README.md"  # is written by hand, and stays
 
@@ -81,7 +81,7 @@ def main() -> None:
     config = json.loads((args.run / "adapter" / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = "lmm_qa/embedded/base"
     (EMBEDDED / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    rater = RaterFile(
+    rater = RaterConfig(
         backbone="../base",
         sampling=Sampling(strategy="pairs", frames=12),
         views=tuple(View.from_text(view) for view in recipe["views"]),

@@ -44,16 +44,17 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import VisionAttention, apply_rotary_pos_emb_vision
 
 from lmm_qa.config import View
-from lmm_qa.copies import TIMED
-from lmm_qa.defects import BY_NAME, questions
-from lmm_qa.degrade import DAMAGES, FACIAL, TEMPORAL
-from lmm_qa.explain import Finding, explanation_prompt, is_good, sentence
-from lmm_qa.levels import LEVELS
-from lmm_qa.prompting import Prompt, load_prompt
+from lmm_qa.defects.explanation import Finding, explanation_prompt, is_good, sentence
+from lmm_qa.defects.questions import questions
+from lmm_qa.defects.vocabulary import BY_NAME
+from lmm_qa.degrade.causes import DEGRADATIONS, FACIAL, TEMPORAL
+from lmm_qa.degrade.dataset import TIMED
+from lmm_qa.model.levels import LEVELS
+from lmm_qa.model.prompt import Prompt, load_prompt
 
 Made = TypeVar("Made")
 
-CAUSES = tuple(DAMAGES)
+CAUSES = tuple(DEGRADATIONS)
 SIDES = {"whole": 112, "face": FACE_SEEN, "crop": 112}  # of the windows of the phase `vision`, one view at a time
 PATCH, MERGED = 14, 28
 CHECKPOINT_SECONDS = 240
@@ -386,15 +387,15 @@ class Prefill:
             first = 0.0 if name == "buffering" else draw.uniform(0, 8)
             when = ((first, first + draw.uniform(0.3, 5)),) if name in TIMED and draw.random() < 0.85 else ()
             found.append(Finding(name, 1.0, when))
-        denied = [name for name, known in row["known"].items() if known is False]
+        absent = [name for name, known in row["known"].items() if known is False]
         level = self.prompt.levels[round(row["quality"] * (len(LEVELS) - 1))]
-        return self.spoken(found, denied, level, draw, [*strength.values()])
+        return self.spoken(found, absent, level, draw, [*strength.values()])
 
     def spoken(
-        self, found: list[Finding], denied: list[str], level: str, draw: random.Random, strengths: list[float]
+        self, found: list[Finding], absent: list[str], level: str, draw: random.Random, strengths: list[float]
     ) -> Part:
-        """What the model is told, and a sentence of the grammar about it (see `lmm_qa.explain.sentence`)."""
-        text = sentence(found, denied, draw, strengths, is_good(level, self.prompt.levels))
+        """What the model is told, and a sentence of the grammar about it (see `lmm_qa.defects.explanation.sentence`)."""
+        text = sentence(found, absent, draw, strengths, is_good(level, self.prompt.levels))
         _, context = self.split(explanation_prompt(self.prompt, found), f" {level}")
         said = [*self.processor.tokenizer(text)["input_ids"], self.end]
         return Part(context + said[:-1], said)
@@ -506,8 +507,8 @@ def level_loss(vocabulary: Tensor, quality: Tensor) -> tuple[Tensor, Tensor]:
     variance = (p * (anchors - guess[:, None]).square()).sum(-1) + 1e-3
     root = (variance[:, None] + variance).sqrt()
     better = torch.special.ndtr((guess[:, None] - guess) / root).clamp(1e-6, 1 - 1e-6)
-    truth = torch.special.ndtr((quality[:, None] - quality) / 0.1)
-    fidelity = 1 - (better * truth + 1e-8).sqrt() - ((1 - better) * (1 - truth) + 1e-8).sqrt()
+    reference_defects = torch.special.ndtr((quality[:, None] - quality) / 0.1)
+    fidelity = 1 - (better * reference_defects + 1e-8).sqrt() - ((1 - better) * (1 - reference_defects) + 1e-8).sqrt()
     return mass + cross + fidelity.mean() + 2 * F.smooth_l1_loss(guess, quality, beta=0.1), guess
 
 
@@ -705,14 +706,14 @@ def train_adapter(phase: dict[str, Any], lora: dict[str, Any], out: Path, data: 
         if step % 200 == 0 or step == clock.steps - 1:
             tuned.eval()
             guesses: list[float] = []
-            truth: list[float] = []
+            reference_defects: list[float] = []
             with torch.no_grad():
                 for shapes, samples in groups["val"].items():
                     for start in range(0, len(samples), 32):
                         _, guess, quality = run(shapes, samples[start : start + 32], seed_of("val", start), words=False)
                         guesses += guess.tolist()
-                        truth += quality.tolist()
-            clock.log(loss=round(loss.item(), 4), val_srcc=round(float(spearmanr(guesses, truth)[0]), 4))
+                        reference_defects += quality.tolist()
+            clock.log(loss=round(loss.item(), 4), val_srcc=round(float(spearmanr(guesses, reference_defects)[0]), 4))
     tuned.save_pretrained(out / "adapter")
 
 

@@ -28,13 +28,13 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
-from lmm_qa.backbone import patch_factor
-from lmm_qa.copies import TIMED
-from lmm_qa.defects import truth
-from lmm_qa.explain import Finding
-from lmm_qa.rater_file import EMBEDDED, FILE_NAME, RaterFile, resolve_model
-from lmm_qa.results import read_rows
-from lmm_qa.video import read_frames
+from lmm_qa.defects.explanation import Finding
+from lmm_qa.defects.vocabulary import reference_defects
+from lmm_qa.degrade.dataset import TIMED
+from lmm_qa.model.inputs import patch_factor
+from lmm_qa.model.rater_config import EMBEDDED, FILE_NAME, RaterConfig, resolve_model
+from lmm_qa.ratings_io import read_rows
+from lmm_qa.video.decode import read_frames
 
 SENTENCES, ANSWERS = 4, 3  # a sample
 PAIRS = (2, 2, 2, 6)  # moments that are shown in a step and those after it: all in every fourth
@@ -45,7 +45,7 @@ SAVED_EVERY = 200
 
 def told(row: dict[str, Any], level: str, prefill: Prefill, draw: random.Random) -> Part:
     """A level and defects, and a sentence about them: those of the copy, or some drawn by lot."""
-    known = truth(zip(row["causes"], row["strengths"], strict=True))
+    known = reference_defects(zip(row["causes"], row["strengths"], strict=True))
     strengths: list[float] = []
     if draw.random() < 0.5:
         strength = strongest_first(row, [name for name, there in known.items() if there])
@@ -61,12 +61,12 @@ def told(row: dict[str, Any], level: str, prefill: Prefill, draw: random.Random)
         found.append(Finding(name, 1.0, tuple(spans) if name in TIMED and draw.random() < 0.85 else ()))
     words = prefill.prompt.levels
     level = level if draw.random() < 0.5 else draw.choice(words)
-    denied = [name for name in known if name not in names]
-    return prefill.spoken(found, denied, level, draw, strengths)
+    absent = [name for name in known if name not in names]
+    return prefill.spoken(found, absent, level, draw, strengths)
 
 
 def features(
-    rows: list[dict[str, Any]], folder: Path, model: Any, settings: RaterFile, factor: int, cache: Path
+    rows: list[dict[str, Any]], folder: Path, model: Any, settings: RaterConfig, factor: int, cache: Path
 ) -> list[tuple[list[Any], list[Tensor]]]:
     """Shapes of the views, (T, H, W, 3) without T, and tokens, (moments, n, width), of each copy as it is rated."""
     cache.mkdir(parents=True, exist_ok=True)

@@ -36,7 +36,7 @@ import pyarrow.parquet
 from damaged_files import SAMPLES, TOLERANCE, box
 
 import lmm_qa
-from lmm_qa.results import journal, read_rows
+from lmm_qa.ratings_io import journal, read_rows
 
 Row = dict[str, Any]
 FORMS = (".jsonl", ".parquet", ".csv")

@@ -23,7 +23,7 @@ import psutil
 from damaged_files import box, pictures, write
 from watched_run import Run, family, watched_run
 
-from lmm_qa.results import read_rows
+from lmm_qa.ratings_io import read_rows
 
 SIZES = ((64, 64), (96, 128), (128, 128), (192, 128), (128, 224), (256, 256))
 WARM = 200

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter, gaussian_filter1d, map_coordinates
 
-from lmm_qa.degrade import MILD, STRONG, damage, encode
+from lmm_qa.degrade.causes import MILD, STRONG, damage, encode
 
 Frames = NDArray[np.uint8]
 """(frames, height, width, 3), RGB."""
@@ -233,7 +233,7 @@ class Sample:
 
 
 DAMAGE = {"blur": "blur", "noise": "noise", "downscale": "rescale", "freeze": "stall"}
-"""Name in the samples: name in lmm_qa.degrade. Compression is the encoder's business, by its rate factor."""
+"""Name in the samples: name in lmm_qa.degrade.causes. Compression is the encoder's business, by its rate factor."""
 STRENGTH = {"mild": MILD, "strong": STRONG}
 
 SAMPLES = (

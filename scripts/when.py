@@ -29,10 +29,10 @@ import numpy as np
 from PIL import Image
 
 from lmm_qa.config import Sampling, View
-from lmm_qa.copies import read_clip
-from lmm_qa.degrade import DAMAGES, REPEATABLE_X264, Pixels, damage, encode
-from lmm_qa.trace import Span, Trace, buffering, pace, stalls, switches
-from lmm_qa.video import read_frames
+from lmm_qa.degrade.causes import DEGRADATIONS, REPEATABLE_X264, Pixels, damage, encode
+from lmm_qa.degrade.dataset import read_clip
+from lmm_qa.video.decode import read_frames
+from lmm_qa.video.temporal import FrameDynamics, Span, buffering, pace, stalls, switches
 
 SECONDS, SIDE, WITHIN = 5.0, 360, 0.5
 WEAK, STRONG = 0.2, 0.9
@@ -64,16 +64,16 @@ def shrunk(frames: Pixels) -> Pixels:
 
 
 def copy(frames: Pixels, damages: Damages, seed: int, fps: float) -> tuple[Pixels, dict[str, Span]]:
-    """Damaged frames, and when each cause shows."""
+    """Degraded frames, and when each cause shows."""
     seconds = {}
-    for cause, strength in sorted(damages, key=lambda one: list(DAMAGES).index(one[0])):
+    for cause, strength in sorted(damages, key=lambda one: list(DEGRADATIONS).index(one[0])):
         done = damage(frames, cause, strength, seed, fps=fps)
         frames, seconds[cause] = done.frames, done.seconds
     return frames, seconds
 
 
-def trace(path: Path) -> Trace:
-    measured = read_frames(path, Sampling(frames=1), [View()], 28).trace
+def dynamics(path: Path) -> FrameDynamics:
+    measured = read_frames(path, Sampling(frames=1), [View()], 28).dynamics
     if measured is None:
         raise SystemExit(f"{path} is too long: not every frame of it is decoded")
     return measured
@@ -83,7 +83,7 @@ def close(found: Span, true: Span) -> bool:
     return all(abs(one - other) <= WITHIN for one, other in zip(found, true, strict=True))
 
 
-def looked_at(measured: Trace) -> dict[str, list[Span]]:
+def looked_at(measured: FrameDynamics) -> dict[str, list[Span]]:
     """What is found of each timed cause."""
     first = buffering(measured)
     return {"stall": stalls(measured), "buffering": [first] if first else [], "bitrate_switch": switches(measured)}
@@ -117,7 +117,7 @@ def main() -> None:
                 pixels, seconds = copy(frames, damages, seed, fps)
                 x264 = {"crf": str(factor), **REPEATABLE_X264}
                 encode(pixels, "libx264", x264, Fraction(fps).limit_denominator(1001), str(file))
-                measured = trace(file)
+                measured = dynamics(file)
                 spans = looked_at(measured)
                 timed = next((cause for cause in TIMED if cause in seconds), None)
                 if timed:
@@ -135,7 +135,7 @@ def main() -> None:
                     alarms["stands"].append(bool(spans["stall"] or spans["buffering"]))
                     alarms["switches"].append(bool(spans["bitrate_switch"]))
                     rates[kind if kind in ("drop", "jitter") else "others"].append(pace(measured).rate)
-            spans = looked_at(trace(options.clips / name))
+            spans = looked_at(dynamics(options.clips / name))
             for what, causes in (("stands, as it is", TIMED[:2]), ("switches, as it is", TIMED[2:])):
                 alarms[what].append(any(spans[cause] for cause in causes))
             if any(spans.values()):

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.video_utils import VideoMetadata
 
-from lmm_qa.prompting import Prompt
+from lmm_qa.model.prompt import Prompt
 
 SHARED = Path(os.environ.get("LMM_QA_SHARED", Path(__file__).parents[2] / "shared"))
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision")

@@ -20,7 +20,7 @@ import av
 import imageio_ffmpeg
 import numpy as np
 
-from lmm_qa.video import Frames, read_frames
+from lmm_qa.video.decode import Frames, read_frames
 
 BITS = 8
 

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from lmm_qa.config import Sampling, View
 from lmm_qa.errors import ConfigError
-from lmm_qa.prompting import Prompt
-from lmm_qa.rater_file import RaterFile
+from lmm_qa.model.prompt import Prompt
+from lmm_qa.model.rater_config import RaterConfig
 
 
 def test_sampling_from_text() -> None:
@@ -73,7 +73,7 @@ def test_a_window_is_centred_inside_the_picture() -> None:
 
 def test_a_wrong_key_in_a_section_is_told_what_that_section_knows() -> None:
     with pytest.raises(ConfigError) as caught:
-        RaterFile.parse(
+        RaterConfig.parse(
             {"views": [{"size": 300, "sise": 1}], "sampling": {"frame": 3}, "long": "x" * 500}, "rater.json"
         )
     text = str(caught.value)

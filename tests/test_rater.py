@@ -27,18 +27,19 @@ from transformers.video_utils import VideoMetadata
 
 import lmm_qa
 from lmm_qa import ClipError, Failure, Rater, Rating, Sampling, View, load_prompt
-from lmm_qa.backbone import ClipInput
-from lmm_qa.calibrate import Calibration, Linear, Mapping, Spread
-from lmm_qa.defects import DEFECTS, questions
+from lmm_qa.defects.explanation import MAX_NAMED, objection
+from lmm_qa.defects.questions import questions
+from lmm_qa.defects.vocabulary import DEFECTS
 from lmm_qa.errors import ClipNotFound, ClipUnreadable, ConfigError, LevelTokenError, UsageError
-from lmm_qa.explain import MAX_NAMED, objection
-from lmm_qa.levels import LEVELS, read_levels
+from lmm_qa.evaluation.calibration import Calibration, ConformalInterval, Linear, Mapping
 from lmm_qa.manifest import Clip, content_id
-from lmm_qa.profile import STEP, WINDOW
-from lmm_qa.prompting import Prompt
-from lmm_qa.rater import Details, clip_input, plan_rater
-from lmm_qa.rater_file import CALIBRATION_NAME, DEFECTS_NAME, EMBEDDED, RaterFile
-from lmm_qa.video import Frames, read_frames, read_windows
+from lmm_qa.model.inputs import ClipInput
+from lmm_qa.model.levels import LEVELS, read_levels
+from lmm_qa.model.prompt import Prompt
+from lmm_qa.model.rater_config import CALIBRATION_NAME, DEFECTS_NAME, EMBEDDED, RaterConfig
+from lmm_qa.rater import clip_input, plan_rater
+from lmm_qa.ratings import STEP, WINDOW, Details
+from lmm_qa.video.decode import Frames, read_frames, read_windows
 
 SAMPLES = Path(lmm_qa.__file__).parent / "samples"
 TOLERANCE = 1e-4
@@ -272,7 +273,7 @@ def test_batches_hold_at_least_one_clip(rater: Rater, good: list[Path]) -> None:
 
 def test_an_adapter_without_rater_json(adapter_dir: Path, model_dir: Path, good: list[Path]) -> None:
     plain, tuned = Rater.from_pretrained(model_dir, **SMALL), Rater.from_pretrained(adapter_dir, **SMALL)
-    assert tuned.settings == RaterFile() == plain.settings
+    assert tuned.settings == RaterConfig() == plain.settings
     assert tuned.source.note is not None
     assert "has no rater.json: default prompt, scale [1, 5], 8 uniform frames" in tuned.source.note
     rating = tuned.rate(good[0])
@@ -379,7 +380,7 @@ def calibrated_copy(rater: Rater, folder: Path, **changes: Any) -> Path:
 
 def write_calibration(folder: Path, mapping: Mapping = MAPPING, **changes: Any) -> Calibration:
     values: dict[str, Any] = {"scale": (1, 5), "rater_id": None, "n": 9, "groups": 9, "fingerprint": "f", "clips": ()}
-    spread = Spread(coverage=0.9, half_width=0.8, std_floor=0.1)
+    spread = ConformalInterval(coverage=0.9, half_width=0.8, std_floor=0.1)
     calibration = Calibration(mapping=mapping, spread=spread, check=None, **values | changes)
     calibration.write(folder)
     return calibration
@@ -609,7 +610,7 @@ def test_a_timeline_rates_each_window_as_a_clip(rater: Rater, good: list[Path]) 
 def test_the_base_can_speak_while_the_adapter_rates(adapter_dir: Path, good: list[Path], model_dir: Path) -> None:
     adapted = Rater.from_pretrained(adapter_dir, sampling=Sampling(frames=4), views=VIEWS, **SMALL)
     base = Rater.from_pretrained(model_dir, sampling=Sampling(frames=4), views=VIEWS, **SMALL)
-    own, others = (adapted.rate(good[0], Details(defects=True, speaker=who)) for who in ("adapter", "base"))
+    own, others = (adapted.rate(good[0], Details(defects=True, answers_from=who)) for who in ("adapter", "base"))
     plain = base.rate(good[0], Details(defects=True))
     assert own.score == pytest.approx(others.score, abs=TOLERANCE)
     assert own.score != pytest.approx(plain.score, abs=TOLERANCE)

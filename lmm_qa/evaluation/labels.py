@@ -1,0 +1,401 @@
+"""Scores by clip name: opinions (MOS) and ratings, read from files and put side by side.
+
+Knows what clips are called and which number belongs to each; nothing of what the numbers mean.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lmm_qa.errors import ManifestError, ScoresError
+from lmm_qa.evaluation.thqa import try_parse
+from lmm_qa.manifest import CLIP_COLUMNS, VIDEO_SUFFIXES
+from lmm_qa.ratings_io import OUTPUT_SUFFIXES, read_rows
+from lmm_qa.tables import Row
+
+LABEL_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+
+
+SCORE_COLUMNS = ("mos", "score")
+
+
+"""The column of a table that holds the MOS: the first of these that it has, in any case."""
+
+
+GROUP_COLUMN = "group"
+
+
+"""The column that says which clips must stay together (one person, one source), where a table has it."""
+
+
+@dataclass(frozen=True)
+class Label:
+    """What people said of one clip."""
+
+    clip: str
+    mos: float
+    group: Hashable
+    """Clips of one group never lie on both sides of a split: as the table says, else (class, pid) of a THQA-NTIRE name,
+    else the clip itself."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a rater said of one clip."""
+
+    clip: str
+    value: float | None
+    """None where the rater could not rate it."""
+    error: str | None = None
+    """Why not."""
+    raw: float | None = None
+    """The value before calibration, where the ratings hold it."""
+    std: float | None = None
+    """Standard deviation of the level distribution, in units of the raw score."""
+    interval: tuple[float, float] | None = None
+    """Calibrated prediction interval, in MOS units."""
+    scale: tuple[float, float] | None = None
+    """The rater's declared scale."""
+    content_id: str | None = None
+    rater_id: str | None = None
+    """What made the raw score."""
+    calibrated: bool = False
+    fitted: bool = False
+    """Whether the rater's calibration was fitted on this very clip."""
+
+
+class Pair(NamedTuple):
+    """A clip that has both."""
+
+    label: Label
+    score: Score
+    """Its `value` is a number."""
+
+
+@dataclass(frozen=True)
+class Join:
+    """Labels and scores of the same clips, and what is left over."""
+
+    pairs: tuple[Pair, ...]
+    """In the order of the labels."""
+    failed: tuple[Score, ...]
+    """Labelled clips that the rater could not rate."""
+    missing: tuple[str, ...]
+    """Labelled clips that the ratings do not name."""
+    extra: tuple[str, ...]
+    """Rated clips without a label."""
+
+    @property
+    def mos(self) -> NDArray[np.float64]:
+        """(n,) MOS of the pairs."""
+        return np.array([pair.label.mos for pair in self.pairs], dtype=np.float64)
+
+    @property
+    def scores(self) -> NDArray[np.float64]:
+        """(n,) scores of the pairs."""
+        return np.array([pair.score.value for pair in self.pairs], dtype=np.float64)
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_labels(path: Path, clip_column: str | None = None, score_column: str | None = None) -> tuple[Label, ...]:
+    """The labels of a table, in order.
+
+    Args:
+        path: .csv, .tsv, .jsonl or .parquet; any line ends, with or without a byte order mark.
+        clip_column: the column that names the clip; by default the first of `CLIP_COLUMNS` that is there.
+        score_column: the column that holds the MOS; by default the first of `SCORE_COLUMNS` that is there.
+
+    Raises:
+        ManifestError: it cannot be read, a column or a value is missing, a MOS is no finite number, or a clip is there
+            twice; with file and line.
+    """
+    labels: dict[str, Label] = {}
+    for where, row in _table(path):
+        clip = _clip(row, where, clip_column)
+        column = _column(row, SCORE_COLUMNS if score_column is None else (score_column,), where)
+        if clip in labels:
+            raise ManifestError(f"{where}: {clip!r} has a label already, {labels[clip].mos:g}: keep one of the two")
+        group = row.get(GROUP_COLUMN)
+        labels[clip] = Label(clip, _number(row[column], where), _group(clip) if group in (None, "") else str(group))
+    if not labels:
+        raise ManifestError(f"{path} holds no labels")
+    return tuple(labels.values())
+
+
+def read_names(path: Path, clip_column: str | None = None) -> tuple[str, ...]:
+    """The clip names of a list, in order: a table with one of `CLIP_COLUMNS`, or a .txt with a name a line.
+
+    Raises:
+        ManifestError: as for `read_labels`.
+    """
+    if path.suffix.lower() == ".txt":
+        names = [(where, line) for where, line in _lines(path)]
+    else:
+        names = [(where, _clip(row, where, clip_column)) for where, row in _table(path)]
+    seen: set[str] = set()
+    for where, name in names:
+        if name in seen:
+            raise ManifestError(f"{where}: {name!r} is listed already")
+        seen.add(name)
+    if not names:
+        raise ManifestError(f"{path} lists no clips")
+    return tuple(name for _, name in names)
+
+
+def read_scores(path: Path) -> tuple[Score, ...]:
+    """The ratings of a file: ours (.jsonl, .csv, .parquet), any other table with a clip column and `score`, or lines
+    `name,score` without a header (.txt, the layout of a challenge submission).
+
+    Raises:
+        ManifestError: a row has no clip or no score, a clip has two, or not all went through the same calibration.
+        ResultsError: it cannot be read.
+    """
+    suffix = path.suffix.lower()
+    if suffix == ".txt":
+        scores = [_score_of_line(line, where) for where, line in _lines(path)]
+    elif suffix in OUTPUT_SUFFIXES:
+        rows = read_rows(path)
+        scores = [_score_of_row(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
+        if len({_calibration(row).get("id") for row in rows if not row.get("error")}) > 1:
+            raise ManifestError(
+                f"{path} mixes calibrated and raw scores, or those of several calibrations: keep one kind"
+            )
+    else:
+        raise ManifestError(f"{path}: ratings are {', '.join(OUTPUT_SUFFIXES)}, or .txt with a line name,score a clip")
+    if not scores:
+        raise ManifestError(f"{path} holds no ratings")
+    twice = [clip for clip, times in Counter(score.clip for score in scores).items() if times > 1]
+    if twice:
+        raise ManifestError(f"{path} rates {len(twice)} clips more than once ({twice[0]!r}): keep one rater's rows")
+    return tuple(scores)
+
+
+def _score_of_line(line: str, where: str) -> Score:
+    clip, comma, value = line.rpartition(",")
+    if not comma or not clip:
+        raise ManifestError(f"{where}: name,score was expected, received {line[:80]!r}")
+    return Score(clip, _number(value, where))
+
+
+def _score_of_row(row: Row, where: str) -> Score:
+    clip = _clip(row, where, None)
+    error = row.get("error")
+    if error:
+        known = isinstance(error, Mapping)
+        return Score(clip, None, f"{error.get('class')}: {error.get('message')}" if known else str(error))
+    if "score" not in row:
+        raise ManifestError(f"{where}: no column is named score; the columns are: {', '.join(row)}")
+    calibration = _calibration(row)
+    raw, std = row.get("raw_score"), row.get("std")
+    return Score(
+        clip=clip,
+        value=_number(row["score"], where),
+        raw=None if raw is None else _number(raw, where),
+        std=None if std is None else _number(std, where),
+        interval=_ends(row.get("interval")),
+        scale=_ends(row.get("scale")),
+        content_id=row.get("content_id"),
+        rater_id=calibration.get("raw_rater_id") or row.get("rater_id"),
+        calibrated=bool(calibration),
+        fitted=bool(calibration.get("fitted")),
+    )
+
+
+def _calibration(row: Row) -> Mapping[str, Any]:
+    value = row.get("calibration")
+    return value if isinstance(value, Mapping) else {}
+
+
+def _ends(value: Sequence[float] | None) -> tuple[float, float] | None:
+    return (float(value[0]), float(value[1])) if value else None
+
+
+def _table(path: Path) -> Iterator[tuple[str, Row]]:
+    """`file:line` and the row, of each row that is not empty."""
+    read: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]]
+    read = {".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
+    if path.suffix.lower() not in read:
+        raise ManifestError(f"{path}: a table is one of {', '.join(LABEL_SUFFIXES)}")
+    try:
+        for line, row in read[path.suffix.lower()](path):
+            yield f"{path}:{line}", row
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        try:
+            columns = [column.strip() for column in next(reader, [])]
+            for cells in reader:
+                if len(cells) == len(columns):
+                    yield reader.line_num, dict(zip(columns, cells, strict=True))
+                elif any(cell.strip() for cell in cells):
+                    raise ManifestError(
+                        f"{path}:{reader.line_num}: {len(columns)} cells were expected, received {len(cells)}"
+                    )
+        except csv.Error as error:
+            raise ManifestError(f"{path}:{reader.line_num}: this is no CSV: {error}") from None
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row: Any = json.loads(line)
+            except ValueError as error:
+                raise ManifestError(f"{path}:{number}: this is no JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise ManifestError(f"{path}:{number}: an object was expected, received {line.strip()[:80]!r}")
+            yield number, row
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        rows: list[Row] = pyarrow.parquet.ParquetFile(path).read().to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ManifestError(f"{path} is no Parquet file: {error}") from None
+    yield from enumerate(rows, 1)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """`file:line` and the text, of each line that is not empty."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            yield from ((f"{path}:{number}", line.strip()) for number, line in enumerate(file, 1) if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError | UnicodeDecodeError) -> ManifestError:
+    why = f"it is not UTF-8 text: {error}" if isinstance(error, UnicodeDecodeError) else error.strerror or str(error)
+    return ManifestError(f"{path} cannot be read: {why}")
+
+
+def _column(row: Row, candidates: Sequence[str], where: str) -> str:
+    known = {str(column).casefold(): column for column in reversed(row)}
+    for candidate in candidates:
+        if candidate.casefold() in known:
+            return known[candidate.casefold()]
+    raise ManifestError(f"{where}: no column is named {' or '.join(candidates)}; the columns are: {', '.join(row)}")
+
+
+def _clip(row: Row, where: str, column: str | None) -> str:
+    clip = row[_column(row, CLIP_COLUMNS if column is None else (column,), where)]
+    if not isinstance(clip, str) or not clip.strip():
+        raise ManifestError(f"{where}: the name of a clip was expected, received {clip!r}")
+    return clip.strip()
+
+
+def _number(value: object, where: str) -> float:
+    try:
+        number = float(value)  # type: ignore[arg-type]  # what float does not take is told to the user
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ManifestError(f"{where}: a finite number was expected, received {value!r}")
+    return number
+
+
+def _group(clip: str) -> Hashable:
+    name = try_parse(clip)
+    return clip if name is None else name.group
+
+
+# --- putting side by side --------------------------------------------------------------------------------------------
+
+
+def join(labels: Sequence[Label], scores: Sequence[Score]) -> Join:
+    """Find each label's score: by the whole name, else by the file name, else by the file name without its suffix, each
+    only where one label and one score alone are called so. Nothing is dropped: what finds no partner is left over.
+
+    Raises:
+        ScoresError: nothing finds a partner.
+    """
+    found = match([label.clip for label in labels], [score.clip for score in scores])
+    if not found:
+        raise ScoresError(
+            f"none of the {len(labels)} labelled clips ({_first(labels)}) is among the {len(scores)} rated ones "
+            f"({_first(scores)}): are these ratings and labels of the same clips?"
+        )
+    by_clip = {score.clip: score for score in scores}
+    partners = [(label, by_clip[found[label.clip]]) for label in labels if label.clip in found]
+    taken = set(found.values())
+    return Join(
+        pairs=tuple(Pair(label, score) for label, score in partners if score.value is not None),
+        failed=tuple(score for _, score in partners if score.value is None),
+        missing=tuple(label.clip for label in labels if label.clip not in found),
+        extra=tuple(score.clip for score in scores if score.clip not in taken),
+    )
+
+
+def _first(clips: Sequence[Label | Score]) -> str:
+    return f"{clips[0].clip}, ..." if clips else "none"
+
+
+def match(wanted: Sequence[str], given: Sequence[str]) -> dict[str, str]:
+    """Partner of each of the `wanted` names among the `given` ones, where it has one. See `join`."""
+    found: dict[str, str] = {}
+    for form in (str, _file_name, _file_name_without_suffix):
+        ours, theirs = _unique(wanted, form), _unique(given, form)
+        taken = set(found.values())
+        for called, name in ours.items():
+            if name not in found and called in theirs and theirs[called] not in taken:
+                found[name] = theirs[called]
+    return found
+
+
+def _file_name(name: str) -> str:
+    return PurePosixPath(name).name
+
+
+def _file_name_without_suffix(name: str) -> str:
+    """Only the suffix of a video goes: `clip_0.5` keeps its 5."""
+    path = PurePosixPath(name)
+    return path.stem if path.suffix.lower() in VIDEO_SUFFIXES else path.name
+
+
+def _unique(names: Sequence[str], form: Callable[[str], str]) -> dict[str, str]:
+    """Names by their form, without those that share it."""
+    uses = Counter(form(name) for name in names)
+    return {form(name): name for name in names if uses[form(name)] == 1}
+
+
+def group_folds(groups: Sequence[Hashable], folds: int, seed: int = 0) -> NDArray[np.intp]:
+    """Fold (0 to `folds` - 1) of each clip: a group lies in one fold whole, and folds hold about as many clips.
+
+    The largest groups are dealt first, each to the fold with the fewest clips; the seed decides among equals. The order
+    of the clips does not matter.
+
+    Raises:
+        ScoresError: there are fewer groups than folds.
+    """
+    sizes = Counter(groups)
+    if folds < 1 or len(sizes) < folds:
+        raise ScoresError(f"{len(sizes)} groups of clips cannot be dealt to {folds} folds")
+    names = sorted(sizes, key=repr)  # whatever the order of the clips
+    shuffled = [names[place] for place in np.random.default_rng(seed).permutation(len(names))]
+    filled = [0] * folds
+    fold_of: dict[Hashable, int] = {}
+    for group in sorted(shuffled, key=lambda group: -sizes[group]):
+        fold_of[group] = min(range(folds), key=filled.__getitem__)
+        filled[fold_of[group]] += sizes[group]
+    return np.array([fold_of[group] for group in groups], dtype=np.intp)

@@ -1,0 +1,407 @@
+"""How well scores agree with mean opinion scores (MOS). Pure arithmetic on arrays: knows no clips and no files.
+
+    srcc       Spearman's rank correlation, ties at their mid-rank
+    krcc       Kendall's rank correlation, tau-b
+    plcc       Pearson's linear correlation
+    plcc_fit   Pearson's correlation after the 4-parameter logistic f, fitted to the MOS by least squares
+    rmse_fit   root of the mean squared error after f, in MOS units
+    main       (srcc + plcc_fit) / 2, the main score of the NTIRE quality challenges
+
+    f(x) = b2 + (b1 - b2) / (1 + exp(-(x - b3) / |b4|))
+
+f is the mapping of VQEG's reports (Final report on the validation of objective models of video quality assessment,
+phase II, 2003), in the form that the THQA-NTIRE organisers use. It is affine in b1 and b2, so for given b3 and b4 the
+best fit leaves plcc_fit = |corr(sigmoid, MOS)|: only two parameters need a search. A grid over these two gives the
+start of the fit, and the bootstrap its values without a fit for each resample.
+
+Intervals are percentiles of a bootstrap that resamples clips. Clips of one portrait resemble each other, so for a set
+of few portraits the intervals are too narrow as a statement about other portraits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import least_squares
+from scipy.special import expit
+from scipy.stats import kendalltau
+
+from lmm_qa.errors import ScoresError
+
+Floats = NDArray[np.float64]
+
+
+Counts = NDArray[np.int64]
+
+
+Indices = NDArray[np.intp]
+
+
+METRICS = ("main", "srcc", "krcc", "plcc", "plcc_fit", "rmse_fit")
+
+
+WITHIN = "srcc_within"
+
+
+"""Mean over groups of clips of the SRCC within each."""
+
+
+MIN_CLIPS = 5
+
+
+"""Fewer clips than this say nothing about four parameters."""
+
+
+SAME = 1e-13
+
+
+"""Values whose relative differences are below this are the same value, but for rounding."""
+
+
+CHUNK = 1 << 22
+
+
+"""Numbers that one step of the bootstrap holds in an array (32 MiB)."""
+
+
+class Interval(NamedTuple):
+    """A figure and its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Logistic4:
+    """f(x) = b2 + (b1 - b2) / (1 + exp(-(x - b3) / |b4|))."""
+
+    b1: float
+    """Limit for high scores, MOS."""
+    b2: float
+    """Limit for low scores, MOS. Above b1 where the MOS falls as the score rises."""
+    b3: float
+    """Score at the middle."""
+    b4: float
+    """Width in score units, above 0."""
+
+    def __call__(self, scores: ArrayLike) -> Floats:
+        """MOS for each score."""
+        x = np.asarray(scores, dtype=np.float64)
+        return self.b2 + (self.b1 - self.b2) * np.asarray(expit((x - self.b3) / abs(self.b4)), dtype=np.float64)
+
+
+def agreement(scores: ArrayLike, mos: ArrayLike) -> dict[str, float]:
+    """Each of `METRICS` of `scores` against `mos`, both (n,).
+
+    Raises:
+        ScoresError: fewer than `MIN_CLIPS` values, NaN or infinite ones, or all of them the same.
+    """
+    x, y = checked(scores, mos)
+    once = np.ones((1, len(x)), dtype=np.int64)
+    return {name: float(values[0]) for name, values in _Computation.of(x, y, METRICS, ())(once).items()}
+
+
+def fit_logistic4(scores: ArrayLike, mos: ArrayLike) -> Logistic4:
+    """The curve f of least squared error.
+
+    The best point of a grid over (b3, b4) starts a Levenberg-Marquardt search, and stands where that finds none better.
+
+    Raises:
+        ScoresError: as for `agreement`.
+    """
+    x, y = checked(scores, mos)
+    center, width = float(x.mean()), float(x.std())
+    z = (x - center) / width
+    grid = _Grid.over(z)
+    start = grid.best(z, y)
+    found = least_squares(_residuals, start, jac=_jacobian, args=(z, y), method="lm", x_scale="jac", max_nfev=2000)
+    candidates = (start, found.x, _with_limits(float(found.x[2]), float(found.x[3]), z, y))
+    best = min(candidates, key=lambda b: float(np.sum(_residuals(b, z, y) ** 2)))
+    b1, b2, b3, b4 = (float(b) for b in best)
+    return Logistic4(b1, b2, center + width * b3, width * max(abs(b4), TINY))
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Metrics, and their values over resamples of the clips. Made by `bootstrap`."""
+
+    values: Mapping[str, float]
+    drawn: Mapping[str, Floats]
+    """(resamples,) each; NaN where a resample leaves a metric undefined (all clips drawn are the same)."""
+    draw: tuple[int, int, int]
+    """Clips, resamples and seed: two of the same draw saw the same resamples."""
+
+    def intervals(self, confidence: float = 0.95) -> dict[str, Interval]:
+        """Each metric with its percentile interval, which holds this share of the resamples."""
+        tail = (1 - confidence) / 2
+        found = {}
+        for name, value in self.values.items():
+            defined = self.drawn[name][np.isfinite(self.drawn[name])]
+            low, high = np.quantile(defined, (tail, 1 - tail)) if len(defined) else (np.nan, np.nan)
+            found[name] = Interval(value, float(low), float(high))
+        return found
+
+    def __sub__(self, other: Bootstrap) -> Bootstrap:
+        """The paired bootstrap: how far this rater is ahead on the same resamples of the same clips.
+
+        An interval that does not hold 0 is a difference that the choice of clips does not explain.
+
+        Raises:
+            ScoresError: they are not of the same resamples.
+        """
+        if self.draw != other.draw:
+            raise ScoresError(f"not the same resamples (clips, resamples, seed): {self.draw} and {other.draw}")
+        names = [name for name in self.values if name in other.values]
+        return Bootstrap(
+            {name: self.values[name] - other.values[name] for name in names},
+            {name: self.drawn[name] - other.drawn[name] for name in names},
+            self.draw,
+        )
+
+
+def bootstrap(
+    scores: ArrayLike,
+    mos: ArrayLike,
+    names: Sequence[str] = METRICS,
+    *,
+    groups: Sequence[Indices] = (),
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Bootstrap:
+    """Metrics over sets of n clips drawn with replacement from the n clips.
+
+    Args:
+        scores, mos: (n,).
+        names: which of `METRICS`.
+        groups: indices of the clips of each group; where given, `srcc_within` is one more metric: the mean over groups
+            of the SRCC within each. Scores that are all the same within a group count as 0 there: they order nothing.
+        resamples: how many sets.
+        seed: the same seed draws the same sets for any two raters of the same clips.
+
+    Raises:
+        ScoresError: as for `agreement`; or no resamples, or an unknown metric are asked for.
+    """
+    x, y = checked(scores, mos)
+    if unknown := sorted(set(names) - set(METRICS)):
+        raise ScoresError(f"no metric is called {', '.join(unknown)}; the metrics are: {', '.join(METRICS)}")
+    if resamples < 1:
+        raise ScoresError(f"at least one resample is needed, received {resamples}")
+    compute = _Computation.of(x, y, names, groups)
+    once = compute(np.ones((1, len(x)), dtype=np.int64))
+    chunks = [compute(counts) for counts in _resamples(len(x), resamples, seed)]
+    return Bootstrap(
+        values={name: float(values[0]) for name, values in once.items()},
+        drawn={name: np.concatenate([chunk[name] for chunk in chunks]) for name in once},
+        draw=(len(x), resamples, seed),
+    )
+
+
+def checked(scores: ArrayLike, mos: ArrayLike) -> tuple[Floats, Floats]:
+    """Both as (n,) float64.
+
+    Raises:
+        ScoresError: no correlation is defined for them; says why.
+    """
+    x, y = np.asarray(scores, dtype=np.float64), np.asarray(mos, dtype=np.float64)
+    if x.ndim != 1 or x.shape != y.shape:
+        raise ScoresError(f"one score for each MOS was expected, received arrays of shape {x.shape} and {y.shape}")
+    if len(x) < MIN_CLIPS:
+        raise ScoresError(f"{len(x)} clips have both a score and a MOS: at least {MIN_CLIPS} are needed")
+    for name, values in (("score", x), ("MOS", y)):
+        wrong = np.flatnonzero(~np.isfinite(values))
+        if len(wrong):
+            raise ScoresError(
+                f"{len(wrong)} of {len(values)} {name} values are NaN or infinite, the first at index {wrong[0]}"
+            )
+        if np.ptp(values) <= SAME * np.abs(values).max():
+            raise ScoresError(f"all {len(values)} {name} values are {values[0]:g}: no correlation is defined")
+    return x, y
+
+
+# --- the logistic ----------------------------------------------------------------------------------------------------
+
+TINY = 1e-9
+
+
+def _residuals(b: Floats, z: Floats, y: Floats) -> Floats:
+    sigmoid = np.asarray(expit((z - b[2]) / max(abs(b[3]), TINY)), dtype=np.float64)
+    return np.asarray(b[1] + (b[0] - b[1]) * sigmoid - y)
+
+
+def _jacobian(b: Floats, z: Floats, _: Floats) -> Floats:
+    width = max(abs(b[3]), TINY)
+    t = (z - b[2]) / width
+    s = np.asarray(expit(t))
+    slope = (b[0] - b[1]) * s * (1 - s) / width
+    return np.column_stack((s, 1 - s, -slope, -slope * t * np.sign(b[3])))
+
+
+def _with_limits(b3: float, b4: float, z: Floats, y: Floats) -> Floats:
+    """(b1, b2, b3, b4) with the b1 and b2 of least squared error for this b3 and b4."""
+    s = np.asarray(expit((z - b3) / max(abs(b4), TINY)), dtype=np.float64)
+    ds = s - s.mean()
+    spread = float(ds @ ds)
+    slope = float(ds @ y) / spread if spread > 0 else 0.0
+    low = float(y.mean() - slope * s.mean())
+    return np.array([low + slope, low, b3, b4])
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Sigmoids over (b3, b4), in units of the scores' standard deviation around their mean."""
+
+    centers: Floats
+    widths: Floats
+    sigmoids: Floats
+    """(n, G), each column of mean 0 and standard deviation 1."""
+
+    @classmethod
+    def over(cls, z: Floats, extra: tuple[float, float] | None = None) -> _Grid:
+        """Centres at the scores' quantiles and beyond both ends, widths from nearly a step to nearly a line.
+
+        Args:
+            z: (n,) standardised scores.
+            extra: one more centre and width.
+        """
+        beyond = np.array([0.5, 1.0, 2.0, 4.0])
+        inside = np.quantile(z, np.linspace(0, 1, 17))
+        centers, widths = np.meshgrid(
+            np.concatenate((z.min() - beyond, inside, z.max() + beyond)), np.geomspace(0.05, 16, 16)
+        )
+        c, w = centers.ravel(), widths.ravel()
+        if extra is not None:
+            c, w = np.append(c, extra[0]), np.append(w, extra[1])
+        sigmoids = np.asarray(expit((z[:, None] - c) / w), dtype=np.float64)
+        spread = sigmoids.std(axis=0)
+        usable = spread > TINY * np.abs(sigmoids).max(axis=0)
+        sigmoids = (sigmoids[:, usable] - sigmoids[:, usable].mean(axis=0)) / spread[usable]
+        return cls(c[usable], w[usable], sigmoids)
+
+    def best(self, z: Floats, y: Floats) -> Floats:
+        """(b1, b2, b3, b4) of the grid point of least squared error, b1 and b2 solved for."""
+        place = int(np.abs((y - y.mean()) @ self.sigmoids).argmax())
+        b3, b4 = self.centers[place], self.widths[place]
+        return _with_limits(float(b3), float(b4), z, y)
+
+    def plcc(self, y: Floats, counts: Counts) -> Floats:
+        """Best |corr(sigmoid, MOS)| of each resample, (B,)."""
+        n = counts.sum(axis=1, keepdims=True)
+        weights = counts / n
+        y = y - y.mean()
+        mean_y, mean_s = weights @ y[:, None], weights @ self.sigmoids
+        var_y = weights @ (y**2)[:, None] - mean_y**2
+        var_s = weights @ self.sigmoids**2 - mean_s**2
+        cov = (weights * y) @ self.sigmoids - mean_y * mean_s
+        usable = (var_s > 1e-9) & (var_y > 1e-12)
+        corr = np.divide(cov, np.sqrt(np.where(usable, var_s * var_y, 1)), out=np.zeros_like(cov), where=usable)
+        best = np.abs(corr).max(axis=1)
+        return np.asarray(np.where(usable.any(axis=1), np.minimum(best, 1), np.nan), dtype=np.float64)
+
+
+# --- the bootstrap ---------------------------------------------------------------------------------------------------
+# A resample is held as how often it draws each clip: every metric but tau is then a weighted one, and all resamples
+# go through it at once.
+
+
+def _resamples(n: int, resamples: int, seed: int) -> Iterator[Counts]:
+    """(B, n) arrays of counts, `resamples` rows in all."""
+    rng = np.random.default_rng(seed)
+    step = max(1, CHUNK // n)
+    for start in range(0, resamples, step):
+        rows = min(step, resamples - start)
+        drawn = rng.integers(0, n, (rows, n)) + n * np.arange(rows)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=rows * n).reshape(rows, n)
+
+
+@dataclass(frozen=True)
+class _Computation:
+    """What computes the metrics that were asked for, of all resamples at once."""
+
+    x: Floats
+    y: Floats
+    names: Sequence[str]
+    groups: Sequence[Indices]
+    grid: _Grid | None
+    """Only where a metric needs the logistic."""
+
+    @classmethod
+    def of(cls, x: Floats, y: Floats, names: Sequence[str], groups: Sequence[Indices]) -> _Computation:
+        grid = None
+        if {"main", "plcc_fit", "rmse_fit"} & set(names):
+            # With the fitted curve itself among the sigmoids, the figure of the clips as they are is exact.
+            logistic, center, width = fit_logistic4(x, y), float(x.mean()), float(x.std())
+            grid = _Grid.over((x - center) / width, ((logistic.b3 - center) / width, logistic.b4 / width))
+        return cls(x, y, names, groups, grid)
+
+    def __call__(self, counts: Counts) -> dict[str, Floats]:
+        """(B, n) counts -> (B,) of each metric."""
+        x, y = self.x, self.y
+        found: dict[str, Floats] = {}
+        if {"main", "srcc"} & set(self.names):
+            found["srcc"] = _weighted_pearson(_ranks(x, counts), _ranks(y, counts), counts)
+        if "krcc" in self.names:
+            found["krcc"] = np.array([_tau(x, y, row) for row in counts])
+        if "plcc" in self.names:
+            found["plcc"] = _weighted_pearson(x, y, counts)
+        if self.grid is not None:
+            found["plcc_fit"] = self.grid.plcc(y, counts)
+            # The residual variance of a least-squares fit is what correlation leaves of the variance.
+            found["rmse_fit"] = _spread(y, counts) * np.sqrt(1 - found["plcc_fit"] ** 2)
+        if "main" in self.names:
+            found["main"] = (found["srcc"] + found["plcc_fit"]) / 2
+        within = {WITHIN: _mean_within(x, y, counts, self.groups)} if self.groups else {}
+        return {name: found[name] for name in self.names} | within
+
+
+def _spread(y: Floats, counts: Counts) -> Floats:
+    """Standard deviation of each resample, (B,)."""
+    total = counts.sum(axis=1)
+    d = y - y.mean()
+    return np.asarray(np.sqrt(np.maximum(counts @ d**2 / total - (counts @ d / total) ** 2, 0)), dtype=np.float64)
+
+
+def _tau(x: Floats, y: Floats, counts: Counts) -> float:
+    drawn = np.repeat(np.arange(len(x)), counts)
+    if np.ptp(x[drawn]) == 0 or np.ptp(y[drawn]) == 0:
+        return float("nan")
+    return float(kendalltau(x[drawn], y[drawn], method="asymptotic").statistic)
+
+
+def _ranks(values: Floats, counts: Counts) -> Floats:
+    """Mid-rank of each clip within each resample, (B, n)."""
+    order = np.argsort(values, kind="stable")
+    _, starts, inverse = np.unique(values[order], return_index=True, return_inverse=True)
+    tied = np.add.reduceat(counts[:, order], starts, axis=1)
+    ranks = np.cumsum(tied, axis=1) - tied + (tied + 1) / 2
+    place = np.empty_like(order)
+    place[order] = inverse
+    return np.asarray(ranks[:, place], dtype=np.float64)
+
+
+def _weighted_pearson(x: Floats, y: Floats, counts: Counts) -> Floats:
+    """Pearson's correlation in each resample, (B,); x and y are (n,) or (B, n)."""
+    total = np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    dx = x - np.sum(counts * x, axis=1, keepdims=True) / total
+    dy = y - np.sum(counts * y, axis=1, keepdims=True) / total
+    cov, xx, yy = (np.sum(counts * product, axis=1) for product in (dx * dy, dx * dx, dy * dy))
+    varies = (xx > _rounding(x, counts)) & (yy > _rounding(y, counts))
+    return np.where(varies, cov / np.sqrt(np.where(varies, xx * yy, 1)), np.nan)
+
+
+def _rounding(values: Floats, counts: Counts) -> Floats:
+    """The sum of squares that rounding leaves of values that are all the same, (B,)."""
+    return np.asarray(np.sum(counts * values**2, axis=1) * SAME**2, dtype=np.float64)
+
+
+def _mean_within(x: Floats, y: Floats, counts: Counts, groups: Sequence[Indices]) -> Floats:
+    """Mean over groups of the SRCC within each, for each resample, (B,)."""
+    within = [
+        _weighted_pearson(_ranks(x[group], counts[:, group]), _ranks(y[group], counts[:, group]), counts[:, group])
+        for group in groups
+    ]
+    return np.asarray(np.mean(np.nan_to_num(within), axis=0), dtype=np.float64)

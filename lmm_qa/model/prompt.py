@@ -1,0 +1,123 @@
+"""Prompts: what is asked about a clip, and the sentence whose next word is the level.
+
+A prompt is a YAML file in `prompts/`. The media always come first, then the question, then the assistant's answer
+is begun by the stem; the level word follows it. Knows nothing of tokenizers or models.
+"""
+
+from __future__ import annotations
+
+import string
+from importlib import resources
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import model_validator
+
+from lmm_qa.config import Settings
+from lmm_qa.errors import ConfigError
+from lmm_qa.model.levels import LEVELS
+
+SLOTS = ("seconds", "fps", "frames", "width", "height")
+
+
+"""What a question may mention of the clip: seconds it lasts, frame rate, frames looked at, picture size in pixels."""
+
+
+DEFAULT_PROMPT = "talking_head"
+
+
+OTHER_FILES = ("defects", "explanation")
+
+
+"""Files in `prompts/` that ask for something else than a level."""
+
+
+class Prompt(Settings):
+    """One way to ask for a quality level."""
+
+    description: str = ""
+    """For people; the model never sees it."""
+    system: str | None = None
+    """System message; without one, the model's chat template decides."""
+    question: str
+    """The user's message after the video(s). May use the slots in `SLOTS`, as in `{seconds:.1f}`."""
+    paraphrases: tuple[str, ...] = ()
+    """The same question in other words, for training alone: a rater should not hang on the wording."""
+    stem: str
+    """The beginning of the assistant's answer; the next word is the level."""
+    levels: tuple[str, ...] = LEVELS
+    """Level words, worst first. Each must be a single token after the stem."""
+
+    @model_validator(mode="after")
+    def _well_formed(self) -> Self:
+        if not self.stem.strip():
+            raise ValueError("stem is empty")
+        if self.stem != self.stem.strip():
+            raise ValueError(f"stem has white space around it: {self.stem!r}; the level word brings its own")
+        if len(self.levels) < 2 or len(set(self.levels)) != len(self.levels):
+            raise ValueError(f"levels are at least two different words, worst first; received {list(self.levels)}")
+        if not all(level and level == level.strip() for level in self.levels):
+            raise ValueError(f"a level is a word without white space around it; received {list(self.levels)}")
+        _check_question("question", self.question)
+        for paraphrase in self.paraphrases:
+            _check_question("paraphrase", paraphrase)
+        return self
+
+    @property
+    def slots(self) -> set[str]:
+        """Names of the slots that the question uses."""
+        return {name for _, name, _, _ in string.Formatter().parse(self.question) if name is not None}
+
+    def messages(self, videos: int, **values: float) -> list[dict[str, Any]]:
+        """The chat up to the assistant's turn, in the format of transformers' chat templates.
+
+        Args:
+            videos: how many videos (views of the clip) come before the question.
+            values: a value for each slot of the question; more than needed do no harm.
+
+        Raises:
+            ConfigError: a slot has no value.
+        """
+        if missing := sorted(self.slots - values.keys()):
+            raise ConfigError(f"the prompt's question needs a value for {missing}: {self.question!r}")
+        text = self.question.format(**values)
+        content = [*({"type": "video"} for _ in range(videos)), {"type": "text", "text": text}]
+        system = [{"role": "system", "content": [{"type": "text", "text": self.system}]}] if self.system else []
+        return [*system, {"role": "user", "content": content}]
+
+
+def _check_question(what: str, question: str) -> None:
+    if not question.strip():
+        raise ValueError(f"{what} is empty")
+    try:
+        names = [name for _, name, _, _ in string.Formatter().parse(question) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"{what} is not a valid template: {error}; write {{{{ and }}}} for braces") from None
+    if unknown := sorted(set(names) - set(SLOTS)):
+        raise ValueError(f"{what} has unknown slots {unknown}; known: {', '.join(SLOTS)}")
+    try:
+        question.format(**dict.fromkeys(SLOTS, 1.0))
+    except (LookupError, ValueError) as error:
+        raise ValueError(f"{what} cannot be filled in: {error}; slots are numbers: {{seconds:.1f}}") from None
+
+
+def prompt_names() -> list[str]:
+    """Names of the prompts that come with the package."""
+    files = resources.files("lmm_qa.prompt_files").iterdir()
+    names = {file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml")}
+    return sorted(names.difference(OTHER_FILES))
+
+
+def load_prompt(name_or_path: str | Path) -> Prompt:
+    """Load a prompt by its name in `prompts/` or by the path of a YAML file.
+
+    Raises:
+        ConfigError: there is no such prompt, or the file says something it may not say.
+    """
+    path = Path(name_or_path)
+    if path.suffix in {".yaml", ".yml"}:
+        return Prompt.read(path)
+    if str(name_or_path) not in prompt_names():
+        raise ConfigError(f"no prompt {str(name_or_path)!r}; give one of {', '.join(prompt_names())} or a .yaml file")
+    with resources.as_file(resources.files("lmm_qa.prompt_files") / f"{name_or_path}.yaml") as file:
+        return Prompt.read(file)

@@ -1,0 +1,543 @@
+"""python -m pytest tests/cli/test_app.py
+
+The command as a user runs it. Each `python -m lmm_qa` loads torch anew, so that most tests call its entry point here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from backbones import add_adapter
+from clips import write_clip
+
+import lmm_qa.cli.app
+from lmm_qa.evaluation.calibration import Calibration
+from lmm_qa.manifest import content_id
+from lmm_qa.ratings_io import read_rows
+
+FAST = ("--device", "cpu", "--sampling", "uniform:2", "--view", "whole:56", "--workers", "1")
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.out.splitlines()]
+
+
+Command = Callable[..., Done]
+
+
+def run_python(*arguments: str | Path, cwd: Path) -> Done:
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """`lmm-qa` in this process."""
+
+    def run(*arguments: str | Path) -> Done:
+        monkeypatch.setattr(sys, "argv", ["lmm-qa", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            lmm_qa.cli.app.main()
+        out, err = capfd.readouterr()
+        code = ended.value.code
+        assert isinstance(code, int)
+        return Done(code, out, err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(family_dir: Callable[[str], Path]) -> Path:
+    return family_dir("qwen2_vl")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a folder `clips` of three clips."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clips" / "more").mkdir(parents=True)
+    for number, (name, size) in enumerate({"a": (64, 64), "b": (96, 64), "more/c": (64, 128)}.items(), 3):
+        write_clip(tmp_path / "clips" / f"{name}.mp4", frames=number, size=size)
+    return tmp_path
+
+
+def add_broken(folder: Path) -> dict[str, str]:
+    """Broken clips, and the class of error that each is."""
+    whole = (folder / "clips" / "a.mp4").read_bytes()
+    (folder / "clips" / "cut.mp4").write_bytes(whole[:-200])
+    (folder / "clips" / "empty.mp4").touch()
+    (folder / "clips" / "text.mp4").write_text("no video")
+    return {"cut.mp4": "ClipTruncated", "empty.mp4": "ClipUnreadable", "text.mp4": "ClipUnreadable"}
+
+
+# --- as its own process ----------------------------------------------------------------------------------------------
+
+
+# PEFT 0.21 asks transformers 5.23 by a name that it has given up.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_pipe_gets_one_json_line_a_clip(folder: Path, model: Path) -> None:
+    adapter = add_adapter(model, folder / "adapter")
+    done = run_python("-m", "lmm_qa", "rate", "clips/a.mp4", "gone.mp4", "-m", "adapter", *FAST, cwd=folder)
+    assert done.code == 3
+    good, gone = done.rows
+    assert (good["clip"], good["error"], good["scale"]) == ("clips/a.mp4", None, [1, 5])
+    assert 1 < good["score"] < 5
+    assert (gone["clip"], gone["score"], gone["error"]["class"]) == ("gone.mp4", None, "ClipNotFound")
+    assert good["adapter"] == str(adapter.relative_to(folder))
+    note, loaded, summary = done.err.splitlines()  # and nothing of what the libraries have to say
+    assert note.startswith("note: adapter has no rater.json: default prompt, scale [1, 5]")
+    assert loaded.startswith("model adapter (Qwen2VLForConditionalGeneration + adapter); device cpu (as asked), dtype")
+    assert loaded.endswith("attention sdpa (on cpu)")
+    assert summary.startswith("1 clip rated, 1 could not be rated; 2 now, in ")
+
+
+def test_help_and_import_load_no_heavy_library(tmp_path: Path) -> None:
+    script = """
+import sys
+import lmm_qa
+heavy = {"torch", "transformers", "numpy", "peft", "scipy", "pyarrow", "av", "pandas", "datasets"}
+print("import:", *sorted(heavy & sys.modules.keys()))
+sys.argv = ["lmm-qa", *sys.argv[1:]]
+from lmm_qa.cli.app import main
+try:
+    main()
+finally:
+    print("help:", *sorted(heavy & sys.modules.keys()))
+"""
+    for arguments in (("--help",), ("rate", "--help")):
+        done = run_python("-c", script, *arguments, cwd=tmp_path)
+        assert done.code == 0, done.err
+        lines = done.out.splitlines()
+        assert (lines[0], lines[-1]) == ("import:", "help:")
+        assert "Usage: lmm-qa" in done.out
+        assert done.err == ""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to another process")
+def test_an_interrupted_run_goes_on_where_it_was(folder: Path, model: Path, command: Command) -> None:
+    for number in range(20):
+        shutil.copy(folder / "clips" / "a.mp4", folder / "clips" / f"copy{number}.mp4")
+        with (folder / "clips" / f"copy{number}.mp4").open("ab") as file:
+            file.write(b"\0\0\0\x09free" + bytes([number]))  # an empty box: the same pictures, other bytes
+    arguments = ("rate", "clips", "-m", model, *FAST, "--batch-size", "1", "-o", "r.jsonl")
+    with subprocess.Popen(
+        [sys.executable, "-m", "lmm_qa", *map(str, arguments)], cwd=folder, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        while not (folder / "r.jsonl").exists() or not (folder / "r.jsonl").read_bytes().count(b"\n"):
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        complaint = process.stderr.read()
+    assert process.returncode == 130
+    assert complaint.splitlines()[-1] == "interrupted; with -o, the same command goes on from here"
+    assert "Traceback" not in complaint
+    kept = read_rows(folder / "r.jsonl")
+    assert 1 <= len(kept) < 23
+    done = command(*arguments)
+    assert done.code == 0
+    assert f"{len(kept)} of 23 clips rated in r.jsonl already" in done.err
+    rows = read_rows(folder / "r.jsonl")
+    assert len(rows) == 23
+    assert all(row in rows for row in kept)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no pseudo-terminals")
+def test_a_terminal_gets_a_table(folder: Path, model: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.openpty()
+    with open(theirs, "w", encoding="utf-8") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        patch.setenv("TERM", "xterm")
+        done = command("rate", "clips", "-m", model, *FAST)
+        assert done.code == 0
+        assert "3 clips rated; 3 now" in done.err
+        shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    for word in ("clip", "score", "a.mp4", "b.mp4", "more/c.mp4"):
+        assert word in shown
+    assert '"score"' not in shown
+
+
+# --- rating into a file ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_second_run_has_nothing_to_do(folder: Path, model: Path, command: Command, suffix: str) -> None:
+    output = folder / "out" / f"ratings{suffix}"
+    arguments = ("rate", "clips", "-m", model, *FAST, "-o", output)
+    done = command(*arguments)
+    assert done.code == 0, done.err
+    assert done.out == ""
+    assert "3 clips rated; 3 now, in " in done.err
+    rows = read_rows(output)
+    assert [row["clip"] for row in rows] == ["a.mp4", "b.mp4", "more/c.mp4"]
+    assert [row["content_id"] for row in rows] == [content_id(folder / "clips" / row["clip"]) for row in rows]
+    assert all(1 < row["score"] < 5 for row in rows)
+    before = output.read_bytes()
+    again = command(*arguments)
+    assert again.code == 0
+    assert f"nothing to do: 3 clips rated in {output} already (--overwrite rates again)" in again.err
+    assert output.read_bytes() == before
+
+
+def test_one_clip_is_no_clips(folder: Path, model: Path, command: Command) -> None:
+    arguments = ("rate", "clips/a.mp4", "-m", model, *FAST, "-o", "r.jsonl")
+    assert "1 clip would be rated; " in command(*arguments, "--dry-run").err
+    assert "1 clip rated; 1 now" in command(*arguments).err
+    assert "nothing to do: 1 clip rated in r.jsonl already" in command(*arguments).err
+
+
+def test_looking_up_what_is_rated_shows_progress(
+    folder: Path, model: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lmm_qa.cli.app, "PROGRESS_SECONDS", -1)
+    arguments = ("rate", "clips", "-m", model, *FAST, "-o", "r.jsonl")
+    first, second = command(*arguments), command(*arguments)
+    assert "2 of 3 clips rated, " in first.err
+    assert "2 of 3 clips looked up, " in second.err
+
+
+def test_overwrite_rates_again(folder: Path, model: Path, command: Command) -> None:
+    arguments = ("rate", "clips", "-m", model, *FAST, "-o", "r.jsonl")
+    command(*arguments)
+    first = read_rows(Path("r.jsonl"))
+    done = command(*arguments, "--overwrite")
+    assert done.code == 0
+    assert "3 clips rated; 3 now" in done.err
+    second = read_rows(Path("r.jsonl"))
+    assert [row["score"] for row in second] == pytest.approx([row["score"] for row in first], abs=1e-4)
+    assert [row["seconds"] for row in second] != [row["seconds"] for row in first]
+
+
+def test_only_new_clips_are_rated(folder: Path, model: Path, command: Command) -> None:
+    arguments = ("rate", "clips", "-m", model, *FAST, "-o", "r.jsonl")
+    command(*arguments)
+    before = read_rows(Path("r.jsonl"))
+    write_clip(folder / "clips" / "aa.mp4", frames=9)
+    shutil.move(folder / "clips" / "b.mp4", folder / "clips" / "renamed.mp4")
+    done = command(*arguments)
+    assert done.code == 0
+    assert "3 of 4 clips rated in r.jsonl already" in done.err
+    assert "4 clips rated; 1 now" in done.err
+    after = {row["clip"]: row for row in read_rows(Path("r.jsonl"))}
+    assert after["a.mp4"] == before[0]
+    assert after["renamed.mp4"] == before[1] | {"clip": "renamed.mp4"}
+
+
+def test_other_settings_do_not_reuse_ratings(folder: Path, model: Path, command: Command) -> None:
+    command("rate", "clips", "-m", model, *FAST, "-o", "r.jsonl")
+    before = Path("r.jsonl").read_bytes()
+    done = command("rate", "clips", "-m", model, *FAST, "--prompt", "qalign", "-o", "r.jsonl")
+    assert done.code == 1
+    assert done.err.splitlines()[-1].startswith("error: ")
+    assert Path("r.jsonl").read_bytes() == before
+
+
+# --- calibrated ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def calibrated(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a rater directory, its ratings (raw.jsonl), labels, and calibration.json made from these."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    (folder / "old").mkdir()
+    (folder / "new").mkdir()
+    for number in range(18):
+        name = f"{'old' if number < 12 else 'new'}/{number}.mp4"
+        write_clip(folder / name, frames=3 + number % 3, size=(48 + 16 * (number % 5), 64 + 16 * (number % 7)))
+    shutil.copytree(model, folder / "rater")
+    settings = {"scale": [0, 5], "sampling": {"frames": 2}, "views": [{"kind": "whole", "max_pixels": 56 * 56}]}
+    (folder / "rater" / "rater.json").write_text(json.dumps(settings))
+    rate = ("-m", "lmm_qa", "rate", "-m", "rater", "--device", "cpu", "--workers", "1")
+    done = run_python(*rate, "old", "new", "-o", "all.jsonl", cwd=folder)
+    assert done.code == 0, done.err
+    rows = read_rows(folder / "all.jsonl")
+    with (folder / "labels.csv").open("w") as labels:
+        labels.write("clip,mos\n")
+        labels.writelines(
+            f"{row['clip']},{2 + row['score'] / 4 + number % 3 / 50}\n" for number, row in enumerate(rows)
+        )
+    (folder / "raw.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:12]))
+    calibrate = ("-m", "lmm_qa", "calibrate", "raw.jsonl", "labels.csv", "--into", "rater", "--kind", "linear")
+    done = run_python(*calibrate, "--coverage", "0.8", cwd=folder)
+    assert done.code == 3, done.err
+    assert "6 labelled clips without a score had no part in it" in done.err
+    return folder
+
+
+RATE = ("rate", "-m", "rater", "--device", "cpu", "--workers", "1")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_calibrated_rater_needs_no_flag(
+    calibrated: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    monkeypatch.chdir(calibrated)
+    output = tmp_path / f"r{suffix}"
+    done = command(*RATE, "old", "new", "gone.mp4", "-o", output)
+    assert done.code == 3, done.err
+    assert "; calibrated (linear)" in done.err
+    assert "interval" in done.err
+    *rows, gone = read_rows(output)
+    calibration = Calibration.read(Path("rater/calibration.json"))
+    raw = read_rows(Path("all.jsonl"))
+    assert calibration.rater_id == raw[0]["rater_id"]
+    assert len(rows) == 18
+    for number, (row, before) in enumerate(zip(rows, raw, strict=True)):
+        assert row["raw_score"] == pytest.approx(before["score"], abs=1e-4)
+        assert (row["score"], *row["interval"]) == pytest.approx(calibration.apply(row["raw_score"], row["std"]))
+        assert row["calibration"] == {
+            "id": calibration.identity,
+            "fitted": number < 12,
+            "raw_rater_id": before["rater_id"],
+        }
+        assert (row["level"], row["rater_id"] == before["rater_id"]) == (before["level"], False)
+    assert (gone["score"], gone["raw_score"], gone["interval"], gone["calibration"]) == (None, None, None, None)
+    again = command(*RATE, "old", "new", "-o", output)
+    assert (again.code, "nothing to do: 18 clips rated" in again.err) == (0, True)
+    refused = command("evaluate", output, "labels.csv")
+    assert refused.code == 1
+    assert "error: the calibration of these ratings was fitted on 12 of the 18 clips" in refused.err
+
+
+def test_raw_and_calibrated_ratings_are_not_mixed(
+    calibrated: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was rated before calibrating stays as it is, and is not taken for calibrated."""
+    monkeypatch.chdir(calibrated)
+    output = tmp_path / "r.jsonl"
+    shutil.copy("raw.jsonl", output)
+    done = command(*RATE, "old", "-o", output)
+    assert done.code == 1
+    assert "holds ratings of another rater or calibration" in done.err.splitlines()[-1]
+    assert output.read_bytes() == Path("raw.jsonl").read_bytes()
+    assert command(*RATE, "old", "-o", output, "--overwrite").code == 0
+    assert all(row["calibration"] for row in read_rows(output))
+
+
+def test_calibrated_ratings_can_be_calibrated_again(
+    calibrated: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(calibrated, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    first = Calibration.read(Path("rater/calibration.json"))
+    for turn in range(2):
+        assert command(*RATE, "old", "-o", f"{turn}.csv").code == 0
+        done = command(
+            *("calibrate", f"{turn}.csv", "labels.csv", "--into", "rater", "--kind", "linear", "--coverage", "0.8")
+        )
+        assert done.code == 3, done.err
+        again = Calibration.read(Path("rater/calibration.json"))
+        assert (again.mapping.model_dump(), again.rater_id) == (
+            pytest.approx(first.mapping.model_dump(), abs=1e-3),
+            first.rater_id,
+        )
+        assert again.clips == first.clips
+
+
+def test_fresh_clips_test_a_calibrated_rater(
+    calibrated: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(calibrated)
+    assert command(*RATE, "new", "-o", tmp_path / "r.jsonl").code == 0
+    done = command("evaluate", tmp_path / "r.jsonl", "labels.csv")
+    assert done.code == 3, done.err
+    assert "of the MOS lie inside the ratings' prediction intervals" in done.out
+
+
+def test_other_settings_than_those_calibrated_are_told_once(
+    calibrated: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(calibrated)
+    done = command(*RATE, "new", "--sampling", "uniform:3")
+    assert done.code == 0
+    assert done.err.count("note: rater/calibration.json is for the rater's own sampling, others were asked for") == 1
+    assert all((row["raw_score"], row["interval"], row["calibration"]) == (None, None, None) for row in done.rows)
+    assert "calibrated (" not in done.err
+
+
+def test_a_broken_calibration_ends_with_2(
+    calibrated: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(calibrated, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    Path("rater/calibration.json").write_text("{")
+    done = command(*RATE, "new")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: rater/calibration.json is not valid JSON")
+
+
+# --- clips that cannot be rated --------------------------------------------------------------------------------------
+
+
+def test_broken_clips_get_error_rows_and_the_others_are_rated(folder: Path, model: Path, command: Command) -> None:
+    broken = add_broken(folder)
+    arguments = ("rate", "clips", "gone.mp4", "-m", model, *FAST, "-o", "r.jsonl")
+    done = command(*arguments)
+    assert done.code == 3
+    assert "3 clips rated, 4 could not be rated; 7 now" in done.err
+    rows = {row["clip"]: row for row in read_rows(Path("r.jsonl"))}
+    assert {name: row["error"]["class"] for name, row in rows.items() if row["error"]} == broken | {
+        "gone.mp4": "ClipNotFound"
+    }
+    assert {name for name, row in rows.items() if row["score"] is not None} == {"a.mp4", "b.mp4", "more/c.mp4"}
+    again = command(*arguments)
+    assert again.code == 3
+    assert "3 of 7 clips rated in r.jsonl already" in again.err
+    assert len(read_rows(Path("r.jsonl"))) == 7
+
+
+def test_lists_and_globs(folder: Path, model: Path, command: Command) -> None:
+    Path("list.csv").write_text("clip,mos\nb.mp4,3\nmissing.mp4,2\n")
+    done = command("rate", "clips/*.mp4", "list.csv", "--root", "clips", "-m", model, *FAST)
+    assert done.code == 3
+    assert [(row["clip"], bool(row["error"])) for row in done.rows] == [
+        ("clips/a.mp4", False),
+        ("clips/b.mp4", False),
+        ("missing.mp4", True),
+    ]
+
+
+# --- what it would do ------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_loads_no_weights(folder: Path, model: Path, command: Command) -> None:
+    add_broken(folder)
+    shutil.copytree(model, folder / "model")
+    arguments = ("rate", "clips", "-m", "model", *FAST, "--scale", "0", "5")
+    (folder / "model" / "model.safetensors").write_bytes(b"these are no weights")
+    done = command(*arguments, "--dry-run")
+    assert done.code == 0, done.err
+    table = [[cell.strip() for cell in re.split("[│┃]", line)] for line in done.out.splitlines()]
+    lines = {name: cells for name, *cells in table}
+    assert lines["clip"] == ["picture", "seconds", "frames", "views", "tokens"]
+    assert lines["a.mp4"] == ["64x64", "0.1", "2", "56x56", "41"]
+    assert lines["more/c.mp4"] == ["64x128", "0.2", "2", "28x56", "39"]
+    assert lines["cut.mp4"][3].startswith("ClipTruncated: ")
+    assert "3 clips would be rated, 3 could not; at most 41 tokens a clip; 20 M parameters" in done.err
+    assert "GiB of weights" in done.err
+    assert command(*arguments).code == 1
+
+
+def test_the_environment(command: Command) -> None:
+    done = command("env")
+    assert done.code == 0
+    entries = {line.split()[0]: line.split(maxsplit=1)[1] for line in done.out.splitlines()}
+    for name in ("lmm-qa", "python", "torch", "torchvision", "transformers", "peft", "bitsandbytes", "av", "decord"):
+        assert entries[name]
+    assert entries["device"].split()[0] in {"cpu", "cuda", "mps"}
+    assert entries["attention"].split()[0] in {"sdpa", "flash_attention_2"}
+
+
+# --- wrong usage -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["clips", "--sampling", "some:8"], "sampling 'some:8' cannot be used"),
+        (["clips", "--sampling", "8"], "sampling '8' is not of the form uniform:8, pairs:12 or fps:2"),
+        (["clips", "--view", "whole"], "view 'whole' is not of the form whole:448, crop:336 or face:224"),
+        (["clips", "--prompt", "shout"], "no prompt 'shout'; give one of "),
+        (["clips", "--scale", "5", "1"], "low must be below high, received [5.0, 1.0]"),
+        (["clips", "-o", "ratings.xlsx"], ".xlsx"),
+        (["clips", "-m", "./gone"], "there is no model directory at './gone'"),
+        (["clips", "--dtype", "int4"], "--dtype"),
+        (["clips", "--batch-size", "0"], "--batch-size"),
+        (["nothing"], "folder 'nothing' and the folders in it hold no video"),
+        (["gone"], "'gone' does not exist: give a file, a folder, a glob or a list of clips"),
+        (["gone/*.mp4"], "as a glob it matches no clip"),
+        ([], "Missing argument"),
+    ],
+)
+def test_wrong_usage_ends_with_2_and_says_why(
+    folder: Path, model: Path, command: Command, arguments: list[str], complaint: str
+) -> None:
+    (folder / "nothing").mkdir()
+    defaults = [] if "-m" in arguments else ["-m", str(model)]
+    done = command("rate", *arguments, *defaults)
+    assert done.code == 2, done.err
+    assert complaint in done.err
+    assert done.out == ""
+    assert "Traceback" not in done.err
+    assert sorted(path.name for path in folder.iterdir()) == ["clips", "nothing"]
+
+
+def test_a_model_that_cannot_be_loaded_ends_with_1(folder: Path, command: Command) -> None:
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text('{"model_type": "qwen9_vl"}')
+    (folder / "model" / "model.safetensors").write_bytes(b"")
+    done = command("rate", "clips", "-m", "model", *FAST)
+    assert done.code == 1
+    assert done.err.splitlines()[-1].startswith("error: cannot load the processor of 'model': ")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_device_that_is_not_here_ends_with_2(folder: Path, model: Path, command: Command, device: str) -> None:
+    done = command("rate", "clips", "-m", model, "--device", device)
+    assert done.code == 2
+    assert f"error: device '{device}' cannot be used here" in done.err
+    here = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    assert f"(devices here: {', '.join(here)}" in done.err
+
+
+# --- why -------------------------------------------------------------------------------------------------------------
+
+
+def test_explain_says_why(command: Command, folder: Path, model: Path) -> None:
+    done = command("explain", "clips/a.mp4", "gone.mp4", "-m", model, "--device", "cpu", "--workers", "1")
+    assert done.code == 3
+    good, gone = done.rows
+    assert good["explanation"].startswith(f"The quality of this video is {good['level']}")
+    assert good["explained_by"] == "model" or "replaced by sentences of ours" in done.err
+    assert all(one["probability"] == good["defects"][one["defect"]] for one in good["found"])
+    assert good["defects"]["lip_sync"] is None
+    assert gone["error"]["class"] == "ClipNotFound"
+    assert gone["explanation"] is None
+    assert "the model does not answer them" in done.err, "random weights put nothing on yes and no"
+    assert "--answers-from base" in done.err
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+def test_rows_without_what_is_asked_now_are_rated_again(
+    suffix: str, command: Command, folder: Path, model: Path
+) -> None:
+    out = folder / f"r.{suffix}"
+    rate = ("rate", "clips", "-m", model, *FAST, "-o", out)
+    assert command(*rate).code == 0
+    plain = read_rows(out)
+    assert plain[0]["defects"] is plain[0]["timeline"] is None
+    done = command(*rate, "--defects", "--timeline")
+    assert done.code == 0
+    assert "3 clips rated; 3 now" in done.err
+    rows = read_rows(out)
+    assert len(rows) == 3
+    assert rows[0]["score"] == pytest.approx(plain[0]["score"], abs=1e-4)
+    assert rows[0]["defects"]["blur"] is not None
+    assert isinstance(rows[0]["found"], list)
+    assert rows[0]["timeline"]["scores"]
+    for asked in (("--defects",), (), ("--timeline", "--defects")):
+        assert "nothing to do" in command(*rate, *asked).err, "what is there is enough"

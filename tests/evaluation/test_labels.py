@@ -1,0 +1,221 @@
+"""python -m pytest tests/evaluation/test_labels.py"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmm_qa.errors import ManifestError, ResultsError, ScoresError
+from lmm_qa.evaluation.labels import Label, Score, group_folds, join, match, read_labels, read_names, read_scores
+from lmm_qa.ratings_io import write_rows
+from lmm_qa.tables import Row
+
+Write = Callable[[str, str], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.write_bytes(text.encode())
+        return path
+
+    return write
+
+
+def rated(clip: str, score: float, **more: object) -> Row:
+    return {"clip": clip, "content_id": f"sha256:{clip}", "rater_id": "r", "score": score, "error": None, **more}
+
+
+def failed(clip: str) -> Row:
+    error = {"class": "ClipTruncated", "message": "3 of 9 frames"}
+    return {"clip": clip, "content_id": None, "rater_id": "r", "score": None, "error": error}
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("thqa.csv", "Video,Score\r\na.mp4,1.5\r\nb.mp4,3"),
+        ("bom.csv", "\ufeffclip,MOS,score\na.mp4,1.5,9\n\nb.mp4,3,9\n"),
+        ("tabs.tsv", "other\tname\tmos\nx\ta.mp4\t1.5\nx\tb.mp4\t3\n"),
+        ("rows.jsonl", '{"clip": "a.mp4", "mos": 1.5}\n\n{"clip": "b.mp4", "mos": 3}\n'),
+    ],
+)
+def test_labels_of_all_forms(write: Write, name: str, text: str) -> None:
+    assert read_labels(write(name, text)) == (Label("a.mp4", 1.5, "a.mp4"), Label("b.mp4", 3.0, "b.mp4"))
+
+
+def test_labels_in_parquet_with_columns_of_any_name(tmp_path: Path) -> None:
+    path = tmp_path / "konvid.parquet"
+    write_rows(path, [{"flickr_id": "12.mp4", "MOS": 2.5, "quality": 4.5, "group": 7}])
+    assert read_labels(path, "flickr_id", "quality") == (Label("12.mp4", 4.5, "7"),)
+
+
+def test_groups_come_from_the_table_or_the_name(write: Write) -> None:
+    text = "clip,mos,group\na.mp4,1,anna\n8_voice_en_34939394_wavlip.mp4,2,\n"
+    assert [label.group for label in read_labels(write("l.csv", text))] == ["anna", ("v1", 8)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "complaint"),
+    [
+        ("l.csv", "clip,mos\na.mp4,high\n", "l.csv:2: a finite number was expected, received 'high'"),
+        ("l.csv", "clip,mos\na.mp4,nan\n", "l.csv:2: a finite number was expected, received 'nan'"),
+        ("l.csv", "clip,mos\na.mp4,1\na.mp4,2\n", "l.csv:3: 'a.mp4' has a label already, 1: keep one of the two"),
+        ("l.csv", "clip,mos\na.mp4\n", "l.csv:2: 2 cells were expected, received 1"),
+        ("l.csv", "clip,mos\n,1\n", "l.csv:2: the name of a clip was expected, received ''"),
+        ("l.csv", "clip,quality\na,1\n", "l.csv:2: no column is named mos or score; the columns are: clip, quality"),
+        ("l.csv", "id,mos\na,1\n", "l.csv:2: no column is named clip or video"),
+        ("l.csv", "clip,mos\n", "l.csv holds no labels"),
+        ("l.csv", "", "l.csv holds no labels"),
+        ("l.csv", 'clip,mos\n"a\x00,1', "l.csv:"),
+        ("l.jsonl", '{"clip": "a", "mos": 1}\n[1]\n', r"l.jsonl:2: an object was expected, received '\[1\]'"),
+        ("l.jsonl", "{\n", "l.jsonl:1: this is no JSON"),
+        ("l.jsonl", '{"clip": 7, "mos": 1}\n', "l.jsonl:1: the name of a clip was expected, received 7"),
+        ("l.parquet", "no", "l.parquet is no Parquet file"),
+        ("l.txt", "a,1\n", "l.txt: a table is one of .csv, .tsv, .jsonl, .parquet"),
+    ],
+)
+def test_labels_that_cannot_be_read(write: Write, name: str, text: str, complaint: str) -> None:
+    with pytest.raises(ManifestError, match=complaint):
+        read_labels(write(name, text))
+
+
+def test_files_that_are_not_there_or_no_text(tmp_path: Path) -> None:
+    for read in (read_labels, read_names):
+        with pytest.raises(ManifestError, match=r"l.csv cannot be read: No such file"):
+            read(tmp_path / "l.csv")
+    (tmp_path / "latin.csv").write_bytes("clip,mos\né,1\n".encode("latin-1"))
+    with pytest.raises(ManifestError, match=r"latin.csv cannot be read: it is not UTF-8 text"):
+        read_labels(tmp_path / "latin.csv")
+    with pytest.raises(ResultsError, match=r"cannot read .*r.jsonl"):
+        read_scores(tmp_path / "r.jsonl")
+
+
+# --- lists and scores ------------------------------------------------------------------------------------------------
+
+
+def test_lists(write: Write) -> None:
+    assert read_names(write("a.csv", "Video\r\nb.mp4\r\na.mp4\r\n")) == ("b.mp4", "a.mp4")
+    assert read_names(write("a.txt", "b.mp4\n\n a.mp4 \n")) == ("b.mp4", "a.mp4")
+    with pytest.raises(ManifestError, match=r"a.txt:3: 'b.mp4' is listed already"):
+        read_names(write("a.txt", "b.mp4\na.mp4\nb.mp4\n"))
+    with pytest.raises(ManifestError, match=r"a.txt lists no clips"):
+        read_names(write("a.txt", "\n"))
+
+
+@pytest.mark.parametrize("form", [".jsonl", ".csv", ".parquet"])
+def test_ratings_of_ours(tmp_path: Path, form: str) -> None:
+    path = tmp_path / f"r{form}"
+    calibration = {"id": "1234567890123456", "fitted": True, "raw_rater_id": "123e4567"}
+    more = {"scale": [0, 5], "std": 0.5, "raw_score": 3.0, "interval": [1.5, 3.5], "calibration": calibration}
+    write_rows(path, [rated("a.mp4", 2.5, **more), failed("b.mp4")])
+    one, other = read_scores(path)
+    assert one == Score(
+        clip="a.mp4",
+        value=2.5,
+        raw=3.0,
+        std=0.5,
+        interval=(1.5, 3.5),
+        scale=(0.0, 5.0),
+        content_id="sha256:a.mp4",
+        rater_id="123e4567",
+        calibrated=True,
+        fitted=True,
+    )
+    assert other == Score("b.mp4", None, "ClipTruncated: 3 of 9 frames")
+
+
+def test_ratings_of_others(write: Write) -> None:
+    assert read_scores(write("r.txt", "x,1.mp4,2.5\n\nb.mp4,3\n")) == (Score("x,1.mp4", 2.5), Score("b.mp4", 3.0))
+    assert read_scores(write("r.csv", "video,score\nb.mp4,3\n")) == (Score("b.mp4", 3.0),)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "complaint"),
+    [
+        ("r.txt", "a.mp4\n", "r.txt:1: name,score was expected, received 'a.mp4'"),
+        ("r.txt", "a.mp4,\n", "r.txt:1: a finite number was expected, received ''"),
+        ("r.txt", "a.mp4,nan\n", "r.txt:1: a finite number was expected, received 'nan'"),
+        ("r.txt", "a.mp4,1\na.mp4,2\n", r"rates 1 clips more than once \('a.mp4'\): keep one rater's rows"),
+        ("r.txt", "", "holds no ratings"),
+        ("r.csv", "video,mos\nb.mp4,3\n", "r.csv, row 1: no column is named score; the columns are: video, mos"),
+        ("r.csv", "video,score\nb.mp4,\n", "r.csv, row 1: a finite number was expected, received None"),
+        ("r.xlsx", "", "ratings are .jsonl, .csv, .parquet, or .txt with a line name,score a clip"),
+    ],
+)
+def test_ratings_that_cannot_be_read(write: Write, name: str, text: str, complaint: str) -> None:
+    with pytest.raises(ManifestError, match=complaint):
+        read_scores(write(name, text))
+
+
+def test_two_raters_in_one_file_are_refused(write: Write) -> None:
+    rows = [rated("a.mp4", 1.0), rated("a.mp4", 2.0) | {"rater_id": "other"}]
+    with pytest.raises(ManifestError, match="rates 1 clips more than once"):
+        read_scores(write("r.jsonl", "".join(json.dumps(row) + "\n" for row in rows)))
+
+
+@pytest.mark.parametrize("other", [{}, {"calibration": None}, {"calibration": {"id": "d", "fitted": False}}])
+def test_scores_of_two_calibrations_are_refused(tmp_path: Path, other: dict[str, object]) -> None:
+    path, calibration = tmp_path / "r.jsonl", {"calibration": {"id": "c", "fitted": False}}
+    write_rows(path, [rated("a.mp4", 1.0, **calibration), failed("b.mp4"), rated("c.mp4", 2.0, **calibration)])
+    assert len(read_scores(path)) == 3
+    write_rows(path, [rated("a.mp4", 1.0, **calibration), rated("c.mp4", 2.0, **other)])
+    with pytest.raises(ManifestError, match=r"r\.jsonl mixes calibrated and raw scores, or those of several"):
+        read_scores(path)
+
+
+# --- side by side ----------------------------------------------------------------------------------------------------
+
+
+def test_names_match_whole_then_by_file_name_then_without_suffix() -> None:
+    assert match(["a/x.mp4", "b/x.mp4"], ["b/x.mp4", "a/x.mp4"]) == {"a/x.mp4": "a/x.mp4", "b/x.mp4": "b/x.mp4"}
+    assert match(["x.mp4"], ["clips/x.mp4"]) == {"x.mp4": "clips/x.mp4"}
+    assert match(["x"], ["clips/x.mp4"]) == {"x": "clips/x.mp4"}
+    assert match(["x_0.5"], ["x_0.mp4"]) == {}
+
+
+def test_ambiguous_names_do_not_match() -> None:
+    assert match(["x.mp4"], ["a/x.mp4", "b/x.mp4"]) == {}
+    assert match(["a/x.mp4", "b/x.mp4"], ["x.mp4"]) == {}
+    assert match(["a/x.mp4", "b/x.mp4"], ["a/x.mp4", "x.mp4"]) == {"a/x.mp4": "a/x.mp4"}
+
+
+def test_nothing_is_dropped_in_silence() -> None:
+    labels = [Label(clip, mos, clip) for clip, mos in (("b", 1.0), ("a", 2.0), ("gone", 3.0), ("broken", 4.0))]
+    scores = [Score("dir/a", 2.5), Score("broken", None, "ClipTruncated: x"), Score("new", 5.0), Score("b", 1.5)]
+    found = join(labels, scores)
+    assert [(pair.label.clip, pair.score.clip) for pair in found.pairs] == [("b", "b"), ("a", "dir/a")]
+    assert (found.mos.tolist(), found.scores.tolist()) == ([1.0, 2.0], [1.5, 2.5])
+    assert found.failed == (scores[1],)
+    assert (found.missing, found.extra) == (("gone",), ("new",))
+
+
+def test_files_of_different_clips_are_refused() -> None:
+    with pytest.raises(
+        ScoresError, match=r"none of the 1 labelled clips \(a, \.\.\.\) is among the 1 rated ones \(b, "
+    ):
+        join([Label("a", 1.0, "a")], [Score("b", 1.0)])
+
+
+@given(st.lists(st.integers(0, 8), min_size=1, max_size=60), st.integers(1, 5), st.integers(0, 3))
+def test_folds_keep_groups_whole(groups: list[int], folds: int, seed: int) -> None:
+    if len(set(groups)) < folds:
+        with pytest.raises(ScoresError, match=f"{len(set(groups))} groups of clips cannot be dealt to {folds} folds"):
+            group_folds(groups, folds, seed)
+        return
+    fold = group_folds(groups, folds, seed)
+    assert set(fold.tolist()) == set(range(folds))
+    assert len({(group, place) for group, place in zip(groups, fold.tolist(), strict=True)}) == len(set(groups))
+    assert (fold == group_folds(groups, folds, seed)).all()
+    sizes = np.bincount(fold, minlength=folds)
+    assert sizes.max() - sizes.min() <= max(groups.count(group) for group in groups)

@@ -1,0 +1,172 @@
+"""python -m pytest tests/evaluation/test_metrics.py"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy.optimize import curve_fit
+from scipy.stats import kendalltau, pearsonr, spearmanr
+
+from lmm_qa.errors import ScoresError
+from lmm_qa.evaluation import metrics
+from lmm_qa.evaluation.metrics import METRICS, WITHIN, Floats, Logistic4, agreement, bootstrap, fit_logistic4
+
+
+def opinions(n: int = 200, noise: float = 0.5, seed: int = 0) -> tuple[Floats, Floats]:
+    """Scores, and MOS in steps of a tenth, with ties, as people give them."""
+    rng = np.random.default_rng(seed)
+    mos = np.round(rng.uniform(0, 5, n), 1)
+    return mos + rng.normal(0, noise, n), mos
+
+
+numbers = st.integers(-6, 6).map(lambda number: number / 2)
+samples = st.lists(st.tuples(numbers, numbers), min_size=5, max_size=40)
+
+
+@given(samples)
+def test_correlations_are_those_of_scipy(pairs: list[tuple[float, float]]) -> None:
+    x, y = np.array(pairs).T
+    assume(np.ptp(x) > 0 and np.ptp(y) > 0)
+    found = agreement(x, y)
+    assert found["srcc"] == pytest.approx(spearmanr(x, y).statistic, abs=1e-12)
+    assert found["krcc"] == pytest.approx(kendalltau(x, y).statistic, abs=1e-12)
+    assert found["plcc"] == pytest.approx(pearsonr(x, y).statistic, abs=1e-12)
+
+
+@settings(max_examples=50)
+@given(samples)
+def test_the_fit_is_that_of_its_curve_and_at_least_as_good_as_a_line(pairs: list[tuple[float, float]]) -> None:
+    x, y = np.array(pairs).T
+    assume(np.ptp(x) > 0 and np.ptp(y) > 0)
+    found, fitted = agreement(x, y), fit_logistic4(x, y)(x)
+    assert found["rmse_fit"] == pytest.approx(np.sqrt(np.mean((fitted - y) ** 2)), abs=1e-4)
+    assert found["plcc_fit"] >= abs(found["plcc"]) - 2e-3
+    assert found["main"] == (found["srcc"] + found["plcc_fit"]) / 2
+
+
+@settings(max_examples=30)
+@given(scale=st.floats(1e-3, 1e3), shift=st.floats(-1e3, 1e3), seed=st.integers(0, 20))
+def test_units_of_the_score_do_not_matter(scale: float, shift: float, seed: int) -> None:
+    x, y = opinions(40, seed=seed)
+    plain, changed = agreement(x, y), agreement(x * scale + shift, y)
+    assert changed == pytest.approx(plain, abs=1e-4)
+
+
+def test_a_logistic_is_found_again() -> None:
+    reference_defects = Logistic4(b1=4.5, b2=0.5, b3=60.0, b4=8.0)
+    x = np.linspace(20, 100, 200)
+    found = fit_logistic4(x, reference_defects(x))
+    assert [found.b1, found.b2, found.b3, found.b4] == pytest.approx([4.5, 0.5, 60, 8], rel=1e-4)
+
+
+def test_a_falling_logistic_is_found_and_ranks_stay_negative() -> None:
+    x = np.linspace(20, 100, 200)
+    y = Logistic4(b1=0.5, b2=4.5, b3=60.0, b4=8.0)(x)
+    found = agreement(x, y)
+    assert (found["srcc"], found["plcc_fit"]) == pytest.approx((-1, 1), abs=1e-6)
+    assert fit_logistic4(x, y).b1 < fit_logistic4(x, y).b2
+
+
+@pytest.mark.parametrize("noise", [0.1, 0.5, 2.0])
+def test_no_worse_than_curve_fit_from_the_usual_start(noise: float) -> None:
+    x, y = opinions(300, noise)
+
+    def f(x: Floats, b1: float, b2: float, b3: float, b4: float) -> Floats:
+        return b2 + (b1 - b2) / (1 + np.exp(-(x - b3) / abs(b4)))
+
+    usual, _ = curve_fit(f, x, y, [y.max(), y.min(), x.mean(), x.std()], maxfev=20000)
+    assert agreement(x, y)["rmse_fit"] <= np.sqrt(np.mean((f(x, *usual) - y) ** 2)) + 1e-6
+
+
+def test_a_resample_gives_what_the_drawn_clips_give() -> None:
+    x, y = opinions(60)
+    found = bootstrap(x, y, resamples=20, seed=3)
+    (counts,) = metrics._resamples(60, 20, 3)
+    for row, drawn in enumerate(counts):
+        x_drawn, y_drawn = np.repeat(x, drawn), np.repeat(y, drawn)
+        assert found.drawn["srcc"][row] == pytest.approx(spearmanr(x_drawn, y_drawn).statistic)
+        assert found.drawn["krcc"][row] == pytest.approx(kendalltau(x_drawn, y_drawn).statistic)
+        assert found.drawn["plcc"][row] == pytest.approx(pearsonr(x_drawn, y_drawn).statistic)
+        # The grid stands for a fit of each resample.
+        exact = agreement(x_drawn, y_drawn)
+        assert found.drawn["plcc_fit"][row] == pytest.approx(exact["plcc_fit"], abs=1e-3)
+        assert found.drawn["rmse_fit"][row] == pytest.approx(exact["rmse_fit"], rel=2e-2)
+
+
+def test_intervals_hold_the_figure_and_shrink_with_more_clips() -> None:
+    small, large = (bootstrap(*opinions(n), resamples=300).intervals() for n in (50, 800))
+    for name in METRICS:
+        assert small[name].low < small[name].value < small[name].high
+        assert small[name].high - small[name].low > 2 * (large[name].high - large[name].low)
+    assert {name: interval.value for name, interval in small.items()} == agreement(*opinions(50))
+
+
+def test_the_interval_of_a_correlation_is_that_of_theory() -> None:
+    """Fisher: the standard error of artanh(plcc) is 1 / sqrt(n - 3) for normal data."""
+    rng = np.random.default_rng(5)
+    x, noise = rng.normal(size=(2, 1000))
+    found = bootstrap(x, x + noise, ["plcc"], resamples=2000).intervals()["plcc"]
+    half = 1.96 / np.sqrt(997)
+    expected = np.tanh(np.arctanh(found.value) + np.array([-half, half]))
+    assert [found.low, found.high] == pytest.approx(expected, abs=0.006)
+
+
+def test_the_seed_decides_and_the_chunks_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = opinions(50)
+    one = bootstrap(x, y, resamples=40, seed=1).intervals()
+    assert one == bootstrap(x, y, resamples=40, seed=1).intervals()
+    assert one != bootstrap(x, y, resamples=40, seed=2).intervals()
+    monkeypatch.setattr(metrics, "CHUNK", 7 * 50)
+    chunked = bootstrap(x, y, resamples=40, seed=1).intervals()
+    assert all(chunked[name] == pytest.approx(one[name]) for name in METRICS)
+
+
+def test_a_pair_on_the_same_resamples() -> None:
+    x, y = opinions(noise=0.4)
+    worse = x + np.random.default_rng(9).normal(0, 0.5, len(x))
+    same = (bootstrap(x, y) - bootstrap(x, y)).intervals()
+    assert all(tuple(interval) == (0, 0, 0) for interval in same.values())
+    margin = (bootstrap(x, y) - bootstrap(worse, y)).intervals()["main"]
+    apart = [bootstrap(scores, y).intervals()["main"] for scores in (x, worse)]
+    assert 0 < margin.low < margin.value < margin.high
+    assert margin.high - margin.low < sum(interval.high - interval.low for interval in apart)
+    with pytest.raises(ScoresError, match="not the same resamples"):
+        bootstrap(x, y, seed=1) - bootstrap(x, y, seed=2)
+
+
+def test_within_groups() -> None:
+    x, y = opinions(90, noise=0.3)
+    groups = [np.arange(0, 30), np.arange(30, 60), np.arange(60, 90)]
+    x[60:] = 2.0
+    found = bootstrap(x, y, ["srcc"], groups=groups, resamples=200).intervals()
+    expected = sum(spearmanr(x[group], y[group]).statistic for group in groups[:2]) / 3
+    assert found[WITHIN].value == pytest.approx(expected)
+    assert found[WITHIN].low < found[WITHIN].value < found[WITHIN].high
+
+
+@pytest.mark.parametrize(
+    ("scores", "mos", "complaint"),
+    [
+        ([1.0] * 6, [1, 2, 3, 4, 5, 6], "all 6 score values are 1: no correlation is defined"),
+        ([0.1 + 0.2, 0.3] * 3, [1, 2, 3, 4, 5, 6], "all 6 score values are 0.3"),
+        ([1, 2, 3, 4, 5, 6], [2.5] * 6, "all 6 MOS values are 2.5"),
+        ([1, 2, 3, 4], [1, 2, 3, 4], "4 clips have both a score and a MOS: at least 5 are needed"),
+        ([1, 2, float("nan"), 4, 5], [1, 2, 3, 4, 5], "1 of 5 score values are NaN or infinite, the first at index 2"),
+        ([1, 2, 3, 4, 5], [1, 2, 3, 4, float("inf")], "1 of 5 MOS values are NaN"),
+        ([1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6], r"received arrays of shape \(5,\) and \(6,\)"),
+    ],
+)
+def test_what_has_no_correlation_is_refused(scores: list[float], mos: list[float], complaint: str) -> None:
+    for compute in (agreement, fit_logistic4, bootstrap):
+        with pytest.raises(ScoresError, match=complaint):
+            compute(scores, mos)
+
+
+def test_wrong_requests_are_refused() -> None:
+    x, y = opinions(20)
+    with pytest.raises(ScoresError, match="at least one resample is needed, received 0"):
+        bootstrap(x, y, resamples=0)
+    with pytest.raises(ScoresError, match="no metric is called pearson; the metrics are: main, srcc"):
+        bootstrap(x, y, ["pearson"])

@@ -1,0 +1,428 @@
+"""python -m pytest tests/training/test_config.py"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from pydantic.fields import FieldInfo
+
+from lmm_qa.config import Sampling, Settings, View
+from lmm_qa.errors import ConfigError, ModelError, UsageError
+from lmm_qa.model.prompt import Prompt, load_prompt
+from lmm_qa.model.rater_config import resolve_model
+from lmm_qa.training.config import Recipe
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "embedded.yaml")  # that one is a script's
+LAUNCHES = sorted((CONFIGS / "accelerate").glob("*.yaml"))
+
+HUB = {
+    "qwen2_vl_2b": "Qwen/Qwen2-VL-2B-Instruct",
+    "qwen2_vl_7b": "Qwen/Qwen2-VL-7B-Instruct",
+    "qwen2_5_vl_3b": "Qwen/Qwen2.5-VL-3B-Instruct",
+    "qwen2_5_vl_7b": "Qwen/Qwen2.5-VL-7B-Instruct",
+    "qwen3_vl_4b": "Qwen/Qwen3-VL-4B-Instruct",
+    "qwen3_vl_8b": "Qwen/Qwen3-VL-8B-Instruct",
+}
+
+SMALL: dict[str, Any] = {
+    "model": {"backbone": "some/model"},
+    "data": {"train": [{"path": "a.csv", "scale": [0, 5]}]},
+    "training": {"output": "runs/a"},
+}
+
+Place = tuple[str, ...]
+
+
+def small(**sections: Any) -> Recipe:
+    return Recipe.parse({**SMALL, **sections}, "test")
+
+
+def write(path: Path, values: Any) -> Path:
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+    return path
+
+
+# --- what ships ------------------------------------------------------------------------------------------------------
+
+
+def comments(path: Path) -> list[tuple[Place, str]]:
+    """Each key of a YAML file, by its place (list items have none of their own), with the comment above it."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+
+    def above(line: int) -> str:
+        found: list[str] = []
+        while line and (comment := re.fullmatch(r"\s*(?:- )?# ?(.*)", lines[line - 1])):
+            found.insert(0, comment[1])
+            line -= 1
+        return " ".join(found)
+
+    def walk(node: yaml.Node, place: Place) -> Iterator[tuple[Place, str]]:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                yield (*place, key.value), above(key.start_mark.line)
+                yield from walk(value, (*place, key.value))
+        elif isinstance(node, yaml.SequenceNode):
+            for item in node.value:
+                yield from walk(item, place)
+
+    return list(walk(yaml.compose(path.read_text(encoding="utf-8"), yaml.SafeLoader), ()))
+
+
+def fields(model: type[Settings], place: Place = ()) -> Iterator[tuple[Place, FieldInfo]]:
+    """All that a recipe may say."""
+    for name, field in model.model_fields.items():
+        yield (*place, name), field
+        for inner in settings_in(field.annotation):
+            yield from fields(inner, (*place, name))
+
+
+def settings_in(annotation: Any) -> list[type[Settings]]:
+    if not get_args(annotation):
+        return [annotation] if isinstance(annotation, type) and issubclass(annotation, Settings) else []
+    return [found for part in get_args(annotation) for found in settings_in(part)]
+
+
+def plain(value: Any) -> Any:
+    """A default as YAML would give it."""
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value
+
+
+FIELDS = dict(fields(Recipe))
+TOLD = re.compile(r"\((?P<kind>[^();]+); (?:(?P<required>required)|default (?P<default>[^()]+))\)$")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_shipped_recipe_loads_by_path_and_by_name(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe.load(path, ["data.root=/videos"])
+    assert recipe.data.root == Path("/videos")
+    monkeypatch.chdir(tmp_path)
+    assert Recipe.load(Path(path.stem), ["data.root=/videos"]) == recipe
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_each_key_has_a_comment_with_its_meaning_type_and_default(path: Path) -> None:
+    for place, comment in comments(path):
+        if place in FIELDS and settings_in(FIELDS[place].annotation) and len(place) == 1:
+            assert len(comment) > 10, f"{path.name}: {place} has no comment"
+            continue
+        told = TOLD.search(comment)
+        assert told, f"{path.name}: the comment of {place} does not end in (type; default ...): {comment!r}"
+        assert len(comment) - len(told[0]) > 5, f"{path.name}: the comment of {place} tells no meaning"
+        if place == ("extends",):
+            continue
+        field = FIELDS[place]
+        assert bool(told["required"]) == field.is_required(), f"{path.name}: {place}"
+        if not field.is_required():
+            default = plain(field.get_default(call_default_factory=True))
+            assert yaml.safe_load(told["default"]) == pytest.approx(default), f"{path.name}: {place}"
+
+
+def test_a_comment_is_missed(tmp_path: Path) -> None:
+    """The test above would see it."""
+    path = write(tmp_path / "a.yaml", "# One (text; required)\na: 1\nb: 2\nc:\n- # Two\n  # lines\n  d: 3\n  e: 4\n")
+    assert comments(path) == [
+        (("a",), "One (text; required)"),
+        (("b",), ""),
+        (("c",), ""),
+        (("c", "d"), "Two lines"),
+        (("c", "e"), ""),
+    ]
+
+
+def test_one_recipe_has_every_key() -> None:
+    listed = {place for place, _ in comments(CONFIGS / "thqa.yaml")}
+    elsewhere = (("data", "validation"), ("rating", "prompt"))  # as data.train, and as the files in prompts/
+    wanted = {place for place in FIELDS if not (len(place) > 2 and place[:2] in elsewhere)}
+    assert len(wanted) > 60
+    assert wanted - listed == set()
+
+
+def test_each_backbone_has_a_recipe_for_each_card() -> None:
+    cards = {"qlora": "4bit", "lora": None, "fsdp": None}
+    named = {f"thqa_{backbone}_{card}" for backbone in HUB for card in cards}
+    bases = {"thqa", "thqa_qlora", "thqa_fsdp", "konvid", "embedded_lora"}
+    assert {path.stem for path in RECIPES} == named | bases
+    for backbone, hub in HUB.items():
+        for card, quantization in cards.items():
+            recipe = Recipe.load(Path(f"thqa_{backbone}_{card}"))
+            assert (recipe.model.backbone, recipe.model.quantization) == (hub, quantization)
+            assert recipe.training.output == Path(f"runs/thqa_{backbone}_{card}")
+            assert recipe.scale == (0, 5)
+            processes = 4 if card == "fsdp" else 1
+            assert recipe.training.batch_size * recipe.training.accumulation * processes == 16
+
+
+def test_the_published_tables_are_read_as_the_recipe_says(shared_dir: Path, tmp_path: Path) -> None:
+    from lmm_qa.training.dataset import load
+
+    for name in ("train", "val"):
+        (tmp_path / name).mkdir()
+        table = f"thqa_ntire_{name}.csv"
+        (tmp_path / table).write_bytes((shared_dir / "thqa" / table).read_bytes())
+    splits = load(Recipe.load(Path("thqa"), [f"data.root={tmp_path}"]).data, seed=0)
+    assert len(splits.validation) == 1714
+    assert len(splits.train) + len(splits.calibration) == 8927 - 55
+    assert splits.validation[0].path.parent == tmp_path / "val"
+    assert splits.train[0].path.parent == tmp_path / "train"
+
+
+def test_the_second_layout_is_read_as_its_recipe_says(tmp_path: Path) -> None:
+    from lmm_qa.training.dataset import load
+
+    (tmp_path / "KoNViD_1k_videos").mkdir()
+    for number in range(40):
+        (tmp_path / f"KoNViD_1k_videos/{3339962800 + number}.mp4").touch()
+    rows = [f"{3339962800 + number},{1 + number / 10}" for number in range(40)]
+    write(tmp_path / "KoNViD_1k_mos.csv", "\n".join(['"flickr_id","mos"', *rows]))
+    recipe = Recipe.load(Path("konvid"), [f"data.root={tmp_path}"])
+    splits = load(recipe.data, seed=0)
+    assert [len(splits.train), len(splits.validation), len(splits.calibration)] == [32, 4, 4]
+    assert all(example.path.is_file() for example in splits.train)
+    assert recipe.scale == (1, 5)
+
+
+# --- configurations of accelerate ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)
+def test_accelerate_takes_its_configurations(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
+
+    config = load_config_from_file(str(path))
+    assert config.mixed_precision == "no", "the recipe decides"
+    options = launch_command_parser().parse_args(["--config_file", str(path), "scripts/train.py"])
+    for key in (*config.fsdp_config, *config.deepspeed_config):
+        assert hasattr(options, key), f"{path.name}: accelerate knows no {key}"
+    for place, comment in comments(path):
+        assert place[-1] in {"fsdp_config", "deepspeed_config"} or TOLD.search(comment), f"{path.name}: {place}"
+
+
+def test_accelerate_launches_what_each_file_says() -> None:
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    def launched(name: str) -> Any:
+        path = CONFIGS / "accelerate" / f"{name}.yaml"
+        options = launch_command_parser().parse_args(["--config_file", str(path), "scripts/train.py"])
+        return _validate_launch_command(options)[0]
+
+    assert {path.stem for path in LAUNCHES} == {"one_gpu", "one_machine", "several_machines", "fsdp", "deepspeed"}
+    assert (launched("one_gpu").num_processes, launched("one_gpu").multi_gpu) == (1, False)
+    assert (launched("one_machine").num_processes, launched("one_machine").multi_gpu) == (4, True)
+    several = launched("several_machines")
+    assert (several.num_processes, several.num_machines, several.multi_gpu) == (8, 2, True)
+    assert (several.main_process_ip, several.main_process_port) == ("10.0.0.1", 29500)
+    assert launched("deepspeed").use_deepspeed
+    assert launched("deepspeed").zero_stage == 2
+
+
+def test_fsdp_is_configured_for_a_frozen_model_with_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.launch import prepare_multi_gpu_env
+    from torch.distributed.fsdp import StateDictType
+
+    path = CONFIGS / "accelerate" / "fsdp.yaml"
+    options = launch_command_parser().parse_args(["--config_file", str(path), "scripts/train.py"])
+    options = _validate_launch_command(options)[0]
+    assert options.use_fsdp
+    for name, value in prepare_multi_gpu_env(options).items():
+        if name.startswith("FSDP_"):
+            monkeypatch.setenv(name, value)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2
+    assert plugin.state_dict_type == StateDictType.FULL_STATE_DICT
+    assert not plugin.cpu_ram_efficient_loading
+    assert not plugin.activation_checkpointing
+    assert plugin.auto_wrap_policy is not None
+
+
+# --- a recipe that changes another one -------------------------------------------------------------------------------
+
+
+def test_a_recipe_holds_what_differs_from_the_one_that_it_extends(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", {**SMALL, "loss": {"plcc": 0.5, "fidelity": 0.25}, "model": {"backbone": "a/b"}})
+    (tmp_path / "inner").mkdir()
+    middle = {"extends": "../base.yaml", "loss": {"plcc": 0.0}, "model": {"quantization": "4bit"}}
+    write(tmp_path / "inner/middle.yaml", middle)
+    table = {"path": "b.csv", "scale": [1, 5]}
+    last = {"extends": "middle.yaml", "data": {"train": [table]}, "model": {"quantization": None}}
+    path = write(tmp_path / "inner/last.yaml", last)
+    recipe = Recipe.load(path, ["loss.fidelity=0.75"])
+    assert (recipe.loss.plcc, recipe.loss.fidelity) == (0.0, 0.75)
+    assert (recipe.model.backbone, recipe.model.quantization) == ("a/b", None)
+    assert [table.path for table in recipe.data.train] == ["b.csv"]
+    assert Recipe.load(tmp_path / "inner/middle.yaml").model.quantization == "4bit"
+
+
+def test_a_recipe_of_ones_own_extends_a_shipped_one_by_name(tmp_path: Path) -> None:
+    recipe = Recipe.load(write(tmp_path / "mine.yaml", {"extends": "thqa_qlora", "training": {"passes": 1}}))
+    shipped = Recipe.load(CONFIGS / "thqa_qlora.yaml")
+    assert recipe.training.passes == 1
+    assert recipe.model_copy(update={"training": shipped.training}) == shipped
+
+
+def test_a_recipe_cannot_extend_itself_or_what_is_not_there(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", {"extends": "b.yaml"})
+    write(tmp_path / "b.yaml", {"extends": "a.yaml"})
+    with pytest.raises(ConfigError, match=r"[ab]\.yaml extends itself, by way of [ab]\.yaml"):
+        Recipe.load(tmp_path / "a.yaml")
+    with pytest.raises(ConfigError, match=r"cannot read .*gone\.yaml: No such file"):
+        Recipe.load(write(tmp_path / "c.yaml", {"extends": "gone.yaml"}))
+
+
+# --- reading and changing --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "place", "value"),
+    [
+        ("training.learning_rate=2e-4", "training.learning_rate", 2e-4),
+        ("training.report_to=[tensorboard, trackio]", "training.report_to", ("tensorboard", "trackio")),
+        ("rating.scale=[1, 5]", "rating.scale", (1.0, 5.0)),
+        ("rating.sampling.frames=4", "rating.sampling.frames", 4),
+        ("model.quantization=4bit", "model.quantization", "4bit"),
+        ("model.revision=a=b", "model.revision", "a=b"),
+        ("training.keep_vision=null", "training.keep_vision", None),
+        ("training.arguments.logging_steps=1", "training.arguments", {"logging_steps": 1}),
+        ("data.root=/a b", "data.root", Path("/a b")),
+    ],
+)
+def test_a_change_has_its_effect(tmp_path: Path, change: str, place: str, value: object) -> None:
+    found: Any = Recipe.load(write(tmp_path / "a.yaml", SMALL), [change])
+    for name in place.split("."):
+        found = getattr(found, name)
+    assert found == value
+
+
+def test_a_change_reaches_into_a_list_and_the_last_one_counts(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", SMALL)
+    recipe = Recipe.load(path, ["data.train.0.path=b.csv", "data.train.0.path=c.csv", "data.train.0.std=spread"])
+    (table,) = recipe.data.train
+    assert (table.path, table.std, table.scale) == ("c.csv", "spread", (0, 5))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ("data.root", "a change is of the form section.key=value, received 'data.root'"),
+        ("=3", "received '=3'"),
+        ("loss.plcc=[1", r"received 'loss.plcc=\[1'"),
+        ("data.train.1.path=b.csv", "'data.train.1.path=b.csv': there is no '1' to change"),
+        ("data.train.first.path=b.csv", "there is no 'first' to change"),
+        ("model.backbone.name=b", "there is no 'name' to change"),
+        ("loss.plc=1", r"loss.plc: Extra inputs are not permitted \(received 1\)"),
+        ("losses.plcc=1", r"losses: Extra inputs are not permitted"),
+        ("loss.plcc=much", r"loss.plcc: .* \(received 'much'\)"),
+        ("training.passes=0", r"training.passes: Input should be greater than 0 \(received 0\)"),
+        ("data.train=[]", r"data.train: .* at least 1 item"),
+    ],
+)
+def test_a_change_that_cannot_be_made_is_named(tmp_path: Path, change: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        Recipe.load(write(tmp_path / "a.yaml", SMALL), [change])
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("model: [", "is not valid YAML"),
+        ("", "cannot be used"),
+        ("- 1", "cannot be used"),
+        ("model: {backbone: a/b}", "data: Field required"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, complaint: str) -> None:
+    path = write(tmp_path / "a.yaml", text)
+    with pytest.raises(ConfigError, match=complaint) as refused:
+        Recipe.load(path)
+    assert str(path) in str(refused.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read .*nothing\.yaml: No such file"):
+        Recipe.load(tmp_path / "nothing.yaml")
+    with pytest.raises(ConfigError, match="cannot read no_such_recipe"):
+        Recipe.load(Path("no_such_recipe"))
+
+
+@pytest.mark.parametrize(
+    ("sections", "complaint"),
+    [
+        ({"model": {"backbone": "a/b", "quantization": "8bit"}, "tuning": {"method": "full"}}, "cannot be trained"),
+        ({"training": {"output": "a", "keep_vision": True}, "tuning": {"vision": True}}, "tower and merger are frozen"),
+        ({"training": {"output": "a", "keep_vision": True}, "tuning": {"merger": True}}, "tower and merger are frozen"),
+        ({"loss": {"cross_entropy": 0, "fidelity": 0}}, "must have a weight above 0"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(sections: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        small(**sections)
+
+
+# --- the rater to be -------------------------------------------------------------------------------------------------
+
+
+def test_the_scale_is_that_of_the_tables_unless_one_is_chosen() -> None:
+    both = {"train": [{"path": "a.csv", "scale": [0, 5]}, {"path": "b.csv", "scale": [1, 5]}]}
+    watched = {"train": [both["train"][0]], "validation": [both["train"][1]]}
+    assert small().scale == (0, 5)
+    assert small(data=watched).scale == (0, 5), "it is trained on the scale of the training tables"
+    assert small(data=both, rating={"scale": [0, 100]}).scale == (0, 100)
+    with pytest.raises(ConfigError, match=r"the scales \[\(0.0, 5.0\), \(1.0, 5.0\)\]: choose with rating.scale"):
+        _ = small(data=both).scale
+
+
+def test_a_plain_backbone_is_asked_as_any_model(family_dir: Callable[[str], Path]) -> None:
+    folder = family_dir("qwen2_vl")
+    rater = small(model={"backbone": str(folder)}).rater()
+    assert rater.backbone == str(folder)
+    assert rater.scale == (0, 5)
+    assert (rater.prompt, rater.sampling, rater.views) == (load_prompt("talking_head"), Sampling(), (View(),))
+
+
+def test_the_recipe_decides_how_a_backbone_is_asked(family_dir: Callable[[str], Path]) -> None:
+    rating = {"prompt": "qalign", "sampling": {"frames": 4}, "views": [{"kind": "crop"}], "scale": [1, 9]}
+    rater = small(model={"backbone": str(family_dir("qwen2_vl"))}, rating=rating).rater()
+    assert rater.prompt == load_prompt("qalign")
+    assert (rater.sampling, rater.views, rater.scale) == (Sampling(frames=4), (View(kind="crop"),), (1, 9))
+    own = {"question": "Is it sharp?", "stem": "It is"}
+    rater = small(model={"backbone": str(family_dir("qwen2_vl"))}, rating={"prompt": own}).rater()
+    assert rater.prompt == Prompt.parse(own, "test")
+    with pytest.raises(ConfigError, match="no_such_prompt"):
+        small(model={"backbone": str(family_dir("qwen2_vl"))}, rating={"prompt": "no_such_prompt"}).rater()
+
+
+def test_the_embedded_base_keeps_its_way_of_looking() -> None:
+    embedded = resolve_model(None)
+    rater = small(model={"backbone": "embedded"}).rater()
+    assert rater.backbone == embedded.backbone
+    assert (Path(str(rater.backbone)) / "model.safetensors").is_file()
+    assert (rater.sampling, rater.views) == (embedded.settings.sampling, embedded.settings.views)
+    assert rater.sampling != Sampling()
+    assert rater.scale == (0, 5)
+
+
+def test_what_is_no_backbone_is_refused(family_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    write(
+        tmp_path / "adapter/adapter_config.json", json.dumps({"base_model_name_or_path": str(family_dir("qwen2_vl"))})
+    )
+    with pytest.raises(ConfigError, match="is an adapter: merge it first"):
+        small(model={"backbone": str(tmp_path / "adapter")}).rater()
+    with pytest.raises(UsageError, match="no model directory"):
+        small(model={"backbone": str(tmp_path / "nowhere")}).rater()
+    with pytest.raises(ModelError, match="is no model"):
+        (tmp_path / "empty").mkdir()
+        small(model={"backbone": str(tmp_path / "empty")}).rater()
