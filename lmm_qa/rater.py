@@ -43,7 +43,7 @@ from lmm_qa.video.decode import Frames, Windows, read_frames, read_windows
 from lmm_qa.video.decoder_pool import DecoderPool
 
 if TYPE_CHECKING:
-    from lmm_qa.evaluation.calibration import Calibration
+    from lmm_qa.model.calibration import Calibration
 
 from lmm_qa.ratings import CalibrationUse, Details, Failure, Rating
 
@@ -163,7 +163,7 @@ def _calibration(source: ModelSource, settings: RaterConfig) -> tuple[Calibratio
     path = source.calibration
     if path is None:
         return None, None
-    from lmm_qa.evaluation.calibration import Calibration
+    from lmm_qa.model.calibration import Calibration
 
     usual = source.settings.asked()
     if changed := [key for key, value in settings.asked().items() if value != usual[key]]:

@@ -69,7 +69,7 @@ class Rating:
     raw_score: float | None
     """The score before calibration, on `scale`; None where nothing was calibrated."""
     interval: tuple[float, float] | None
-    """Prediction interval of the MOS, low and high, see `lmm_qa.evaluation.calibration`; None where nothing was calibrated."""
+    """Prediction interval of the MOS, low and high, see `lmm_qa.model.calibration`; None where nothing was calibrated."""
     calibration: CalibrationUse | None
     scale: tuple[float, float]
     level: str

@@ -31,8 +31,8 @@ from lmm_qa.defects.explanation import MAX_NAMED, objection
 from lmm_qa.defects.questions import questions
 from lmm_qa.defects.vocabulary import DEFECTS
 from lmm_qa.errors import ClipNotFound, ClipUnreadable, ConfigError, LevelTokenError, UsageError
-from lmm_qa.evaluation.calibration import Calibration, ConformalInterval, Linear, Mapping
 from lmm_qa.manifest import Clip, content_id
+from lmm_qa.model.calibration import Calibration, ConformalInterval, LinearMapping, ScoreMapping
 from lmm_qa.model.inputs import ClipInput
 from lmm_qa.model.levels import LEVELS, read_levels
 from lmm_qa.model.prompt import Prompt
@@ -367,7 +367,7 @@ print(*sorted({"transformers", "peft", "scipy", "torchvision"} & sys.modules.key
 # --- calibration ---------------------------------------------------------------------------------------------------
 
 
-MAPPING = Linear(slope=0.5, intercept=2.4)
+MAPPING = LinearMapping(slope=0.5, intercept=2.4)
 
 
 def calibrated_copy(rater: Rater, folder: Path, **changes: Any) -> Path:
@@ -378,7 +378,7 @@ def calibrated_copy(rater: Rater, folder: Path, **changes: Any) -> Path:
     return folder
 
 
-def write_calibration(folder: Path, mapping: Mapping = MAPPING, **changes: Any) -> Calibration:
+def write_calibration(folder: Path, mapping: ScoreMapping = MAPPING, **changes: Any) -> Calibration:
     values: dict[str, Any] = {"scale": (1, 5), "rater_id": None, "n": 9, "groups": 9, "fingerprint": "f", "clips": ()}
     spread = ConformalInterval(coverage=0.9, half_width=0.8, std_floor=0.1)
     calibration = Calibration(mapping=mapping, spread=spread, check=None, **values | changes)
@@ -425,7 +425,7 @@ def test_a_rater_with_a_calibration_rates_calibrated(
 def test_a_calibration_changes_the_identity(rater: Rater, tmp_path: Path) -> None:
     folder = calibrated_copy(rater, tmp_path / "rater")
     first = plan_rater(folder, **SMALL)
-    write_calibration(folder, Linear(slope=0.5, intercept=2.5), rater_id=rater.rater_id)
+    write_calibration(folder, LinearMapping(slope=0.5, intercept=2.5), rater_id=rater.rater_id)
     second = plan_rater(folder, **SMALL)
     (folder / CALIBRATION_NAME).unlink()
     without = plan_rater(folder, **SMALL)

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from lmm_qa.evaluation.calibration import Calibration
+from lmm_qa.model.calibration import Calibration
 from lmm_qa.model.rater_config import RaterConfig
 from lmm_qa.training.config import Recipe
 

@@ -43,10 +43,11 @@ from transformers.integrations.integration_utils import get_available_reporting_
 from lmm_qa.atomic import replacing
 from lmm_qa.defects.questions import questions
 from lmm_qa.errors import ConfigError, ScoresError, TrainingError
-from lmm_qa.evaluation.calibration import Calibration, calibrate
+from lmm_qa.evaluation.calibration import calibrate
 from lmm_qa.evaluation.labels import Label, Pair, Score
 from lmm_qa.evaluation.metrics import MIN_CLIPS, agreement, bootstrap
 from lmm_qa.model.backbone import Backbone
+from lmm_qa.model.calibration import Calibration
 from lmm_qa.model.inputs import as_seen, count_tokens, level_tokens, patch_factor
 from lmm_qa.model.levels import LevelReading, read_levels
 from lmm_qa.model.loading import choose_dtype, load_processor

@@ -24,7 +24,7 @@ from backbones import add_adapter
 from clips import write_clip
 
 import lmm_qa.cli.app
-from lmm_qa.evaluation.calibration import Calibration
+from lmm_qa.model.calibration import Calibration
 from lmm_qa.manifest import content_id
 from lmm_qa.ratings_io import read_rows
 

@@ -15,20 +15,19 @@ from typer.testing import CliRunner
 from lmm_qa.cli.app import app
 from lmm_qa.errors import ConfigError, ScoresError
 from lmm_qa.evaluation.calibration import (
-    MAPPINGS,
-    Calibration,
-    ConformalInterval,
-    Isotonic,
-    Kind,
-    Linear,
-    Logistic,
+    MAPPING_FITS,
     calibrate,
+    fit_interval,
+    fit_isotonic,
+    fit_linear,
+    fit_logistic,
 )
 from lmm_qa.evaluation.labels import Label, Pair, Score, join, read_labels, read_scores
 from lmm_qa.evaluation.metrics import Floats, Logistic4
+from lmm_qa.model.calibration import Calibration, MappingKind
 from lmm_qa.model.rater_config import CALIBRATION_NAME
 
-KINDS = pytest.mark.parametrize("kind", list(MAPPINGS))
+KINDS = pytest.mark.parametrize("kind", list(MAPPING_FITS))
 
 
 def pairs(n: int = 400, groups: int = 20, seed: int = 0, **more: Any) -> list[Pair]:
@@ -48,11 +47,11 @@ def pairs(n: int = 400, groups: int = 20, seed: int = 0, **more: Any) -> list[Pa
 
 def test_each_mapping_finds_itself_again() -> None:
     x = np.linspace(1, 5, 50)
-    line = Linear.fit(x, 2 * x - 1)
+    line = fit_linear(x, 2 * x - 1)
     assert (line.slope, line.intercept) == pytest.approx((2, -1))
-    curve = Logistic.fit(x, Logistic4(4.5, 0.5, 3, 0.6)(x))
+    curve = fit_logistic(x, Logistic4(4.5, 0.5, 3, 0.6)(x))
     assert (curve.b1, curve.b2, curve.b3, curve.b4) == pytest.approx((4.5, 0.5, 3, 0.6), rel=1e-4)
-    steps = Isotonic.fit(x, np.floor(x))
+    steps = fit_isotonic(x, np.floor(x))
     assert steps(x) == pytest.approx(np.floor(x))
     assert len(steps.scores) <= 10  # corners, not clips
 
@@ -62,7 +61,7 @@ def test_each_mapping_finds_itself_again() -> None:
 def test_isotonic_never_falls_and_beats_the_mean(points: list[tuple[int, int]]) -> None:
     x, y = np.array(points, dtype=np.float64).T
     try:
-        curve = Isotonic.fit(x, y)
+        curve = fit_isotonic(x, y)
     except ConfigError:  # all of it flat: the MOS does not rise with the score
         return
     assert (np.diff(curve(np.linspace(-1, 10, 200))) >= 0).all()
@@ -70,14 +69,14 @@ def test_isotonic_never_falls_and_beats_the_mean(points: list[tuple[int, int]]) 
 
 
 @KINDS
-def test_scores_that_fall_as_the_mos_rises_are_refused(kind: Kind) -> None:
+def test_scores_that_fall_as_the_mos_rises_are_refused(kind: MappingKind) -> None:
     falling = [Pair(pair.label, Score(pair.score.clip, -(pair.score.value or 0))) for pair in pairs()]
     with pytest.raises(ConfigError, match="mapping fitted cannot be used"):
         calibrate(falling, kind, scale=(0, 5))
 
 
 @KINDS
-def test_calibrated_scores_come_closer_to_the_mos(kind: Kind) -> None:
+def test_calibrated_scores_come_closer_to_the_mos(kind: MappingKind) -> None:
     calibration, fresh = calibrate(pairs(), kind), pairs(seed=1)
     before = np.mean([(pair.score.value - pair.label.mos) ** 2 for pair in fresh if pair.score.value])
     after = [calibration.apply(pair.score.value or 0, pair.score.std).mos - pair.label.mos for pair in fresh]
@@ -124,26 +123,24 @@ def errors(n: int) -> Floats:
 
 
 def test_the_conformal_rank() -> None:
-    assert ConformalInterval.fit(errors(9), None, 0.9).half_width == 9  # ceil(10 * 0.9) = 9th
-    assert ConformalInterval.fit(errors(99), None, 0.9).half_width == 90
-    assert (
-        ConformalInterval.fit(errors(99), None, 0.55).half_width == 55
-    )  # 100 * 0.55 is more than 55 in floating point
+    assert fit_interval(errors(9), None, 0.9).half_width == 9  # ceil(10 * 0.9) = 9th
+    assert fit_interval(errors(99), None, 0.9).half_width == 90
+    assert fit_interval(errors(99), None, 0.55).half_width == 55  # 100 * 0.55 is more than 55 in floating point
     with pytest.raises(ScoresError, match=r"coverage 0\.9 needs 9 clips besides those of the mapping, received 8"):
-        ConformalInterval.fit(errors(8), None, 0.9)
+        fit_interval(errors(8), None, 0.9)
     with pytest.raises(ScoresError, match="more than half of the ratings have a std of 0"):
-        ConformalInterval.fit(errors(9), np.array([0.0] * 5 + [1.0] * 4), 0.9)
+        fit_interval(errors(9), np.array([0.0] * 5 + [1.0] * 4), 0.9)
 
 
 # --- what it remembers -----------------------------------------------------------------------------------------------
 
 
 def test_it_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
-    for kind in MAPPINGS:
+    for kind in MAPPING_FITS:
         calibration = calibrate(pairs(), kind)
         assert Calibration.read(calibration.write(tmp_path)) == calibration
     assert [path.name for path in tmp_path.iterdir()] == [CALIBRATION_NAME]
-    assert len({calibrate(pairs(), kind).identity for kind in MAPPINGS}) == 3
+    assert len({calibrate(pairs(), kind).identity for kind in MAPPING_FITS}) == 3
     with pytest.raises(ConfigError, match="is no directory: give the rater directory"):
         calibration.write(tmp_path / "gone")
 
@@ -208,7 +205,7 @@ def test_too_few_groups_to_leave_one_out() -> None:
 
 
 @KINDS
-def test_coverage_on_persons_left_out_of_thqa(shared_dir: Path, kind: Kind) -> None:
+def test_coverage_on_persons_left_out_of_thqa(shared_dir: Path, kind: MappingKind) -> None:
     labels = read_labels(shared_dir / "thqa" / "thqa_ntire_val.csv")
     scores = read_scores(shared_dir / "thqa" / "baseline_output.txt")
     calibration = calibrate(join(labels, scores).pairs, kind, scale=(0, 5))

@@ -24,7 +24,7 @@ from lmm_qa.defects.questions import questions
 from lmm_qa.defects.vocabulary import VISIBLE
 from lmm_qa.degrade.causes import encode
 from lmm_qa.errors import ConfigError, ModelError, TrainingError, UsageError
-from lmm_qa.evaluation.calibration import Calibration
+from lmm_qa.model.calibration import Calibration
 from lmm_qa.evaluation.labels import Label, Score, join
 from lmm_qa.model.backbone import Backbone
 from lmm_qa.model.prefill import Prefill
