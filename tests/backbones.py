@@ -1,54 +1,72 @@
-"""Small backbones with random weights, built on the published tokenizer, chat template, processor and configuration
-files (LMM_QA_SHARED/backbones), so that tests meet the real classes and the real vocabulary without any download."""
+"""Small backbones of each model family with random weights: real transformers classes, no download.
+
+`build` makes a directory that `--model` takes. Its tokenizer is trained here, on the prompts and a few words, and
+splits text as Qwen's does. With `published=True` tokenizer, chat template, processor settings and configuration are the
+published files of Qwen2.5-VL and Qwen3-VL, where LMM_QA_SHARED/backbones has them, with smaller widths and depths.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+from paths import EMBEDDED, ROOT, SHARED
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 from transformers.video_utils import VideoMetadata
 
 from lmm_qa.model.prompt import Prompt
 
-SHARED = Path(os.environ.get("LMM_QA_SHARED", Path(__file__).parents[2] / "shared"))
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision")
+PUBLISHED = SHARED / "backbones"
 
-LOUDER = 4
-"""Weights as they are first drawn hardly react to what they see; these do, so that a test notices a wrong input."""
+WEIGHT_SCALE = 4
+"""Freshly initialised weights hardly react to their input; scaled up, a wrong input changes the logits visibly."""
 
-TEXT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2}  # fmt: skip
+TEXT: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+                        "num_key_value_heads": 2}  # fmt: skip
+TOWER: dict[str, Any] = {"depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "out_hidden_size": 64}
+QWEN2_TOWER: dict[str, Any] = {"depth": 2, "embed_dim": 64, "hidden_size": 64, "mlp_ratio": 4, "num_heads": 4,
+                               "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}  # fmt: skip
+MROPE = {"mrope_section": [2, 3, 3]}
 
 
 def published(name: str) -> Path:
-    folder = SHARED / "backbones" / name
+    """The folder of a model's published files; the test is skipped where it is absent."""
+    folder = PUBLISHED / name
     if not folder.is_dir():
         pytest.skip(f"no published backbone files at {folder}; set LMM_QA_SHARED")
     return folder
 
 
-def build(family: str, out: Path) -> Path:
-    """A directory that `--model` takes."""
-    builders: dict[str, Callable[[Path], Any]] = {
+def build(family: str, out: Path, *, published: bool = False) -> Path:
+    """Write a small model of a family with its processor; returns `out`."""
+    own: dict[str, Callable[[Path], Any]] = {
         "qwen2_vl": _qwen2_vl,
         "qwen2_5_vl": _qwen2_5_vl,
         "qwen3_vl": _qwen3_vl,
         "llava_onevision": _llava_onevision,
     }
-    config = builders[family](out)
+    from_published: dict[str, Callable[[Path], Any]] = {
+        "qwen2_vl": _published_qwen2_vl,
+        "qwen2_5_vl": _published_qwen2_5_vl,
+        "qwen3_vl": _published_qwen3_vl,
+        "llava_onevision": _published_llava_onevision,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    config = (from_published if published else own)[family](out)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter *= LOUDER
+                parameter *= WEIGHT_SCALE
     model.save_pretrained(out)
     return out
 
@@ -68,11 +86,11 @@ def add_adapter(model: Path, out: Path, **options: Any) -> Path:
 def conversation_inputs(
     processor: Any, prompt: Prompt, slots: dict[str, float], views: Sequence[Any], metadata: VideoMetadata
 ) -> Any:
-    """A model's inputs as transformers makes them from one conversation that has the frames in it: no code of ours
-    but the prompt's words."""
+    """A model's inputs as transformers makes them from one conversation that holds the frames: none of our code but
+    the words of the prompt."""
     messages = prompt.messages(len(views), **slots)
-    places = (part for part in messages[-1]["content"] if part["type"] == "video")
-    for part, view in zip(places, views, strict=True):
+    videos = (part for part in messages[-1]["content"] if part["type"] == "video")
+    for part, view in zip(videos, views, strict=True):
         part["video"] = view
     messages.append({"role": "assistant", "content": [{"type": "text", "text": prompt.stem}]})
     options: dict[str, Any] = {"do_sample_frames": False, "video_metadata": [metadata] * len(views)}
@@ -90,55 +108,135 @@ def conversation_inputs(
     )
 
 
-def _qwen2_5_files(out: Path) -> Path:
-    source = published("qwen2.5-vl-7b-instruct")
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer_config.json", "vocab.json", "merges.txt", "preprocessor_config.json", "chat_template.json"):
-        shutil.copyfile(source / name, out / name)
-    return source
+# With a tokenizer that is trained here
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
+                  "<|video_pad|>")  # fmt: skip
+VOCABULARY = 1024
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Qwen's tokenizers split a text into words: letters with the space before them, digits one by one."""
+
+WORDS = "bad poor fair good excellent yes no never often always caf\u00e9 mediocre spl"
+"""Single tokens after a space."""
+PIECES = {"bad": 500, "fair": 500, "po": 3000, "or": 3000, "endif": 500, "er": 500, "ous": 500, "-ish": 500}
+"""Single tokens by themselves, and how often the training text has them: "poor" without its space is two tokens, as in
+Qwen's vocabulary."""
 
 
-def _qwen2_5_vl(out: Path) -> Any:
-    source = _qwen2_5_files(out)
-    raw = json.loads((source / "config.json").read_text())
-    raw |= TEXT | {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
-    raw["vision_config"] |= {"depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4,
-                             "out_hidden_size": 64, "fullatt_block_indexes": [1]}  # fmt: skip
-    return _config(raw, out)
+@cache
+def _trained() -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    text = [file.read_text(encoding="utf-8") for file in sorted((ROOT / "prompts").glob("*.yaml"))]
+    text += [f" {word}" for word in WORDS.split() for _ in range(500)]
+    text += [piece for piece, count in PIECES.items() for _ in range(count)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text, trainer)
+    return tokenizer
+
+
+def _tokenizer(**extra: str) -> Any:
+    """With further special tokens by the names under which a processor looks for them."""
+    end_of_text, _, end_of_turn, *_ = SPECIAL_TOKENS
+    return PreTrainedTokenizerFast(
+        tokenizer_object=copy.deepcopy(_trained()),
+        eos_token=end_of_turn,
+        pad_token=end_of_text,
+        extra_special_tokens=extra,
+    )
+
+
+def _qwen_tokenizer() -> Any:
+    return _tokenizer(
+        image_token="<|image_pad|>",
+        video_token="<|video_pad|>",
+        vision_bos_token="<|vision_start|>",
+        vision_eos_token="<|vision_end|>",
+    )
+
+
+def _chat_template() -> str:
+    return (EMBEDDED / "base" / "chat_template.jinja").read_text(encoding="utf-8")
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Ids that a configuration of the Qwen-VL family names."""
+    names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+             "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}  # fmt: skip
+    return {key: tokenizer.convert_tokens_to_ids(token) for key, token in names.items()}
+
+
+def _text(tokenizer: Any, rope: dict[str, Any], **more: Any) -> dict[str, Any]:
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    return {**TEXT, **ends, "vocab_size": VOCABULARY, "rope_parameters": {"rope_theta": 10000.0, **rope}, **more}
 
 
 def _qwen2_vl(out: Path) -> Any:
-    """Qwen2-VL has the tokenizer, template and picture sizes of Qwen2.5-VL; its configuration differs in the tower."""
-    source = _qwen2_5_files(out)
-    processor = json.loads((out / "preprocessor_config.json").read_text())
-    (out / "preprocessor_config.json").write_text(json.dumps(processor | {"processor_class": "Qwen2VLProcessor"}))
-    raw = json.loads((source / "config.json").read_text())
-    raw |= TEXT | {"model_type": "qwen2_vl", "architectures": ["Qwen2VLForConditionalGeneration"]}
-    raw["rope_scaling"] = {"type": "mrope", "mrope_section": [2, 3, 3]}
-    raw["vision_config"] = {"depth": 2, "embed_dim": 64, "hidden_size": 64, "mlp_ratio": 4, "num_heads": 4,
-                            "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}  # fmt: skip
-    return _config(raw, out)
+    from transformers import Qwen2VLConfig, Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+
+    tokenizer = _qwen_tokenizer()
+    Qwen2VLProcessor(
+        Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=_chat_template()
+    ).save_pretrained(out)
+    rope = {"rope_type": "default", **MROPE}
+    return Qwen2VLConfig(text_config=_text(tokenizer, rope), vision_config=QWEN2_TOWER, **_special_tokens(tokenizer))
+
+
+def _qwen2_5_vl(out: Path) -> Any:
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    tokenizer = _qwen_tokenizer()
+    Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=_chat_template()
+    ).save_pretrained(out)
+    tower = {**TOWER, "fullatt_block_indexes": [1], "window_size": 112, "tokens_per_second": 2}
+    rope = {"rope_type": "default", **MROPE}
+    return Qwen2_5_VLConfig(text_config=_text(tokenizer, rope), vision_config=tower, **_special_tokens(tokenizer))
 
 
 def _qwen3_vl(out: Path) -> Any:
-    source = published("qwen3-vl-8b")
-    shutil.copytree(source, out, dirs_exist_ok=True, copy_function=shutil.copyfile)
-    out.chmod(0o755)
-    raw = json.loads((source / "config.json").read_text())
-    raw["text_config"] |= TEXT | {"head_dim": 16}
-    raw["text_config"]["rope_scaling"] |= {"mrope_section": [2, 3, 3]}
-    raw["vision_config"] |= {"depth": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4,
-                             "out_hidden_size": 64, "deepstack_visual_indexes": [0]}  # fmt: skip
-    return _config(raw, out)
+    from transformers import Qwen2VLImageProcessor, Qwen3VLConfig, Qwen3VLProcessor, Qwen3VLVideoProcessor
+
+    tokenizer = _qwen_tokenizer()
+    size = {"shortest_edge": 64 * 64, "longest_edge": 1280 * 1024}
+    Qwen3VLProcessor(
+        Qwen2VLImageProcessor(patch_size=16, size=size),
+        tokenizer,
+        Qwen3VLVideoProcessor(),
+        chat_template=_chat_template(),
+    ).save_pretrained(out)
+    rope = {"rope_type": "default", "mrope_interleaved": True, **MROPE}
+    tower = {**TOWER, "deepstack_visual_indexes": [0], "patch_size": 16, "num_position_embeddings": 2304}
+    return Qwen3VLConfig(
+        text_config=_text(tokenizer, rope, head_dim=16), vision_config=tower, **_special_tokens(tokenizer)
+    )
 
 
 def _llava_onevision(out: Path) -> Any:
+    return _llava(out, _tokenizer(), VOCABULARY)
+
+
+def _llava(out: Path, tokenizer: Any, vocabulary: int) -> Any:
     """A family that is not Qwen's: every frame is resized to one fixed size, videos are stacked."""
     from transformers import LlavaOnevisionConfig, LlavaOnevisionProcessor, LlavaOnevisionVideoProcessor
     from transformers.models.llava_onevision.image_processing_llava_onevision import LlavaOnevisionImageProcessor
 
-    _qwen2_5_files(out)
-    tokenizer = AutoProcessor.from_pretrained(out).tokenizer
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<video>"]})
     template = (
         "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
@@ -147,8 +245,6 @@ def _llava_onevision(out: Path) -> Any:
     )
     tokenizer.chat_template = template
     size = {"height": 56, "width": 56}
-    for leftover in out.iterdir():
-        leftover.unlink()
     LlavaOnevisionProcessor(
         image_processor=LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=[[56, 56]]),
         tokenizer=tokenizer,
@@ -161,7 +257,8 @@ def _llava_onevision(out: Path) -> Any:
         vision_config={"model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 96,
                        "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 56, "patch_size": 14,
                        "vision_use_head": False},
-        text_config={"model_type": "qwen2", "vocab_size": 152064, **TEXT},
+        text_config={"model_type": "qwen2", "vocab_size": vocabulary, "eos_token_id": tokenizer.eos_token_id,
+                     "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, **TEXT},
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
         image_grid_pinpoints=[[56, 56]],
@@ -169,6 +266,55 @@ def _llava_onevision(out: Path) -> Any:
         vision_feature_layer=-1,
         tie_word_embeddings=False,
     )  # fmt: skip
+
+
+# With the published tokenizer, template, processor and configuration
+
+
+def _qwen2_5_files(out: Path) -> Path:
+    source = published("qwen2.5-vl-7b-instruct")
+    for name in ("tokenizer_config.json", "vocab.json", "merges.txt", "preprocessor_config.json", "chat_template.json"):
+        shutil.copyfile(source / name, out / name)
+    return source
+
+
+def _published_qwen2_5_vl(out: Path) -> Any:
+    source = _qwen2_5_files(out)
+    raw = json.loads((source / "config.json").read_text())
+    raw |= TEXT | {"rope_scaling": {"type": "mrope", **MROPE}}
+    raw["vision_config"] |= TOWER | {"fullatt_block_indexes": [1]}
+    return _config(raw, out)
+
+
+def _published_qwen2_vl(out: Path) -> Any:
+    """Qwen2-VL has the tokenizer, template and picture sizes of Qwen2.5-VL; its configuration differs in the tower."""
+    source = _qwen2_5_files(out)
+    processor = json.loads((out / "preprocessor_config.json").read_text())
+    (out / "preprocessor_config.json").write_text(json.dumps(processor | {"processor_class": "Qwen2VLProcessor"}))
+    raw = json.loads((source / "config.json").read_text())
+    raw |= TEXT | {"model_type": "qwen2_vl", "architectures": ["Qwen2VLForConditionalGeneration"]}
+    raw |= {"rope_scaling": {"type": "mrope", **MROPE}, "vision_config": QWEN2_TOWER}
+    return _config(raw, out)
+
+
+def _published_qwen3_vl(out: Path) -> Any:
+    source = published("qwen3-vl-8b")
+    shutil.copytree(source, out, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    out.chmod(0o755)
+    raw = json.loads((source / "config.json").read_text())
+    raw["text_config"] |= TEXT | {"head_dim": 16}
+    raw["text_config"]["rope_scaling"] |= MROPE
+    raw["vision_config"] |= TOWER | {"deepstack_visual_indexes": [0]}
+    return _config(raw, out)
+
+
+def _published_llava_onevision(out: Path) -> Any:
+    """Built on the tokenizer of Qwen2.5, as the published models of the family are."""
+    _qwen2_5_files(out)
+    tokenizer = AutoProcessor.from_pretrained(out).tokenizer
+    for leftover in out.iterdir():
+        leftover.unlink()
+    return _llava(out, tokenizer, 152064)
 
 
 def _config(raw: dict[str, Any], out: Path) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 from clips import write_all
 from hypothesis import settings
+from paths import SHARED
 
 # How long one example takes says nothing on a machine that does other work as well.
 settings.register_profile("lmm_qa", deadline=None)
@@ -23,22 +23,21 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.fixture(scope="session")
 def clips_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one small clip of each kind (see clips.py), made once a test run."""
+    """A folder with one small clip of each kind (see clips.py), written once per test run."""
     return write_all(tmp_path_factory.mktemp("clips"))
 
 
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The folder of real clips, backbones and labels that is not part of the repository."""
-    folder = Path(os.environ.get("LMM_QA_SHARED") or Path(__file__).parents[2] / "shared")
-    if not folder.is_dir():
-        pytest.skip(f"no folder {folder}: set LMM_QA_SHARED to the folder of shared data")
-    return folder
+    if not SHARED.is_dir():
+        pytest.skip(f"no folder {SHARED}: set LMM_QA_SHARED to the folder of shared data")
+    return SHARED
 
 
 @pytest.fixture(scope="session")
 def family_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The directory of a small model of a family (see backbones.py), made once a test run."""
+    """Makes the directory of a small model of a family (see backbones.py), once per test run."""
     made: dict[str, Path] = {}
 
     def directory(family: str) -> Path:
