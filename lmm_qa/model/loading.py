@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import torch
 
@@ -17,6 +17,21 @@ Quantization = Literal["4bit", "8bit"]
 
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class LoadOptions(TypedDict, total=False):
+    """How weights are loaded; every key is optional."""
+
+    revision: str | None
+    """Branch, tag or commit of a model on the Hugging Face hub."""
+    quantization: Quantization | None
+    """`4bit` (NF4) or `8bit` weights of the language model, by bitsandbytes. Saves memory, not time."""
+    device: str | None
+    """`cuda`, `cuda:1`, `mps` or `cpu`; see `choose_device`."""
+    dtype: Dtype | None
+    """See `choose_dtype`."""
+    trust_remote_code: bool
+    """Run Python code that comes with the model. Only for authors you trust."""
 
 
 UNQUANTIZED = ["visual", "vision_tower", "multi_modal_projector", "lm_head"]

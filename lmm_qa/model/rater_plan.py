@@ -1,0 +1,145 @@
+"""Decide what a rater will do, before its weights are loaded.
+
+A plan resolves the model, the settings and the calibration. That is enough to identify the ratings that it would make,
+so that a finished job is recognised at once and a dry run costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import TypedDict, Unpack, get_args
+
+import torch
+
+from lmm_qa.config import Sampling, View
+from lmm_qa.errors import ConfigError, ModelError, UsageError
+from lmm_qa.model.backbone import Backbone
+from lmm_qa.model.calibration import Calibration
+from lmm_qa.model.loading import Dtype, LoadOptions, Quantization, choose_device, choose_dtype
+from lmm_qa.model.prompt import Prompt, load_prompt
+from lmm_qa.model.rater_config import ModelSource, RaterConfig, identity, resolve_model
+
+
+class SettingOptions(TypedDict, total=False):
+    """Settings that replace those in the model's rater.json; None or a missing key leaves them as they are."""
+
+    prompt: Prompt | str | Path | None
+    """Name of a prompt in `prompts/`, path of a YAML file, or a `Prompt`."""
+    scale: tuple[float, float] | None
+    """MOS of the worst and of the best level."""
+    sampling: Sampling | None
+    """Which frames the model sees."""
+    views: Sequence[View] | None
+    """How each frame is shown: the whole picture, a crop, the face."""
+
+
+class RaterOptions(SettingOptions, LoadOptions, total=False):
+    """Everything that can be chosen about a rater besides the model: how it is loaded, and how it rates."""
+
+
+@dataclass(frozen=True)
+class RaterPlan:
+    """A rater whose weights are not loaded yet."""
+
+    source: ModelSource
+    settings: RaterConfig
+    load_options: LoadOptions
+    calibration: Calibration | None
+    """Applied to raw scores; None if the model has none or it does not apply."""
+    notes: tuple[str, ...]
+    """Messages for the user: assumptions, and why a calibration is not applied."""
+
+    @property
+    def raw_rater_id(self) -> str:
+        """Short hash of everything that determines a raw score: weights, prompt, scale, sampling, views, dtype."""
+        return identity(self.source, self.settings, self.dtype, self.load_options.get("quantization"))
+
+    @property
+    def rater_id(self) -> str:
+        """Short hash of everything that determines a score: `raw_rater_id` and the calibration."""
+        calibration = self.calibration.identity if self.calibration else None
+        return identity(self.source, self.settings, self.dtype, self.load_options.get("quantization"), calibration)
+
+    @property
+    def dtype(self) -> str:
+        """Dtype that the weights will be loaded in."""
+        device = choose_device(self.load_options.get("device"))
+        return choose_dtype(device.value, self.load_options.get("dtype")).value
+
+    def load_backbone(self) -> Backbone:
+        """Load the weights.
+
+        Raises:
+            ModelError: they cannot be loaded.
+        """
+        options: LoadOptions = {**self.load_options, "revision": self.source.revision}
+        return Backbone.load(self.source.backbone, adapter=self.source.adapter, **options)
+
+
+def plan_rater(model: str | Path | None = None, **options: Unpack[RaterOptions]) -> RaterPlan:
+    """Plan a rater without loading its weights.
+
+    Args:
+        model: None for the embedded model; else a rater directory, a PEFT adapter directory, a transformers model
+            directory, or an id on the Hugging Face hub.
+        options: see `RaterOptions`. Settings that are not given come from the model's rater.json; without one: prompt
+            `talking_head`, scale [1, 5], 8 uniform frames, the whole picture in at most 448 x 448 pixels.
+
+    Raises:
+        UsageError: `model` is a path without a directory, or a directory with a revision; the device is not available.
+        ModelError: the directory does not contain a model.
+        ConfigError: prompt, scale, rater.json or calibration.json are invalid.
+    """
+    prompt, views = options.get("prompt"), options.get("views")
+    load_options: LoadOptions = {
+        "quantization": options.get("quantization"),
+        "device": options.get("device"),
+        "dtype": options.get("dtype"),
+        "trust_remote_code": options.get("trust_remote_code", False),
+    }
+    source = resolve_model(model, options.get("revision"))
+    settings = source.settings.override(
+        prompt=load_prompt(prompt) if isinstance(prompt, str | Path) else prompt,
+        scale=options.get("scale"),
+        sampling=options.get("sampling"),
+        views=tuple(views) if views else None,
+    )
+    _check_device(load_options["device"])
+    calibration, reason = _choose_calibration(source, settings)
+    notes = tuple(note for note in (source.note, reason) if note)
+    return RaterPlan(source, settings, load_options, calibration, notes)
+
+
+def _check_device(device: str | None) -> None:
+    try:
+        choose_device(device)
+    except ModelError as error:
+        cuda = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+        available = ["cpu", *cuda, *(["mps"] if torch.backends.mps.is_available() else [])]
+        raise UsageError(f"{error} (available devices: {', '.join(available)})") from None
+
+
+def _choose_calibration(source: ModelSource, settings: RaterConfig) -> tuple[Calibration | None, str | None]:
+    """The model's calibration if it applies to these settings; else the reason why it does not, for the user."""
+    path = source.calibration
+    if path is None:
+        return None, None
+    defaults, chosen = source.settings.asked(), settings.asked()
+    if changed := [key for key in chosen if chosen[key] != defaults[key]]:
+        return None, f"{path} is for the rater's own {', '.join(changed)}, which this run changes: scores are not calibrated"
+    try:
+        calibration = Calibration.read(path)
+    except ConfigError as error:
+        raise ConfigError(f"{error}\nrun lmm-qa calibrate again, or remove the file to get raw scores") from None
+    if calibration.scale != settings.scale:
+        raise ConfigError(
+            f"{path} has the scale {calibration.scale}, the rater {settings.scale}: set the scale of the MOS in "
+            "rater.json, then rate and calibrate again; or remove the calibration to get raw scores"
+        )
+    formats = product(get_args(Dtype), (None, *get_args(Quantization)))
+    if calibration.rater_id not in (None, *(identity(source, settings, *numbers) for numbers in formats)):
+        return None, f"{path} was fitted to other weights or settings: scores are not calibrated; calibrate again"
+    return calibration, None
