@@ -40,6 +40,7 @@ from safetensors.numpy import load_file, save_file
 
 from lmm_qa.config import Sampling, View
 from lmm_qa.defects.classifier import FILE, Forests, log_odds
+from lmm_qa.defects.features import FeatureExtractor
 from lmm_qa.defects.vocabulary import BY_NAME, reference_defects
 from lmm_qa.degrade.causes import (
     COMPRESSION,
@@ -198,7 +199,7 @@ def copies(args: argparse.Namespace) -> None:
 
 
 def signs_of(path: Path) -> dict[str, float]:
-    seen = read_frames(path, Sampling(strategy="pairs", frames=12), (View(max_pixels=784),), 28, measured=True)
+    seen = read_frames(path, Sampling(strategy="pairs", frames=12), (View(max_pixels=784),), 28, measure=FeatureExtractor)
     if seen.features is None:
         raise SystemExit(f"{path} is too long to be measured")
     return seen.features

@@ -22,9 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from lmm_qa.config import Sampling
 from lmm_qa.defects.motion_features import MotionFeatureRecorder, running_median
 from lmm_qa.video.face import Box, follow_face
 from lmm_qa.video.temporal import STANDS, FrameDynamics, apart, buffering, flicker, pace, stalls, switches, switching
+from lmm_qa.video.views import pad_to_minimum
 
 Picture = NDArray[np.uint8]
 
@@ -51,6 +53,12 @@ MOST = 1080
 
 
 """Pixels: a picture of a longer short side is reduced by a whole number before it is measured."""
+
+
+MIN_SIDE = 32
+
+
+"""Pixels a side to which a tiny picture is extended before it is measured."""
 
 
 _WAVES = 1024
@@ -138,6 +146,25 @@ _GREY = np.array((0.299, 0.587, 0.114), np.float32)
 
 
 _TINY = 1e-6
+
+
+class FeatureExtractor:
+    """Measures the defect features of a clip while it is decoded: a `lmm_qa.video.decode.ClipMeasurement`."""
+
+    sampling = Sampling(strategy="pairs", frames=2 * MOMENTS)
+
+    def __init__(self, rotation: int) -> None:
+        self._pictures: dict[int, Picture] = {}
+        self._motion = MotionFeatureRecorder(-rotation // 90)
+
+    def add_frame(self, luma: Picture) -> None:
+        self._motion.add(luma)
+
+    def add_picture(self, index: int, picture: Picture) -> None:
+        self._pictures[index] = pad_to_minimum(reduced(picture), MIN_SIDE)
+
+    def features(self, indices: Sequence[int], dynamics: FrameDynamics) -> Features:
+        return measure([self._pictures[index] for index in indices], indices, dynamics, self._motion)
 
 
 def measure(

@@ -33,14 +33,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, ClassVar, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from lmm_qa.config import Sampling, View
-from lmm_qa.defects.features import MOMENTS, Features, measure, reduced
-from lmm_qa.defects.motion_features import MotionFeatureRecorder
 from lmm_qa.errors import (
     UsageError,
 )
@@ -51,7 +49,7 @@ if TYPE_CHECKING:
 
 from lmm_qa.video.probe import ClipInfo, _opened, _Scan, _scan, _truncated
 from lmm_qa.video.sampling import _within, sample_indices, window_spans
-from lmm_qa.video.views import Picture, _padded, _Rendered, view_size
+from lmm_qa.video.views import Picture, _Rendered, view_size
 
 WHOLE_DECODE_PIXELS = 4_000_000_000
 
@@ -71,22 +69,10 @@ ONE_PICTURE_A_PACKET = frozenset({"h264", "hevc", "vp9", "av1", "gif", "mjpeg", 
 """Codecs in which a packet that gives no picture is a loss. Others (MPEG-4, VP8) have packets that show nothing."""
 
 
-_LEAST_MEASURED = 32
-
-
-"""Pixels a side to which a tiny picture is extended before it is measured."""
-
-
 LUMA_FIRST = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "nv12", "gray"})
 
 
 """Pixel formats whose first plane is the brightness, one byte a pixel."""
-
-
-MEASURED = Sampling(strategy="pairs", frames=2 * MOMENTS)
-
-
-"""The pictures that `lmm_qa.defects.features` measures, whatever frames a rater looks at."""
 
 
 DECORD_CODECS = frozenset({"h264", "mpeg4", "vp8", "vp9"})
@@ -94,6 +80,33 @@ DECORD_CODECS = frozenset({"h264", "mpeg4", "vp8", "vp9"})
 
 """Codecs of which decord 0.6.0 gives ffmpeg's pixels after a seek, where they have 8 bits, even sides and no rotation.
 Not HEVC: on a seek into an open group of pictures it gives an earlier frame. Not AV1 and GIF: it opens neither."""
+
+
+class ClipMeasurement(Protocol):
+    """Measures one clip while it is decoded, for `read_frames(..., measure=...)`; see `lmm_qa.defects.features`.
+
+    A decode worker makes one for each clip, so the class must be importable there.
+    """
+
+    sampling: ClassVar[Sampling]
+    """The frames whose pictures are needed, independent of those that a rater looks at."""
+
+    def __init__(self, rotation: int) -> None:
+        """`rotation`: degrees clockwise by which stored frames are turned for display: 0, 90, 180 or 270."""
+
+    def add_frame(self, luma: npt.NDArray[np.uint8]) -> None:
+        """Receive the luma plane of the next frame, (height, width) uint8, not rotated; only valid during the call."""
+
+    def add_picture(self, index: int, picture: Picture) -> None:
+        """Receive the displayed picture of a frame that `sampling` chose, once, in order of `index`."""
+
+    def features(self, indices: Sequence[int], dynamics: FrameDynamics) -> dict[str, float]:
+        """Return what was measured, by name; called once, after the last frame.
+
+        Args:
+            indices: the frames that `sampling` chose; repeated where the clip has too few.
+            dynamics: of all frames of the clip.
+        """
 
 
 @dataclass(frozen=True)
@@ -111,7 +124,7 @@ class Frames:
     """"pyav" or "decord"."""
     dynamics: FrameDynamics | None = None
     """What was measured of every frame of the clip; None where decord sought the sampled ones."""
-    features: Features | None = None
+    features: dict[str, float] | None = None
     """What was measured of its pictures at native resolution, and of how its frames follow each other; None unless it
     was asked for, and where there is no dynamics."""
 
@@ -156,7 +169,7 @@ class Windows:
 
 
 def read_frames(
-    path: str | Path, sampling: Sampling, views: Sequence[View], factor: int, measured: bool = False
+    path: str | Path, sampling: Sampling, views: Sequence[View], factor: int, measure: type[ClipMeasurement] | None = None
 ) -> Frames:
     """Read the sampled frames of a clip, holding no other in memory, save twelve and small pictures that are measured.
 
@@ -165,7 +178,7 @@ def read_frames(
         sampling: which frames.
         views: which pixels of them; at least one.
         factor: patch size x merge size of the vision tower, pixels.
-        measured: whether the clip's `features` are wanted too.
+        measure: measures the clip's `features`; None: they are not wanted.
 
     Raises:
         ClipNotFound: nothing is there.
@@ -180,7 +193,7 @@ def read_frames(
     empty = partial(_Rendered, views, factor)
     if _decord_first(scan.info) and (sought := _seek(scan, choose(scan.seconds), empty)):
         return _gathered(scan, choose(scan.seconds), sought, "decord")
-    whole = _decode_whole(scan, choose, empty, measured)
+    whole = _decode_whole(scan, choose, empty, measure)
     return _gathered(whole.scan, choose(whole.scan.seconds), whole.kept, "pyav", whole.dynamics, whole.features)
 
 
@@ -191,7 +204,7 @@ def read_windows(
     factor: int,
     window: float,
     step: float,
-    measured: bool = False,
+    measure: type[ClipMeasurement] | None = None,
 ) -> Windows:
     """Read the sampled frames of windows over a clip (see `window_spans`) and of the clip as a whole, each frame once.
 
@@ -204,7 +217,7 @@ def read_windows(
         factor: patch size x merge size of the vision tower, pixels.
         window: length of each window, seconds.
         step: seconds from one to the next; widened where the pictures would take more than `WINDOWS_BYTES`.
-        measured: whether the clip's `features` are wanted too.
+        measure: measures the clip's `features`; None: they are not wanted.
 
     Raises:
         UsageError: the window or the step is not above 0.
@@ -233,7 +246,7 @@ def read_windows(
         whole = sample_indices(seconds, sampling)
         return sorted({*whole, *(index for look in looks(seconds) for index in look)})
 
-    decoded = _decode_whole(scan, choose, partial(_Rendered, views, factor), measured)
+    decoded = _decode_whole(scan, choose, partial(_Rendered, views, factor), measure)
     scan = decoded.scan
     chosen = choose(scan.seconds)
     row = {index: number for number, index in enumerate(chosen)}
@@ -265,7 +278,7 @@ def _gathered(
     kept: _Rendered,
     decoder: str,
     dynamics: FrameDynamics | None = None,
-    features: Features | None = None,
+    features: dict[str, float] | None = None,
 ) -> Frames:
     return Frames(
         views=kept.stacked(indices),
@@ -286,14 +299,14 @@ class _Decoded:
     """Corrected where packets that show nothing were taken for frames."""
     kept: _Rendered
     dynamics: FrameDynamics
-    features: Features | None
+    features: dict[str, float] | None
 
 
 def _decode_whole(
     scan: _Scan,
     choose: Callable[[Sequence[float]], Sequence[int]],
     empty: Callable[[], _Rendered],
-    measured: bool,
+    measure: type[ClipMeasurement] | None,
 ) -> _Decoded:
     """Decode every frame in order and keep the chosen ones, rendered.
 
@@ -301,37 +314,36 @@ def _decode_whole(
         scan: of the clip.
         choose: from when each frame appears to the numbers of those to keep.
         empty: makes what keeps their views.
-        measured: whether the features are wanted.
+        measure: as for `read_frames`.
     """
     wanted = set(choose(scan.seconds))
-    looked_at = sample_indices(scan.seconds, MEASURED) if measured else []
-    pictures: dict[int, Picture] = dict.fromkeys(looked_at, np.empty((0, 0, 3), np.uint8))
+    measured = sample_indices(scan.seconds, measure.sampling) if measure else []
     kept = empty()
     moments: list[float | None] = []
     interlaced = False
-    tracer, motion = FrameDynamicsRecorder(), MotionFeatureRecorder(-scan.info.rotation // 90)
+    recorder = FrameDynamicsRecorder()
+    measurement = measure(scan.info.rotation) if measure else None
     for index, frame in enumerate(_every_frame(scan)):
-        if index in wanted or index in pictures:
+        if index in wanted or index in measured:
             picture = _upright(frame, scan.info)
             if index in wanted:
                 kept.add(index, picture)
-            if index in pictures:
-                pictures[index] = _padded(reduced(picture), _LEAST_MEASURED)
+            if measurement and index in measured:
+                measurement.add_picture(index, picture)
         luma = _luma(frame)
-        tracer.add(luma)
-        if measured:
-            motion.add(luma)
+        recorder.add(luma)
+        if measurement:
+            measurement.add_frame(luma)
         moments.append(frame.time)
         interlaced = interlaced or frame.interlaced_frame
     if len(moments) == len(scan.seconds):
-        dynamics = tracer.dynamics(scan.seconds, scan.info.duration)
-        features = measure([pictures[index] for index in looked_at], looked_at, dynamics, motion) if measured else None
-        return _Decoded(scan, kept, dynamics, features)
+        dynamics = recorder.dynamics(scan.seconds, scan.info.duration)
+        return _Decoded(scan, kept, dynamics, measurement.features(measured, dynamics) if measurement else None)
     # Two fields of one interlaced frame can be two packets.
     lost = len(moments) < len(scan.seconds) and scan.info.codec in ONE_PICTURE_A_PACKET and not interlaced
     if lost or not moments:
         raise _truncated(scan.path, len(moments), len(scan.seconds))
-    return _decode_whole(_corrected(scan, moments), choose, empty, measured)
+    return _decode_whole(_corrected(scan, moments), choose, empty, measure)
 
 
 def _corrected(scan: _Scan, moments: Sequence[float | None]) -> _Scan:

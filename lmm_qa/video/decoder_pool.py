@@ -30,7 +30,7 @@ from lmm_qa.errors import (
 if TYPE_CHECKING:
     pass
 
-from lmm_qa.video.decode import Frames, Windows, _refuse_no_length, read_frames, read_windows
+from lmm_qa.video.decode import ClipMeasurement, Frames, Windows, _refuse_no_length, read_frames, read_windows
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -96,14 +96,14 @@ class DecoderPool:
         sampling: Sampling,
         views: Sequence[View],
         factor: int,
-        measured: bool = False,
+        measure: type[ClipMeasurement] | None = None,
     ) -> Iterator[Frames | ClipError]:
         """Read clips, in order; at most two clips a worker are taken from `paths` ahead of the one handed out.
 
         A clip that cannot be read is handed out as its error (see `read_frames`); besides, ClipTimeout when it took
         longer than the limit, and DecoderCrashed when its worker died. The other clips go on.
         """
-        requests = ((Path(path), sampling, tuple(views), factor, measured) for path in paths)
+        requests = ((Path(path), sampling, tuple(views), factor, measure) for path in paths)
         return self._imap(self._reader, requests)
 
     def imap_windows(
@@ -114,7 +114,7 @@ class DecoderPool:
         factor: int,
         window: float,
         step: float,
-        measured: bool = False,
+        measure: type[ClipMeasurement] | None = None,
     ) -> Iterator[Windows | ClipError]:
         """Read windows over clips (see `read_windows`), as `imap` reads frames.
 
@@ -122,7 +122,7 @@ class DecoderPool:
             UsageError: the window or the step is not above 0.
         """
         _refuse_no_length(window, step)
-        requests = ((Path(path), sampling, tuple(views), factor, window, step, measured) for path in paths)
+        requests = ((Path(path), sampling, tuple(views), factor, window, step, measure) for path in paths)
         return self._imap(read_windows, requests)
 
     def _imap(self, reader: Reader, requests: Iterable[tuple[Any, ...]]) -> Iterator[Any]:

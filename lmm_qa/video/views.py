@@ -81,7 +81,7 @@ def _render(picture: Picture, view: View, factor: int, face: tuple[int, int, int
     return np.asarray(Image.fromarray(picture).resize((columns, rows), Image.Resampling.BICUBIC, box))
 
 
-def _padded(picture: Picture, factor: int) -> Picture:
+def pad_to_minimum(picture: Picture, factor: int) -> Picture:
     """Repeat the last row and column of a tiny picture until both sides are at least `factor`."""
     rows, columns = (max(0, factor - side) for side in picture.shape[:2])
     if not rows and not columns:
@@ -112,7 +112,7 @@ class _Rendered:
 
     def add(self, index: int, picture: Picture) -> None:
         """Make and keep the views of one picture."""
-        self._waiting[index] = _padded(picture, self._factor)
+        self._waiting[index] = pad_to_minimum(picture, self._factor)
         if self._face is not None or len(self._waiting) == SEARCHED:
             self._finish()
 

@@ -13,6 +13,7 @@ import pytest
 import lmm_qa
 from lmm_qa.config import Sampling, View
 from lmm_qa.defects.classifier import FILE, MIN_VOTE_SHARE, Forests, defect_log_odds
+from lmm_qa.defects.features import FeatureExtractor
 from lmm_qa.defects.vocabulary import DEFECTS
 from lmm_qa.video.decode import read_frames
 
@@ -102,7 +103,7 @@ def test_the_trees_of_the_package_know_the_defects_that_are_made() -> None:
 )
 def test_what_is_measured_tells_damaged_samples_from_the_clean_one(clip: str, defect: str) -> None:
     def odds(name: str) -> float:
-        features = read_frames(SAMPLES / f"astronaut_{name}.mp4", Sampling(), [View()], 28, measured=True).features
+        features = read_frames(SAMPLES / f"astronaut_{name}.mp4", Sampling(), [View()], 28, measure=FeatureExtractor).features
         assert features is not None
         return defect_log_odds(features)[defect]
 

@@ -12,11 +12,11 @@ from PIL import Image
 
 import lmm_qa
 from lmm_qa.config import Sampling, View
-from lmm_qa.defects.features import MOST, measure, reduced, window
+from lmm_qa.defects.features import MOST, FeatureExtractor, measure, reduced, window
 from lmm_qa.defects.motion_features import MotionFeatureRecorder
 from lmm_qa.degrade.causes import damage
 from lmm_qa.degrade.dataset import read_clip
-from lmm_qa.video.decode import MEASURED, Frames, read_frames
+from lmm_qa.video.decode import Frames, read_frames
 from lmm_qa.video.decoder_pool import DecoderPool
 from lmm_qa.video.sampling import sample_indices
 from lmm_qa.video.temporal import FrameDynamicsRecorder
@@ -38,7 +38,7 @@ def features(frames: NDArray[np.uint8]) -> dict[str, float]:
         tracer.add(luma)
         motion.add(luma)
     seconds = np.arange(len(frames)) / FPS
-    looked_at = sample_indices(seconds.tolist(), MEASURED)
+    looked_at = sample_indices(seconds.tolist(), FeatureExtractor.sampling)
     dynamics = tracer.dynamics(seconds.tolist(), len(frames) / FPS)
     return measure([frames[index] for index in looked_at], looked_at, dynamics, motion)
 
@@ -100,7 +100,7 @@ def test_a_window_has_its_size_wherever_it_lies(box: tuple[float, ...]) -> None:
 
 def test_signs_come_with_the_frames_when_they_are_asked_for(tmp_path: Path) -> None:
     looks = (Sampling(frames=4), [View(max_pixels=50_176)], 28)
-    alone = read_frames(PORTRAIT, *looks, measured=True)
+    alone = read_frames(PORTRAIT, *looks, measure=FeatureExtractor)
     assert alone.features is not None
     assert read_frames(PORTRAIT, *looks).features is None
     frames = read_clip(PORTRAIT, 99.0)[0]
@@ -109,7 +109,7 @@ def test_signs_come_with_the_frames_when_they_are_asked_for(tmp_path: Path) -> N
         assert alone.features[name] == pytest.approx(in_memory[name], abs=1e-6), "of the same twelve pictures"
     tiny = write_clip(tmp_path / "tiny.mp4", size=(16, 20), frames=3)
     with DecoderPool(2) as pool:
-        first, second = pool.imap([PORTRAIT, tiny], *looks, measured=True)
+        first, second = pool.imap([PORTRAIT, tiny], *looks, measure=FeatureExtractor)
     assert isinstance(first, Frames) and isinstance(second, Frames)
     assert first.features == alone.features, "in whatever process"
     assert second.features is not None and list(second.features) == list(alone.features)
