@@ -1,26 +1,30 @@
-"""Every error that lmm_qa raises on purpose, in one tree.
+"""All errors that lmm_qa raises on purpose, in one tree.
 
     LmmQaError
     |-- UsageError            the caller asked for something that cannot be done (exit code 2)
-    |   |-- ConfigError       a prompt, config or rater file says something it may not say
-    |   |-- ManifestError     a list of clips cannot be understood (file:line)
+    |   |-- ConfigError       a prompt, config or rater file is invalid
+    |   |-- ManifestError     a list of clips is invalid (file:line)
     |   `-- MissingExtra      an optional dependency is needed; the message gives the pip command
     |-- ModelError            a model, processor or adapter cannot be loaded or does not fit
     |   `-- LevelTokenError   a level word is not exactly one token after the prompt's stem
-    |-- TrainingError         a training run cannot begin or go on: unreadable clips, a loss that is not finite, ...
+    |-- TrainingError         a training run cannot start or continue: unreadable clips, a loss that is not finite, ...
     |-- ResultsError          ratings cannot be written or read back
+    |-- RankLost              another process of a distributed run has died or cannot be reached
     |-- ScoresError           scores cannot be evaluated, calibrated or submitted: too few, constant, missing, ...
     `-- ClipError             one clip cannot be rated; becomes that clip's error row, never ends a run
-        |-- ClipNotFound      nothing is there
+        |-- ClipNotFound      the file does not exist
         |-- ClipUnreadable    no decoder finds a video in it
-        |-- ClipTruncated     the stream breaks: says how many of how many frames were read
+        |-- ClipTruncated     the stream ends early: the message says how many of how many frames were read
         |-- ClipTimeout       decoding took longer than the time limit
-        `-- DecoderCrashed    the decoding process died (a segmentation fault, out of memory)
+        |-- DecoderCrashed    the decoding process died (a segmentation fault, out of memory)
+        `-- InternalError     a bug in lmm_qa showed while the clip was read; the message asks for a report
 
-Messages say what was wrong, where, the value received, and what to do.
+Messages say what is wrong, where, the value received, and what to do.
 """
 
 from __future__ import annotations
+
+import traceback
 
 
 class LmmQaError(Exception):
@@ -32,11 +36,11 @@ class UsageError(LmmQaError):
 
 
 class ConfigError(UsageError):
-    """A prompt, config or rater file says something it may not say."""
+    """A prompt, config or rater file is invalid."""
 
 
 class ManifestError(UsageError):
-    """A list of clips cannot be understood."""
+    """A list of clips is invalid."""
 
 
 class MissingExtra(UsageError):
@@ -55,11 +59,15 @@ class LevelTokenError(ModelError):
 
 
 class TrainingError(LmmQaError):
-    """A training run cannot begin or go on."""
+    """A training run cannot start or continue."""
 
 
 class ResultsError(LmmQaError):
     """Ratings cannot be written or read back."""
+
+
+class RankLost(LmmQaError):
+    """Another process of a distributed run has died or cannot be reached."""
 
 
 class ScoresError(LmmQaError):
@@ -71,7 +79,7 @@ class ClipError(LmmQaError):
 
 
 class ClipNotFound(ClipError):
-    """Nothing is there."""
+    """The file does not exist."""
 
 
 class ClipUnreadable(ClipError):
@@ -79,7 +87,7 @@ class ClipUnreadable(ClipError):
 
 
 class ClipTruncated(ClipError):
-    """The stream breaks before its declared end."""
+    """The stream ends before its declared length."""
 
 
 class ClipTimeout(ClipError):
@@ -88,3 +96,14 @@ class ClipTimeout(ClipError):
 
 class DecoderCrashed(ClipError):
     """The decoding process died."""
+
+
+class InternalError(ClipError):
+    """A bug in lmm_qa showed while one clip was read."""
+
+
+def describe_exception(error: BaseException) -> str:
+    """Return "Type: message (file:line)" of an unexpected exception, the line being the one that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"

@@ -90,6 +90,8 @@ class Rating:
     """Seconds that the model spent on this clip (its share of the batch)."""
     profile: Profile | None = None
     """Which defects it has; None unless asked for, see `Details`."""
+    profile_id: str | None = None
+    """Hash of what made profile and explanation, see `lmm_qa.defects.diagnosis.profile_id`; None without a profile."""
     explanation: str | None = None
     """Why, in words; None unless asked for."""
     explained_by: str | None = None
@@ -129,6 +131,7 @@ class Rating:
             "defects": self.profile.defects if self.profile else None,
             "found": [one.to_row() for one in self.profile.found] if self.profile else None,
             "defect_mass": self.profile.mass if self.profile else None,
+            "profile_id": self.profile_id,
             "explanation": self.explanation,
             "explained_by": self.explained_by,
             "timeline": self.timeline.to_row() if self.timeline else None,
@@ -152,7 +155,7 @@ class Failure:
             (
                 *("score", "raw_score", "interval", "calibration", "scale", "level", "probabilities", "std"),
                 *("level_mass", "frames", "video", "adapter", "prompt", "seconds"),
-                *("defects", "found", "defect_mass", "explanation", "explained_by", "timeline"),
+                *("defects", "found", "defect_mass", "profile_id", "explanation", "explained_by", "timeline"),
             )
         )
         return {

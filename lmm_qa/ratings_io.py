@@ -67,6 +67,7 @@ class RatingsWriter:
         overwrite: bool = False,
         rank: int = 0,
         needs: Sequence[str] = (),
+        profile_id: str | None = None,
     ) -> None:
         """
         Args:
@@ -78,6 +79,8 @@ class RatingsWriter:
                 that a run left go at once.
             rank: which of the processes that write rows of this run.
             needs: columns that a row must have filled to be reused.
+            profile_id: what makes the defect profiles of this run; rows with another profile_id are not reused. None:
+                no profiles are requested.
 
         Raises:
             UsageError: the suffix is none of the three.
@@ -96,6 +99,7 @@ class RatingsWriter:
         self._clips = dict.fromkeys(clips)
         self._overwrite = overwrite
         self._needs = needs
+        self._profile_id = profile_id
         self._stored: list[Row] = []
         """What the file at `path` holds at this moment."""
         self._earlier: dict[str, Row] = {}
@@ -198,7 +202,11 @@ class RatingsWriter:
         _remove(shards)
 
     def _complete(self, row: Row) -> bool:
-        return row.get("error") is None and all(row.get(column) is not None for column in self._needs)
+        return (
+            row.get("error") is None
+            and all(row.get(column) is not None for column in self._needs)
+            and self._profile_id in (None, row.get("profile_id"))
+        )
 
     def _store(self, row: Row) -> None:
         line = f"{to_json(row)}\n".encode()

@@ -50,7 +50,8 @@ from lmm_qa.model.levels import LevelLogits, read_levels
 from lmm_qa.model.loading import choose_attention, choose_device, choose_dtype, load_processor
 from lmm_qa.model.prefill import Prefill
 from lmm_qa.model.prompt import Prompt
-from lmm_qa.rater import clip_input, plan_rater
+from lmm_qa.model.rater_plan import plan_rater
+from lmm_qa.rater import clip_input
 from lmm_qa.ratings import Details
 from lmm_qa.video.decode import Frames, read_frames
 from lmm_qa.video.decoder_pool import DecoderPool

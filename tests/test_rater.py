@@ -37,7 +37,8 @@ from lmm_qa.model.inputs import ClipInput
 from lmm_qa.model.levels import LEVELS, read_levels
 from lmm_qa.model.prompt import Prompt
 from lmm_qa.model.rater_config import CALIBRATION_NAME, DEFECTS_NAME, EMBEDDED, RaterConfig
-from lmm_qa.rater import clip_input, plan_rater
+from lmm_qa.model.rater_plan import plan_rater
+from lmm_qa.rater import clip_input
 from lmm_qa.ratings import STEP, WINDOW, Details
 from lmm_qa.video.decode import Frames, read_frames, read_windows
 
@@ -356,7 +357,7 @@ def test_a_plan_knows_its_identity_without_the_libraries_that_rating_needs(model
     """So that a second run, which has nothing to do, says so at once."""
     script = """
 import sys
-from lmm_qa.rater import plan_rater
+from lmm_qa.model.rater_plan import plan_rater
 plan_rater(sys.argv[1], device="cpu").rater_id
 print(*sorted({"transformers", "peft", "scipy", "torchvision"} & sys.modules.keys()))
 """
@@ -380,8 +381,8 @@ def calibrated_copy(rater: Rater, folder: Path, **changes: Any) -> Path:
 
 def write_calibration(folder: Path, mapping: ScoreMapping = MAPPING, **changes: Any) -> Calibration:
     values: dict[str, Any] = {"scale": (1, 5), "rater_id": None, "n": 9, "groups": 9, "fingerprint": "f", "clips": ()}
-    spread = ConformalInterval(coverage=0.9, half_width=0.8, std_floor=0.1)
-    calibration = Calibration(mapping=mapping, spread=spread, check=None, **values | changes)
+    interval = ConformalInterval(coverage=0.9, half_width=0.8, std_floor=0.1)
+    calibration = Calibration(mapping=mapping, interval=interval, check=None, **values | changes)
     calibration.write(folder)
     return calibration
 

@@ -1,154 +1,39 @@
-"""The command `lmm-qa`. Turns words into calls, errors into exit codes; data to stdout or `-o`, the rest to stderr.
+"""The command `lmm-qa`: parses arguments, calls the package, turns errors into exit codes.
 
-Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but some clips could not be rated.
-Imports of weight happen inside the commands, so that `--help` answers at once.
+Data goes to stdout or `-o`, everything else to stderr. Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but some
+clips could not be rated. Heavy imports happen inside the commands, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
-from lmm_qa.errors import ClipError, LmmQaError, UsageError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from lmm_qa.distributed import Ranks, RayRaters
-    from lmm_qa.manifest import Clip
-    from lmm_qa.rater import Rater, RaterPlan
-    from lmm_qa.ratings import Failure, Rating
-    from lmm_qa.ratings_io import RatingsWriter
-    from lmm_qa.tables import Row
-
-
-T = TypeVar("T")
-
+from lmm_qa.cli.options import (
+    DEFAULT_WORKERS,
+    AnswersFrom,
+    AnswerSource,
+    BatchSize,
+    CalibrationKind,
+    ClipColumn,
+    Engine,
+    Inputs,
+    Model,
+    Root,
+    ScoreColumn,
+    Timeout,
+    Workers,
+    with_rater_options,
+)
+from lmm_qa.cli.terminal import make_console, message, plural, progress, quiet_libraries
+from lmm_qa.errors import LmmQaError, UsageError
 
 FAILED, WRONG_USAGE, SOME_CLIPS_FAILED, INTERRUPTED = 1, 2, 3, 130
-
-
-PROGRESS_SECONDS = 30
-
-
-"""How often a line of progress is written where stderr is no terminal."""
-
-
-ANSWERED = 0.5
-
-
-"""Share of the probability that yes and no together should hold after a closed question."""
-
-
-QUIET = {
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "OMP_WAIT_POLICY": "PASSIVE",  # idle threads of torch leave the cores to the decoding processes
-    "TOKENIZERS_PARALLELISM": "false",
-    "TRANSFORMERS_VERBOSITY": "error",
-}
-
-
-"""Read by the libraries when they are imported, which may be never."""
-
-
-class Quantization(StrEnum):
-    FOUR = "4bit"
-    EIGHT = "8bit"
-
-
-class Dtype(StrEnum):
-    FLOAT32 = "float32"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
-class Engine(StrEnum):
-    LOCAL = "local"
-    RAY = "ray"
-
-
-class AnswerSource(StrEnum):
-    ADAPTER = "adapter"
-    BASE = "base"
-
-
-class Mapping(StrEnum):
-    LINEAR = "linear"
-    LOGISTIC4 = "logistic4"
-    ISOTONIC = "isotonic"
-
-
-ClipColumn = Annotated[
-    str | None,
-    typer.Option(help="Column of the labels that names the clip.", show_default="clip, video, path, file or name"),
-]
-
-
-ScoreColumn = Annotated[
-    str | None, typer.Option(help="Column of the labels that holds the MOS.", show_default="mos or score")
-]
-
-
-Inputs = Annotated[
-    list[str],
-    typer.Argument(
-        help="Video files, folders (searched through), globs, or lists of clips: .csv .tsv .jsonl .parquet with a "
-        "column clip, video or path; .txt with a path a line.",
-        show_default=False,
-    ),
-]
-
-
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "-m",
-        "--model",
-        help="Rater directory, PEFT adapter, model directory, or an id on the Hugging Face hub.",
-        show_default="the embedded model",
-    ),
-]
-
-
-AnswersFrom = Annotated[
-    AnswerSource,
-    typer.Option(
-        help="Who answers and explains, where the rater has an adapter: one that was tuned on levels alone may have "
-        "lost its tongue."
-    ),
-]
-
-
-Device = Annotated[str | None, typer.Option(help="cuda, cuda:1, mps, cpu.", show_default="the best one here")]
-
-
-BatchSize = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="The most clips that go through the model together. Lower it where a GPU runs out of memory.",
-        show_default="64 on a GPU, and no more than 16,384 tokens; 1 on a CPU",
-    ),
-]
-
-
-Workers = Annotated[int, typer.Option(min=1, help="Decoding processes.")]
-
-
-Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds that decoding one clip may take.")]
-
-
-WORKERS = min(4, os.cpu_count() or 1)
-
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -168,81 +53,54 @@ def lmm_qa() -> None:
 
 
 @app.command()
+@with_rater_options
 def rate(
     inputs: Inputs,
+    rater_options: dict[str, Any],
     output: Annotated[
         Path | None,
         typer.Option(
             "-o",
             "--output",
-            help="Where the ratings go: .jsonl, .csv or .parquet. Run again, and only what is "
-            "missing is rated. Without it: a table on a terminal, JSON lines into a pipe.",
+            help="File for the ratings: .jsonl, .csv or .parquet. Running the command again rates only what is "
+            "missing. Without it: a table on a terminal, JSON lines in a pipe.",
             show_default=False,
         ),
     ] = None,
     model: Model = None,
     defects: Annotated[
-        bool, typer.Option("--defects", help="Also say which defects each clip has, where and when.")
+        bool, typer.Option("--defects", help="Also report a defect profile: which defects, where and when.")
     ] = False,
-    explain: Annotated[bool, typer.Option("--explain", help="Also say why, in words; brings --defects along.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Also explain each rating in words; implies --defects.")
+    ] = False,
     timeline: Annotated[
         bool,
         typer.Option(
-            "--timeline", help="Also rate windows of two seconds, two a second of the clip: that many times the work."
+            "--timeline",
+            help="Also rate windows of two seconds, one every half second. Takes as many times longer as there are "
+            "windows.",
         ),
     ] = False,
     answers_from: AnswersFrom = AnswerSource.ADAPTER,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a model on the hub.", show_default=False)
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(help="Name of a prompt (talking_head, qalign) or a YAML file.", show_default="the model's"),
-    ] = None,
-    scale: Annotated[
-        tuple[float, float] | None,
-        typer.Option(help="MOS of the worst and of the best level, e.g. --scale 0 5.", show_default="the model's"),
-    ] = None,
-    sampling: Annotated[
-        str | None,
-        typer.Option(
-            help="Which frames are looked at: uniform:8 | pairs:12 (moments of two close frames) | fps:2.",
-            show_default="the model's",
-        ),
-    ] = None,
-    view: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="What is made of them: whole:448 (shrunk into the area of 448 x 448) | crop:336 (window at native "
-            "resolution) | face:224 (a square around the face, resized). Give it again for more than one.",
-            show_default="the model's",
-        ),
-    ] = None,
-    quantization: Annotated[
-        Quantization | None, typer.Option(help="Weights in 4 or 8 bits: less memory.", show_default=False)
-    ] = None,
-    device: Device = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Number format.", show_default="suits the device")] = None,
     batch_size: BatchSize = None,
-    workers: Workers = WORKERS,
+    workers: Workers = DEFAULT_WORKERS,
     timeout: Timeout = 60.0,
-    root: Annotated[
-        Path | None, typer.Option(help="Folder that paths in lists are relative to.", show_default="the list's folder")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget what the output holds already.")] = False,
+    root: Root = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard the ratings in the output file.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be rated, tokens and memory; load no weights.")
-    ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with a model from the hub.")
+        bool,
+        typer.Option("--dry-run", help="Show what would be rated, tokens and memory; loads no weights."),
     ] = False,
     engine: Annotated[
-        Engine, typer.Option(help="local: this process, or those of a launcher. ray: raters on a Ray cluster.")
+        Engine,
+        typer.Option(help="local: this process, or the processes of a launcher. ray: raters on a Ray cluster."),
     ] = Engine.LOCAL,
 ) -> None:
-    """Rate clips: one score a clip, and the probabilities of the levels behind it.
+    """Rate clips: a score for each, and the probabilities of the quality levels it is computed from.
 
-    Several GPUs or machines: `accelerate launch` or `torchrun`, and their processes share the clips; or `--engine ray`.
+    On several GPUs or machines: start it with `accelerate launch` or `torchrun`, whose processes share the clips; or
+    use `--engine ray`.
 
     **Examples**
 
@@ -257,66 +115,57 @@ def rate(
     `accelerate launch --multi_gpu --num_processes 4 -m lmm_qa rate clips/ -o ratings.jsonl`
     """
     from lmm_qa.cli.console import render_table
-    from lmm_qa.config import Sampling, View
     from lmm_qa.manifest import expand
     from lmm_qa.ratings_io import output_form
 
     if output is not None:
         output_form(output)
     clips = expand(inputs, root)
-    chosen_sampling = Sampling.from_text(sampling) if sampling else None
-    chosen_views = [View.from_text(text) for text in view] if view else None
-    _quiet_libraries()
+    quiet_libraries()
+    from lmm_qa.cli.dry_run import print_rating_plan
+    from lmm_qa.cli.run import RatingRun
     from lmm_qa.distributed import Ranks, RayRaters
-    from lmm_qa.rater import plan_rater
+    from lmm_qa.model.rater_plan import plan_rater
     from lmm_qa.ratings import Details
 
     ranks = Ranks.from_environment()
     if output is None and not dry_run and (ranks.world > 1 or engine is Engine.RAY):
-        raise UsageError("rows of several processes come in no order, they need a file: -o ratings.jsonl")
+        raise UsageError("several processes return rows in no particular order and need a file: -o ratings.jsonl")
     if ranks.world > 1 and engine is Engine.RAY:
-        raise UsageError("--engine ray starts its processes itself: run it without accelerate launch or torchrun")
-    plan = plan_rater(
-        model,
-        revision=revision,
-        prompt=prompt,
-        scale=scale,
-        sampling=chosen_sampling,
-        views=chosen_views,
-        quantization=quantization.value if quantization else None,
-        device=ranks.device(device),
-        dtype=dtype.value if dtype else None,
-        trust_remote_code=trust_remote_code,
-    )
+        raise UsageError("--engine ray starts its own processes: run it without accelerate launch or torchrun")
+    rater_options["device"] = ranks.device(rater_options["device"])
+    plan = plan_rater(model, **rater_options)
     if ranks.rank == 0:
         for note in plan.notes:
-            _say(f"note: {note}")
+            message(f"note: {note}")
         if dry_run:
-            _print_plan(plan, clips, workers)
+            print_rating_plan(plan, clips, workers)
     if dry_run:
         return
-    raters = RayRaters(plan, workers, _say) if engine is Engine.RAY else None
+    raters = RayRaters(plan, workers, message) if engine is Engine.RAY else None
     details = Details(defects or explain, explain, timeline, answers_from.value)
-    options = {"details": details, "batch_size": batch_size, "workers": workers, "timeout": timeout}
-    run = _Run(raters.plan if raters else plan, ranks, raters, **options)
+    options = {"batch_size": batch_size, "workers": workers, "timeout": timeout}
+    run = RatingRun(raters.plan if raters else plan, details, ranks, raters, **options)
     failed = run.to_file(clips, output, overwrite) if output else run.to_stdout(clips, render_table)
     if failed:
         raise typer.Exit(SOME_CLIPS_FAILED)
 
 
 @app.command()
+@with_rater_options
 def explain(
     inputs: Inputs,
+    rater_options: dict[str, Any],
     model: Model = None,
     answers_from: AnswersFrom = AnswerSource.ADAPTER,
-    device: Device = None,
     batch_size: BatchSize = None,
-    workers: Workers = WORKERS,
+    workers: Workers = DEFAULT_WORKERS,
     timeout: Timeout = 60.0,
+    root: Root = None,
 ) -> None:
-    """Say why clips are rated as they are: defects, where and when, and a sentence or two. JSON lines into a pipe.
+    """Explain ratings: the defects of each clip, where and when, and a sentence or two. JSON lines in a pipe.
 
-    To keep that for many clips: `lmm-qa rate --explain -o ratings.jsonl`; to look at it: `lmm-qa report`.
+    To store explanations of many clips: `lmm-qa rate --explain -o ratings.jsonl`; to view them: `lmm-qa report`.
 
     **Examples**
 
@@ -327,21 +176,22 @@ def explain(
     from lmm_qa.cli.console import render_explanations
     from lmm_qa.manifest import expand
 
-    clips = expand(inputs)
-    _quiet_libraries()
+    clips = expand(inputs, root)
+    quiet_libraries()
+    from lmm_qa.cli.run import RatingRun
     from lmm_qa.distributed import Ranks
-    from lmm_qa.rater import plan_rater
+    from lmm_qa.model.rater_plan import plan_rater
     from lmm_qa.ratings import Details
 
     ranks = Ranks.from_environment()
     if ranks.world > 1:
-        raise UsageError("explain runs in one process; for several use rate --explain -o ratings.jsonl")
-    plan = plan_rater(model, device=device)
+        raise UsageError("explain runs in one process; with several, use rate --explain -o ratings.jsonl")
+    plan = plan_rater(model, **rater_options)
     for note in plan.notes:
-        _say(f"note: {note}")
+        message(f"note: {note}")
     details = Details(defects=True, explanation=True, answers_from=answers_from.value)
-    options = {"details": details, "batch_size": batch_size, "workers": workers, "timeout": timeout}
-    if _Run(plan, ranks, None, **options).to_stdout(clips, render_explanations):
+    run = RatingRun(plan, details, ranks, batch_size=batch_size, workers=workers, timeout=timeout)
+    if run.to_stdout(clips, render_explanations):
         raise typer.Exit(SOME_CLIPS_FAILED)
 
 
@@ -403,15 +253,15 @@ def evaluate(
     scores, opinions = read_scores(ratings), read_labels(labels, *columns)
     training = read_labels(prior, *columns) if prior else ()
     others = read_scores(against) if against else ()
-    with _console().status("resampling the clips"):
+    with make_console().status("resampling the clips"):
         found = job.evaluate(scores, opinions, prior=training, against=others, against_name=str(against))
-    job.render(found, _console(stderr=False))
+    job.render(found, make_console(stderr=False))
     if output is not None:
         job.write(found, output)
-        _say(f"figures -> {output}")
+        message(f"figures -> {output}")
     if plot is not None:
         job.plot(scores, opinions, found, plot)
-        _say(f"plot -> {plot}")
+        message(f"plot -> {plot}")
     if not found.complete:
         raise typer.Exit(SOME_CLIPS_FAILED)
 
@@ -426,7 +276,7 @@ def calibrate(
         Path, typer.Argument(help="What people said of these clips, as for evaluate.", show_default=False)
     ],
     into: Annotated[Path, typer.Option(help="The rater directory: calibration.json goes there.", show_default=False)],
-    kind: Annotated[Mapping, typer.Option(help="How raw scores become MOS.")] = Mapping.LOGISTIC4,
+    kind: Annotated[CalibrationKind, typer.Option(help="How raw scores become MOS.")] = CalibrationKind.LOGISTIC4,
     coverage: Annotated[
         float, typer.Option(help="Share of the MOS that the prediction intervals are made to hold.")
     ] = 0.9,
@@ -456,9 +306,9 @@ def calibrate(
     calibration = job.calibrate(joined.pairs, kind.value, coverage=coverage, scale=scale)
     path = calibration.write(into)
     print(calibration.summary())
-    _say(f"{calibration.n} clips of {calibration.groups} groups -> {path}")
+    message(f"{calibration.n} clips of {calibration.groups} groups -> {path}")
     if unused := len(joined.failed) + len(joined.missing):
-        _say(f"{_count(unused, 'labelled clip')} without a score had no part in it")
+        message(f"{plural(unused, 'labelled clip')} without a score had no part in it")
         raise typer.Exit(SOME_CLIPS_FAILED)
 
 
@@ -500,15 +350,15 @@ def report(
 
     job.check_output(output)
     opinions = read_labels(labels, clip_column, score_column) if labels else ()
-    with _console().status("reading the ratings"):
+    with make_console().status("reading the ratings"):
         page = job.load(ratings, opinions, clips or ())
-    strips = _progress(job.strips(page.entries, workers, timeout), len(page.entries), "read")
+    strips = progress(job.strips(page.entries, workers, timeout), len(page.entries), "read")
     size = job.write(page, strips, output)
     if absent := len(page.entries) - size.clips:
         found = sum(entry.file is not None for entry in page.entries)
         where = "" if found else ": say where they are with --clips FOLDER"
-        _say(f"of {_count(absent)} there are no frames{where}")
-    _say(f"{_count(len(page.entries) + len(page.failed))}, {job.readable(size.page)} -> {output}")
+        message(f"of {plural(absent)} there are no frames{where}")
+    message(f"{plural(len(page.entries) + len(page.failed))}, {job.readable(size.page)} -> {output}")
 
 
 @app.command()
@@ -539,14 +389,14 @@ def train(
 
     `lmm-qa train configs/thqa_qwen2_vl_2b_qlora.yaml data.root=/data/thqa training.learning_rate=2e-4`
 
-    `lmm-qa train embedded_lora data.root=clips training.output=runs/mine --dry-run`
+    `lmm-qa train embedded_lora data.root=clips training.output_dir=runs/mine --dry-run`
 
     `accelerate launch -m lmm_qa train configs/thqa_qwen2_vl_7b_lora.yaml data.root=/data/thqa`
     """
-    from lmm_qa.training.config import Recipe
+    from lmm_qa.training.config import TrainingConfig
 
-    chosen = Recipe.load(recipe, changes or ())
-    _quiet_libraries()
+    chosen = TrainingConfig.load(recipe, changes or ())
+    quiet_libraries()
     if dry_run:
         from lmm_qa.training.dry_run import preview
 
@@ -554,7 +404,7 @@ def train(
         return
     from lmm_qa.training.run import train as job
 
-    outcome = job(chosen, _say)
+    outcome = job(chosen, message)
     if outcome.interrupted_by is not None:
         raise typer.Exit(128 + outcome.interrupted_by)
 
@@ -570,11 +420,11 @@ def merge(
 
     `lmm-qa merge runs/thqa -o thqa-merged`
     """
-    _quiet_libraries()
+    quiet_libraries()
     from lmm_qa.training.export import merge as job
 
     job(rater, output)
-    _say(f"merged -> {output}")
+    message(f"merged -> {output}")
 
 
 @app.command()
@@ -589,7 +439,7 @@ def push(
 
     `lmm-qa push runs/thqa me/thqa-rater --private`
     """
-    _quiet_libraries()
+    quiet_libraries()
     from lmm_qa.training.export import push as job
 
     print(job(rater, repository, private=private))
@@ -621,7 +471,7 @@ def submit(
 
     names = read_names(listed)
     write_submission(output, submission_text(read_scores(ratings), names))
-    _say(f"{len(names)} clips -> {output}")
+    message(f"{len(names)} clips -> {output}")
 
 
 @app.command()
@@ -686,17 +536,17 @@ def degrade(
     recipe = Recipe(which, how_much, pairs, seed, scale, length)
     copies = DegradedDataset(output, expand(inputs, root), recipe)
     if known := len(copies.jobs) - len(copies.waiting):
-        _say(f"{known} copies are in {output.parent} already")
+        message(f"{known} copies are in {output.parent} already")
     began, made = time.monotonic(), 0
     bad: list[BadSource] = []
-    for outcome in _progress(copies.make(workers), len(copies.waiting) + len(copies.bad), "made"):
+    for outcome in progress(copies.make(workers), len(copies.waiting) + len(copies.bad), "made"):
         if isinstance(outcome, BadSource):
             bad.append(outcome)
-            _say(f"{outcome.source}: {outcome.error}")
+            message(f"{outcome.source}: {outcome.error}")
         else:
             made += 1
-    failures = f", {sum(one.copies for one in bad)} of {_count(len(bad), 'source')} could not be made" if bad else ""
-    _say(f"{known + made} copies{failures}; {made} now, in {time.monotonic() - began:.1f} s -> {output}")
+    failures = f", {sum(one.copies for one in bad)} of {plural(len(bad), 'source')} could not be made" if bad else ""
+    message(f"{known + made} copies{failures}; {made} now, in {time.monotonic() - began:.1f} s -> {output}")
     if bad:
         raise typer.Exit(SOME_CLIPS_FAILED)
 
@@ -707,7 +557,7 @@ def env() -> None:
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
-    _quiet_libraries()
+    quiet_libraries()
     from lmm_qa.model.loading import choose_attention, choose_device, choose_dtype
 
     device = choose_device()
@@ -730,229 +580,16 @@ def main() -> None:
     try:
         app()
     except UsageError as error:
-        _say(f"error: {error}")
+        message(f"error: {error}")
         sys.exit(WRONG_USAGE)
     except LmmQaError as error:
-        _say(f"error: {error}")
+        message(f"error: {error}")
         sys.exit(FAILED)
     except SystemExit as done:
         if done.code == INTERRUPTED:  # what typer makes of Ctrl-C
-            _say("interrupted; with -o, the same command goes on from here")
+            message("interrupted; with -o, the same command goes on from here")
         raise
     except BrokenPipeError:
         # The reader of our output has gone: nobody is left to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
-
-
-class _Run:
-    """One rating run as the command does it: load late, show progress, count what failed. Only rank 0 speaks."""
-
-    def __init__(self, plan: RaterPlan, ranks: Ranks, raters: RayRaters | None, **options: Any) -> None:
-        self.plan = plan
-        self.ranks = ranks
-        self.raters = raters
-        self.options = options
-
-    def to_file(self, clips: Sequence[Clip], output: Path, overwrite: bool) -> int:
-        """Rate what the file does not hold yet. Returns the number of clips that failed, on rank 0."""
-        from lmm_qa.cli.console import render_table
-
-        began = time.monotonic()
-        ranks, names = self.ranks, [clip.name for clip in clips]
-        with ranks.sink(output, names, self.plan.rater_id, overwrite, self.options["details"].columns) as sink:
-            share = ranks.share(clips)
-            looked_up = self._shown((_known(sink, clip) for clip in share), len(share), "looked up")
-            waiting = ranks.waiting(clips, looked_up)
-            self._say_known(len(clips), len(waiting), output)
-            if waiting:
-                written = _written(sink, self._results(ranks.taken(waiting)))
-                for _ in self._shown(ranks.settled(written, len(waiting)), len(waiting), "rated"):
-                    pass
-        if ranks.rank or not waiting:
-            return 0
-        render_table(sink.rows, _console())
-        _doubt_the_speaker(sink.rows)
-        return _summarise(sink.rows, len(waiting), time.monotonic() - began, f" -> {output}")
-
-    def to_stdout(self, clips: Sequence[Clip], render: Callable[[Sequence[Row], Console], None]) -> int:
-        """Rate all; rendered on a terminal, JSON lines elsewhere. Returns the number of clips that failed."""
-        from lmm_qa.ratings_io import print_row
-
-        began = time.monotonic()
-        rows: list[Row] = []
-        for result in self._shown(self._results(clips), len(clips), "rated"):
-            rows.append(result.to_row())
-            if not sys.stdout.isatty():
-                print_row(rows[-1], sys.stdout)
-        if sys.stdout.isatty():
-            render(rows, _console(stderr=False))
-        _doubt_the_speaker(rows)
-        return _summarise(rows, len(rows), time.monotonic() - began, "")
-
-    def _results(self, clips: Iterable[Clip]) -> Iterator[Rating | Failure]:
-        if self.raters is not None:
-            _say(f"model {self.plan.source.name} in {_count(self.raters.number, 'rater')} on a Ray cluster")
-            return self.raters.rate(clips, **self.options)
-        rater = self.plan.load()
-        if self.ranks.rank == 0:
-            _describe(rater)
-        return rater.rate_all(clips, **self.options)
-
-    def _shown(self, results: Iterable[T], total: int, verb: str) -> Iterable[T]:
-        return results if self.ranks.rank else _progress(results, total, verb)
-
-    def _say_known(self, clips: int, waiting: int, output: Path) -> None:
-        if self.ranks.rank or waiting == clips:
-            return
-        if waiting:
-            _say(f"{clips - waiting} of {_count(clips)} rated in {output} already")
-        else:
-            _say(f"nothing to do: {_count(clips)} rated in {output} already (--overwrite rates again)")
-
-
-def _written(sink: RatingsWriter, results: Iterable[Rating | Failure]) -> Iterator[None]:
-    for result in results:
-        sink.write(result.to_row())
-        yield
-
-
-def _known(sink: RatingsWriter, clip: Clip) -> bool:
-    from lmm_qa.manifest import content_id
-
-    try:
-        return sink.resumes and sink.resume(clip.name, content_id(clip.path)) is not None
-    except ClipError:
-        return False  # it will get its error row
-
-
-def _describe(rater: Rater) -> None:
-    """Say once what was chosen at run time, and why."""
-    choices = ", ".join(f"{name} {choice}" for name, choice in rater.backbone.choices.items())
-    kind = type(rater.backbone.model.get_base_model() if rater.source.adapter else rater.backbone.model).__name__
-    adapter = " + adapter" if rater.source.adapter else ""
-    calibration = f"; calibrated ({rater.calibration.mapping.kind})" if rater.calibration else ""
-    _say(f"model {rater.source.name} ({kind}{adapter}); {choices}{calibration}")
-
-
-def _doubt_the_speaker(rows: Sequence[Row]) -> None:
-    """Say so if the model hardly answers: an adapter that was tuned on levels alone may have lost its tongue."""
-    masses = sorted(row["defect_mass"] for row in rows if row.get("defect_mass") is not None)
-    if masses and (middle := masses[len(masses) // 2]) < ANSWERED:
-        _say(
-            f"note: yes and no hold {middle:.0%} of the probability after the questions on defects (median): the model "
-            "does not answer them, do not trust the profile; where the rater has an adapter, try --answers-from base"
-        )
-    spoken = [row["explained_by"] for row in rows if row.get("explained_by")]
-    if replaced := sum(by != "model" for by in spoken):
-        _say(
-            f"note: {replaced} of {_count(len(spoken), 'explanation')} contradicted the rating, left out a defect or "
-            "broke off, and were replaced by sentences of ours (column explained_by says why)"
-        )
-
-
-def _count(number: int, noun: str = "clip") -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _progress(results: Iterable[T], total: int, verb: str) -> Iterator[T]:
-    """Pass results on; show how many, how fast, how long still: a bar on a terminal, a line now and then elsewhere."""
-    console = _console()
-    began = last = time.monotonic()
-    if console.is_terminal:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        text = TextColumn("{task.description}, {task.fields[rate]:.2f} clips/s")
-        columns = (BarColumn(), MofNCompleteColumn(), text, TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(verb, total=total, rate=0.0)
-            for done, result in enumerate(results, 1):
-                bar.update(task, completed=done, rate=done / (time.monotonic() - began))
-                yield result
-        return
-    for done, result in enumerate(results, 1):
-        yield result
-        now = time.monotonic()
-        if now - last > PROGRESS_SECONDS and done < total:
-            rate = done / (now - began)
-            _say(f"{done} of {total} clips {verb}, {rate:.2f} clips/s, {(total - done) / rate:.0f} s left")
-            last = now
-
-
-def _summarise(rows: Sequence[Row], fresh: int, seconds: float, where: str) -> int:
-    failed = sum(row["error"] is not None for row in rows)
-    failures = f", {failed} could not be rated" if failed else ""
-    _say(f"{_count(len(rows) - failed)} rated{failures}; {fresh} now, in {seconds:.1f} s{where}")
-    return failed
-
-
-def _print_plan(plan: RaterPlan, clips: Sequence[Clip], workers: int) -> None:
-    """Frames, pixels and tokens of each clip, and memory: what a run would do."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    from rich.table import Table
-
-    from lmm_qa.model.inputs import count_tokens, patch_factor
-    from lmm_qa.model.loading import estimate_memory, load_processor
-    from lmm_qa.video.probe import ClipInfo, probe
-    from lmm_qa.video.sampling import sample_indices
-    from lmm_qa.video.views import view_size
-
-    remote: dict[str, Any] = {"revision": plan.source.revision, "trust_remote_code": plan.trust_remote_code}
-    processor = load_processor(plan.source.backbone, **remote)
-    factor = patch_factor(processor) or 1
-    settings = plan.settings
-
-    def look(clip: Clip) -> ClipInfo | ClipError:
-        try:
-            return probe(clip.path)
-        except ClipError as error:
-            return error
-
-    table = Table("clip", "picture", "seconds", "frames", "views", "tokens", show_edge=False, pad_edge=False)
-    counted: dict[tuple[int, tuple[tuple[int, int], ...]], int] = {}
-    most = failed = 0
-    with ThreadPoolExecutor(workers) as pool:
-        for clip, info in zip(clips, pool.map(look, clips), strict=True):
-            if isinstance(info, ClipError):
-                table.add_row(clip.name, "", "", "", f"{type(info).__name__}: {info}", "", style="red")
-                failed += 1
-                continue
-            sizes = tuple(view_size(info.height, info.width, view, factor) for view in settings.views)
-            frames = len(sample_indices([number / info.fps for number in range(info.frames)], settings.sampling))
-            if (frames, sizes) not in counted:
-                counted[frames, sizes] = count_tokens(processor, frames, sizes, settings.prompt)
-            tokens = counted[frames, sizes]
-            most = max(most, tokens)
-            views = " ".join(f"{width}x{height}" for height, width in sizes)
-            table.add_row(
-                clip.name, f"{info.width}x{info.height}", f"{info.duration:.1f}", f"{frames}", views, f"{tokens}"
-            )
-    console = _console(stderr=False)
-    if not console.is_terminal:
-        console.width = 1000  # a file has no edge to wrap lines at
-    console.print(table)
-    memory = estimate_memory(plan.source.backbone, most, plan.dtype_chosen, plan.quantization, **remote)
-    _say(
-        f"{_count(len(clips) - failed)} would be rated"
-        + (f", {failed} could not" if failed else "")
-        + f"; at most {most} tokens a clip; {memory.parameters / 1e6:,.0f} M parameters; memory: about "
-        f"{memory.weights / 2**30:.2f} GiB of weights and {memory.clip / 2**30:.3f} GiB for each clip of a batch"
-    )
-
-
-def _console(stderr: bool = True) -> Console:
-    from rich.console import Console
-
-    return Console(stderr=stderr, highlight=False, markup=False)
-
-
-def _quiet_libraries() -> None:
-    """Their progress bars, advice and busy waiting are not for the people who use this command."""
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -129,7 +129,8 @@ def _choose_calibration(source: ModelSource, settings: RaterConfig) -> tuple[Cal
         return None, None
     defaults, chosen = source.settings.asked(), settings.asked()
     if changed := [key for key in chosen if chosen[key] != defaults[key]]:
-        return None, f"{path} is for the rater's own {', '.join(changed)}, which this run changes: scores are not calibrated"
+        names = ", ".join(changed)
+        return None, f"{path} is for the rater's own {names}, which this run changes: scores are not calibrated"
     try:
         calibration = Calibration.read(path)
     except ConfigError as error:

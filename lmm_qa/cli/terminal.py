@@ -1,0 +1,77 @@
+"""What the command shows while it works: messages and progress on stderr."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+T = TypeVar("T")
+
+PROGRESS_SECONDS = 30
+"""Interval of progress messages if stderr is not a terminal."""
+
+LIBRARY_ENVIRONMENT = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",  # idle threads of torch leave the cores to the decoding processes
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+}
+
+
+def quiet_libraries() -> None:
+    """Turn off progress bars, advice and busy waiting of the libraries. Call it before they are imported."""
+    for name, value in LIBRARY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def message(text: str) -> None:
+    """Print a line to stderr, at once."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def make_console(stderr: bool = True) -> Console:
+    """A console that prints text as it is, without highlighting or markup."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, markup=False)
+
+
+def plural(number: int, noun: str = "clip") -> str:
+    """`1 clip`, `2 clips`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def progress(results: Iterable[T], total: int, verb: str) -> Iterator[T]:
+    """Pass results on and show how many there are, the rate, and the time left.
+
+    A progress bar on a terminal, else a message every `PROGRESS_SECONDS`.
+    """
+    console = make_console()
+    start = last = time.monotonic()
+    if console.is_terminal:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        text = TextColumn("{task.description}, {task.fields[rate]:.2f} clips/s")
+        columns = (BarColumn(), MofNCompleteColumn(), text, TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task(verb, total=total, rate=0.0)
+            for done, result in enumerate(results, 1):
+                bar.update(task, completed=done, rate=done / (time.monotonic() - start))
+                yield result
+        return
+    for done, result in enumerate(results, 1):
+        yield result
+        now = time.monotonic()
+        if now - last > PROGRESS_SECONDS and done < total:
+            rate = done / (now - start)
+            message(f"{done} of {total} clips {verb}, {rate:.2f} clips/s, {(total - done) / rate:.0f} s left")
+            last = now

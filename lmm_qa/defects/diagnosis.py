@@ -1,0 +1,129 @@
+"""Ask the model about defects: closed questions for the profile, then an explanation in words.
+
+Both reuse one prefill of the clips, so that the model processes their pixels once. `profile_id` identifies everything
+besides the rater that determines the answers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Literal
+
+import numpy as np
+
+from lmm_qa.defects import classifier
+from lmm_qa.defects.calibration import DefectCalibration
+from lmm_qa.defects.explanation import explain, explanation_prompt, opening
+from lmm_qa.defects.profile import Profile, read_profile
+from lmm_qa.defects.questions import questions
+from lmm_qa.model.levels import LevelLogits
+from lmm_qa.model.prefill import Prefill
+from lmm_qa.model.prompt import Prompt
+from lmm_qa.model.rater_config import ExplanationCheck, ModelSource
+from lmm_qa.video.decode import Frames
+
+AnswerSource = Literal["adapter", "base"]
+"""Which model answers: the one with the adapter, or the one it was tuned from."""
+
+MAX_TOKENS = 96
+"""Length limit of an explanation: about three clauses and a positive remark in the embedded model's vocabulary."""
+
+PROFILE_VERSION = 1
+"""Raise it when the measured features, or the code that makes profiles and explanations, change their results."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The text shown beside a rating."""
+
+    text: str
+    source: str
+    """`model`, or the reason why the model's text was replaced (see `lmm_qa.defects.explanation`)."""
+
+
+def ask_profiles(
+    prefill: Prefill, prompt: Prompt, calibration: DefectCalibration, frames: Sequence[Frames]
+) -> tuple[list[Profile], list[LevelLogits]]:
+    """Ask all closed questions and the rating prompt about each clip.
+
+    Args:
+        prefill: of the clips, with the system message of `prompt`.
+        prompt: the rating prompt; its level logits are read along with the answers.
+        calibration: turns answers into probabilities; defects it does not need the model for are not asked about.
+        frames: the decoded clips, with what was measured of them.
+
+    Returns:
+        Profile and level logits of each clip.
+    """
+    asked = {
+        name: question.model_copy(update={"system": prompt.system})  # the prefill holds this system message
+        for name, question in questions().items()
+        if calibration.asks(name)
+    }
+    profiles, level_logits = [], []
+    for clip, answers in zip(frames, prefill.ask([*asked.values(), prompt]), strict=True):
+        *closed, levels = answers
+        measured = classifier.defect_log_odds(clip.features) if clip.features else {}
+        odds = {name: _yes_log_odds(answer) for name, answer in zip(asked, closed, strict=True)}
+        profiles.append(read_profile(odds, calibration, clip.dynamics, measured))
+        level_logits.append(levels)
+    return profiles, level_logits
+
+
+def _yes_log_odds(answer: LevelLogits) -> tuple[float, float]:
+    """Log-odds of yes against no, and the share of the vocabulary's probability on both words."""
+    no, yes = (float(logit) for logit in answer.logits)
+    return yes - no, float(np.exp(np.logaddexp(no, yes) - answer.log_normalizer))
+
+
+def write_explanations(
+    prefill: Prefill,
+    prompt: Prompt,
+    levels: Sequence[str],
+    profiles: Sequence[Profile],
+    content_ids: Sequence[str],
+    check: ExplanationCheck,
+) -> list[Explanation]:
+    """Let the model explain each rating; text that contradicts the rating is replaced.
+
+    Args:
+        prefill, prompt: as for `ask_profiles`.
+        levels: the level word of each clip.
+        profiles: of each clip.
+        content_ids: of each clip; seeds of the replacement text, so that a clip always gets the same one.
+        check: what the model's text must satisfy; see `lmm_qa.defects.explanation.objection`.
+    """
+    openings = [opening(prompt, level) for level in levels]
+    requests = [
+        explanation_prompt(prompt, profile.found).model_copy(update={"stem": stem})
+        for profile, stem in zip(profiles, openings, strict=True)
+    ]
+    texts = prefill.continue_texts(requests, MAX_TOKENS)
+    explanations = []
+    for text, level, profile, seed, stem in zip(texts, levels, profiles, content_ids, openings, strict=True):
+        shown, objection = explain(text, level, prompt.levels, profile.found, profile.absent, seed, stem, check)
+        explanations.append(Explanation(shown, objection or "model"))
+    return explanations
+
+
+def profile_id(source: ModelSource, answers_from: AnswerSource) -> str:
+    """Short hash of everything that determines a profile and its explanation, apart from the rater's identity.
+
+    Args:
+        source: of the rater.
+        answers_from: which model answers; without an adapter there is only one.
+    """
+    base = answers_from == "base" and source.adapter is not None
+    calibration = None if base else source.defects  # the base model's answers are not calibrated
+    prompts = resources.files("lmm_qa.prompt_files")
+    digest = hashlib.sha256(f"{PROFILE_VERSION} {base} {source.settings.explanation_check}".encode())
+    for content in (
+        calibration.read_bytes() if calibration else b"",
+        classifier.FILE.read_bytes(),
+        *((prompts / name).read_bytes() for name in ("defects.yaml", "explanation.yaml")),
+    ):
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()[:16]
