@@ -34,6 +34,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import cache, partial
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -48,8 +49,9 @@ from lmm_qa.degrade.dataset import COLUMNS
 from lmm_qa.errors import LmmQaError, ScoresError
 from lmm_qa.evaluation import metrics
 from lmm_qa.evaluation.labels import Label, join, read_scores
-from lmm_qa.evaluation.metrics import Bootstrap, Floats
+from lmm_qa.evaluation.metrics import Bootstrap
 from lmm_qa.manifest import content_id
+from lmm_qa.model.calibration import Floats
 from lmm_qa.ratings_io import read_rows, to_json, write_rows
 from lmm_qa.tables import Row
 from lmm_qa.video.decode import read_frames
@@ -310,10 +312,10 @@ def overall(rows: Sequence[Row], scores: Mapping[str, Floats], seed: int) -> dic
     }
     found: dict[str, Any] = {}
     for name, each in drawn.items():
-        found[name] = {figure: interval._asdict() for figure, interval in each.intervals().items()}
+        found[name] = {figure: asdict(interval) for figure, interval in each.intervals().items()}
         if name != OURS:
             margin = (drawn[OURS] - each).intervals()
-            found[name]["margin_of_ours"] = {figure: interval._asdict() for figure, interval in margin.items()}
+            found[name]["margin_of_ours"] = {figure: asdict(interval) for figure, interval in margin.items()}
     return found
 
 

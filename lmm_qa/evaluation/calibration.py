@@ -27,11 +27,12 @@ from scipy.optimize import isotonic_regression
 
 from lmm_qa.errors import ConfigError, ScoresError
 from lmm_qa.evaluation.labels import Pair, group_folds
-from lmm_qa.evaluation.metrics import Floats, checked, fit_logistic4
+from lmm_qa.evaluation.metrics import checked, fit_logistic4
 from lmm_qa.model.calibration import (
     Calibration,
     ConformalInterval,
     CoverageCheck,
+    Floats,
     IsotonicMapping,
     LinearMapping,
     LogisticMapping,
@@ -58,17 +59,15 @@ def fit_linear(x: Floats, y: Floats) -> LinearMapping:
 
 def fit_logistic(x: Floats, y: Floats) -> LogisticMapping:
     """Least squares. Raises ConfigError if the MOS falls as the score rises."""
-    curve = fit_logistic4(x, y)
-    values = {"b1": curve.b1, "b2": curve.b2, "b3": curve.b3, "b4": curve.b4}
-    return LogisticMapping.parse(values, "the logistic mapping fitted")
+    return LogisticMapping.parse(fit_logistic4(x, y).model_dump(), "the logistic mapping fitted")
 
 
 def fit_isotonic(x: Floats, y: Floats) -> IsotonicMapping:
     """Least squares; keeps the corners of the fitted curve. Raises ConfigError if the MOS falls as the score rises."""
     scores, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
     fitted = isotonic_regression(np.bincount(inverse, y) / counts, weights=counts).x
-    same_as_before = np.concatenate(([False], np.diff(fitted) == 0))
-    corner = ~(same_as_before & np.concatenate((same_as_before[1:], [False])))
+    steps = np.diff(fitted) != 0
+    corner = np.append(True, steps) | np.append(steps, True)
     values = {"scores": scores[corner].tolist(), "mos": fitted[corner].tolist()}
     return IsotonicMapping.parse(values, "the isotonic mapping fitted")
 
@@ -88,19 +87,19 @@ def fit_interval(errors: Floats, std: Floats | None, coverage: float) -> Conform
     Raises:
         ScoresError: n is too small for this coverage.
     """
-    exact = Fraction(str(coverage))  # 0.9 / (1 - 0.9) is more than 9 in floating point
+    exact = Fraction(str(coverage))  # in floating point, 0.9 / (1 - 0.9) is above 9
     rank = math.ceil((len(errors) + 1) * exact)
     if rank > len(errors):
         needed = math.ceil(exact / (1 - exact))
         raise ScoresError(
             f"an interval of coverage {coverage:g} needs {needed} clips besides those of the mapping, received "
-            f"{len(errors)}: label more clips or ask for less coverage"
+            f"{len(errors)}: label more clips or lower the coverage"
         )
     floor = None
     if std is not None:
         floor = FLOOR * float(np.median(std))
         if floor == 0:
-            raise ScoresError("more than half of the ratings have a std of 0: no interval can be made from it")
+            raise ScoresError("more than half of the ratings have a std of 0: no interval can be derived from it")
         errors = errors / np.maximum(std, floor)
     half_width = float(np.partition(errors, rank - 1)[rank - 1])
     return ConformalInterval(coverage=coverage, half_width=half_width, std_floor=floor)
@@ -117,38 +116,38 @@ def calibrate(
     """Fit a calibration to clips that have a score and a MOS.
 
     Args:
-        pairs: the clips; raw scores are taken where ratings are calibrated already.
-        kind: of the mapping.
+        pairs: the clips; of calibrated ratings, the raw scores are used.
+        kind: the kind of mapping.
         coverage: nominal coverage of the intervals, between 0 and 1.
-        scale: lowest and highest MOS; by default, and if they declare one, that of all ratings.
-        seed: of the random assignment of groups to halves and folds.
+        scale: lowest and highest MOS; by default the scale that the ratings declare.
+        seed: for the random assignment of groups to halves and folds.
 
     Raises:
         ScoresError: too few clips or groups, constant scores, a MOS outside the scale, ratings that declare another
             scale, calibrated ratings without their raw scores.
-        ConfigError: the scores fall as the MOS rises.
+        ConfigError: the MOS falls as the score rises.
     """
     if not 0 < coverage < 1:
-        raise ScoresError(f"coverage lies between 0 and 1, received {coverage:g}")
+        raise ScoresError(f"coverage must lie between 0 and 1, received {coverage:g}")
     data = _Data.of(pairs)
     declared = _declared_scale(pairs)
     scale = declared if scale is None else scale
     _check_scale(scale, data.mos)
     if declared not in (None, scale):
         raise ScoresError(
-            f"the MOS are said to be on {scale}, the ratings declare {declared}: set the scale of the MOS in "
+            f"the scale of the MOS is given as {scale}, the ratings declare {declared}: set the scale of the MOS in "
             "rater.json and rate the clips again"
         )
-    mapping, spread = _fit(data, kind, coverage, scale, seed)
+    mapping, interval = _fit(data, kind, coverage, scale, seed)
     raters = {pair.score.rater_id for pair in pairs}
     clips = [clip_hash(pair.score.clip, pair.score.content_id) for pair in pairs]
     return Calibration(
         mapping=mapping,
-        spread=spread,
+        interval=interval,
         scale=scale,
         rater_id=raters.pop() if len(raters) == 1 else None,
         n=len(pairs),
-        groups=len(set(data.groups)),
+        groups=len(np.unique(data.groups)),
         fingerprint=_fingerprint(clips, data.mos),
         clips=tuple(sorted(clips)),
         check=_check(data, kind, coverage, scale, seed),
@@ -166,25 +165,18 @@ class _Data(NamedTuple):
 
     @classmethod
     def of(cls, pairs: Sequence[Pair]) -> _Data:
-        scores, mos = checked([_raw(pair) for pair in pairs], [pair.label.mos for pair in pairs])
+        scores, mos = checked([_raw_score(pair) for pair in pairs], [pair.label.mos for pair in pairs])
         std = [pair.score.std for pair in pairs]
         if any(value is None for value in std) and any(value is not None for value in std):
-            raise ScoresError("some ratings have a std and some have none: take the ratings of one rater")
-        number = {group: place for place, group in enumerate(sorted({pair.label.group for pair in pairs}, key=repr))}
-        return cls(
-            scores,
-            mos,
-            None if std[0] is None else np.array(std, dtype=np.float64),
-            np.array([number[pair.label.group] for pair in pairs], dtype=np.intp),
-        )
+            raise ScoresError("some ratings have a std and some have none: use the ratings of one rater")
+        _, groups = np.unique([repr(pair.label.group) for pair in pairs], return_inverse=True)
+        return cls(scores, mos, None if std[0] is None else np.array(std, dtype=np.float64), groups)
 
-    def part(self, chosen: NDArray[np.bool_]) -> _Data:
-        """Some of the clips."""
-        std = None if self.std is None else self.std[chosen]
-        return _Data(self.scores[chosen], self.mos[chosen], std, self.groups[chosen])
+    def select(self, mask: NDArray[np.bool_]) -> _Data:
+        return _Data(*(None if array is None else array[mask] for array in self))  # type: ignore[arg-type]  # std alone
 
 
-def _raw(pair: Pair) -> float:
+def _raw_score(pair: Pair) -> float:
     score = pair.score
     raw = score.raw if score.calibrated else score.value
     if raw is None:
@@ -195,39 +187,35 @@ def _raw(pair: Pair) -> float:
 def _fit(
     data: _Data, kind: MappingKind, coverage: float, scale: tuple[float, float] | None, seed: int
 ) -> tuple[ScoreMapping, ConformalInterval]:
-    """The mapping from one half of the groups, the interval from the errors of what is predicted for the other."""
-    if len(set(data.groups.tolist())) < 2:
+    """The mapping fitted to one half of the groups, the interval to its errors on the other half."""
+    if len(np.unique(data.groups)) < 2:
         raise ScoresError("a calibration needs clips of at least two groups (persons, sources), all these are of one")
     second = group_folds(data.groups.tolist(), 2, seed) == 1
-    ours, theirs = data.part(~second), data.part(second)
-    mapping = MAPPING_FITS[kind](*checked(ours.scores, ours.mos))
-    errors = np.abs(theirs.mos - np.clip(mapping(theirs.scores), *_ends(scale)))
-    return mapping, fit_interval(errors, theirs.std, coverage)
-
-
-def _ends(scale: tuple[float, float] | None) -> tuple[float, float]:
-    return (-np.inf, np.inf) if scale is None else scale
+    mapping_half, interval_half = data.select(~second), data.select(second)
+    mapping = MAPPING_FITS[kind](*checked(mapping_half.scores, mapping_half.mos))
+    predicted = np.clip(mapping(interval_half.scores), *(scale or (None, None)))
+    return mapping, fit_interval(np.abs(interval_half.mos - predicted), interval_half.std, coverage)
 
 
 def _check(
     data: _Data, kind: MappingKind, coverage: float, scale: tuple[float, float] | None, seed: int
 ) -> CoverageCheck | None:
-    """Fit without each fold of groups, and see how intervals and scores do on it."""
-    groups = len(set(data.groups.tolist()))
+    """Cross-validation: fit without each fold of groups, and measure coverage and error on it. None if impossible."""
+    groups = len(np.unique(data.groups))
     if groups < 3:
         return None
     folds = group_folds(data.groups.tolist(), min(CHECK_FOLDS, groups), seed)
     inside, width, error = (np.zeros(len(data.mos)) for _ in range(3))
     for fold in np.unique(folds):
-        out = folds == fold
+        held_out = folds == fold
         try:
-            mapping, spread = _fit(data.part(~out), kind, coverage, scale, seed)
+            mapping, interval = _fit(data.select(~held_out), kind, coverage, scale, seed)
         except (ScoresError, ConfigError):
-            return None  # what is left is too little
-        held = data.part(out)
-        mos, low, high = predict(mapping, spread, scale, held.scores, held.std)
-        inside[out] = (low <= held.mos) & (held.mos <= high)
-        width[out], error[out] = high - low, mos - held.mos
+            return None  # the remaining folds are too small
+        test = data.select(held_out)
+        mos, low, high = predict(mapping, interval, scale, test.scores, test.std)
+        inside[held_out] = (low <= test.mos) & (test.mos <= high)
+        width[held_out], error[held_out] = high - low, mos - test.mos
     return CoverageCheck(
         coverage=float(inside.mean()),
         width=float(width.mean()),
@@ -241,7 +229,7 @@ def _declared_scale(pairs: Sequence[Pair]) -> tuple[float, float] | None:
     scales = {pair.score.scale for pair in pairs}
     if len(scales) > 1:
         raise ScoresError(
-            f"the ratings declare several scales, {sorted(map(str, scales))}: say which one the MOS are on"
+            f"the ratings declare several scales, {sorted(map(str, scales))}: use ratings on the scale of the MOS"
         )
     return scales.pop()
 
@@ -255,7 +243,7 @@ def _check_scale(scale: tuple[float, float] | None, mos: Floats) -> None:
     if mos.min() < low or mos.max() > high:
         raise ScoresError(
             f"the MOS run from {mos.min():g} to {mos.max():g}, outside the scale [{low:g}, {high:g}]: set the "
-            "scale that people rated on in rater.json and rate again; for ratings that declare no scale, give --scale"
+            "scale of the MOS in rater.json and rate again; for ratings that declare no scale, give --scale"
         )
 
 

@@ -1,94 +1,89 @@
-"""How good a rater is: its ratings against human opinion, with intervals, and against what needs no rater at all.
+"""Evaluate a rater: agreement of its ratings with the MOS, with bootstrap intervals and baselines.
 
-Overall figures flatter: on a set of many generators, knowing the generator is most of the way. So an evaluation also
-says how well the rater orders the clips of one class and of one generator, and by how much it beats the name-only prior
+Overall metrics flatter: on a set of many generators, it helps a lot to recognise the generator. So an evaluation also
+reports how well the rater orders the clips of one class and of one generator, and its margin over the name-only prior
 (`lmm_qa.evaluation.thqa.NamePrior`).
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from lmm_qa.errors import ScoresError
 from lmm_qa.evaluation import metrics
-from lmm_qa.evaluation.labels import Join, Label, Score, join, match
-from lmm_qa.evaluation.metrics import Bootstrap, Floats, Indices, Interval, Logistic4
+from lmm_qa.evaluation.labels import Join, Label, Score, join, match, preview
+from lmm_qa.evaluation.metrics import Bootstrap, Indices, Interval
 from lmm_qa.evaluation.thqa import NamePrior, ThqaName, find_leaks, try_parse
+from lmm_qa.model.calibration import Floats, Logistic4
 
 if TYPE_CHECKING:
     from rich.console import Console
-
+    from rich.table import Table
 
 RESAMPLES = 1000
-
-
 CONFIDENCE = 0.95
-
-
 MIN_GENERATOR_CLIPS = 20
-
-
-"""A generator with fewer clips is shown, but left out of the mean within-generator SRCC: its own SRCC is noise."""
+"""A generator with fewer clips is shown, but left out of the mean within-generator SRCC: its own SRCC is too noisy."""
 
 
 @dataclass(frozen=True)
-class Group:
-    """The metrics of a part of the clips."""
+class Subset:
+    """The metrics of a subset of the clips."""
 
     n: int
     metrics: dict[str, Interval] | None
-    """None where none is defined."""
+    """None if they are undefined."""
     undefined: str | None
-    """Why not."""
+    """Why they are undefined."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Another source of scores for the same clips, and how far the ratings are ahead of it."""
+    """Another source of scores for the same clips, and the margin of the ratings over it."""
 
     name: str
     n: int
-    """Clips that both scored; all figures here are about these."""
+    """Number of clips scored by both; all metrics here are about these."""
     metrics: dict[str, Interval]
-    """Of the other."""
+    """Of the other source."""
     margin: dict[str, Interval]
-    """The ratings' metric minus the other's, over the same resamples of the same clips."""
+    """Metric of the ratings minus metric of the other source, over the same resamples of the same clips."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is found; `to_json` gives it as plain data."""
+    """The result of `evaluate`."""
 
     n: int
-    """Clips that have both a label and a score; all metrics are about these."""
+    """Number of clips that have both a label and a score; all metrics are about these."""
     failed: tuple[str, ...]
     """Labelled clips that the rater could not rate."""
     missing: tuple[str, ...]
-    """Labelled clips that the ratings do not name."""
+    """Labelled clips that the ratings do not contain."""
     extra: tuple[str, ...]
     """Rated clips without a label."""
     metrics: dict[str, Interval]
-    """`lmm_qa.evaluation.metrics.METRICS`, and `srcc_within`: the mean SRCC within the clips of one generator, over the generators
-    (not: 3D distortions) that have `MIN_GENERATOR_CLIPS`."""
+    """`metrics.METRICS`, and `srcc_within`: the mean SRCC within the clips of one generator, over the generators (not
+    3D distortions) that have `MIN_GENERATOR_CLIPS`."""
     logistic: Logistic4
     """The curve behind `plcc_fit` and `rmse_fit`."""
-    by_class: dict[str, Group]
-    """For the clip classes of THQA-NTIRE; clips of other sets are `other`. Empty where no name is of THQA-NTIRE."""
-    by_generator: dict[str, Group]
+    by_class: dict[str, Subset]
+    """For the clip classes of THQA-NTIRE; clips of other sets are `other`. Empty if no name is of THQA-NTIRE."""
+    by_generator: dict[str, Subset]
     """By `class/generator`, or `3d/distortion`: SRCC and PLCC. A logistic fitted to so few clips would flatter."""
     coverage: float | None
-    """Share of the MOS inside the ratings' prediction intervals, where all ratings carry one."""
+    """Share of the MOS inside the prediction intervals of the ratings; None unless all ratings have one."""
     prior: Comparison | None
     leaks: tuple[str, ...]
-    """What of the prior's labels shows a person of these clips, in words: a rater trained on it knows that person."""
+    """Messages about clips of the prior's labels that show a person of these clips: a rater trained on them has seen
+    that person."""
     against: Comparison | None
     resamples: int
     confidence: float
@@ -98,11 +93,6 @@ class Evaluation:
     def complete(self) -> bool:
         """Whether every labelled clip has a score."""
         return not self.failed and not self.missing
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain data; an interval is {value, low, high}, and null stands for what is not defined."""
-        plain: dict[str, Any] = _plain(asdict(self))
-        return plain
 
 
 def evaluate(
@@ -119,19 +109,19 @@ def evaluate(
 
     Args:
         scores: the ratings.
-        labels: what people said.
-        prior: labels of other clips, from which the name-only prior is made; the clips must be of THQA-NTIRE.
+        labels: the MOS.
+        prior: labels of other clips, to fit the name-only prior to; the clips must be of THQA-NTIRE.
         against: ratings of the same clips by another rater.
-        against_name: what to call that one.
-        resamples, seed: of the bootstrap.
+        against_name: name of that rater in the output.
+        resamples, seed: for the bootstrap.
 
     Raises:
         ScoresError: too few clips, constant or non-finite scores; the ratings' calibration was fitted on some of the
-            clips; the prior would be made from some of them.
-        ManifestError: a prior is asked for, and a clip's name is not of THQA-NTIRE.
+            clips; the prior's labels contain some of the clips.
+        ManifestError: a prior is given, and a clip's name is not of THQA-NTIRE.
     """
     joined = join(labels, scores)
-    _refuse_fitted(joined)
+    _check_held_out(joined)
     sample = _Sample.of([pair.label.clip for pair in joined.pairs], joined.mos, resamples, seed)
     x, _ = metrics.checked(joined.scores, joined.mos)
     ratings = sample.bootstrap(x)
@@ -142,8 +132,8 @@ def evaluate(
         extra=joined.extra,
         metrics=ratings.intervals(CONFIDENCE),
         logistic=metrics.fit_logistic4(x, sample.mos),
-        by_class={kind: sample.group(x, part, metrics.METRICS) for kind, part in classes(sample.clips).items()},
-        by_generator={kind: sample.group(x, part, ("srcc", "plcc")) for kind, part in _makers(sample.names).items()},
+        by_class=sample.subsets(x, clip_classes(sample.names), metrics.METRICS),
+        by_generator=sample.subsets(x, _methods(sample.names), ("srcc", "plcc")),
         coverage=_coverage(joined),
         prior=_compare("name-only prior", ratings, sample, _predict(prior, sample.clips)) if prior else None,
         leaks=tuple(map(str, find_leaks([label.clip for label in prior], sample.clips))) if prior else (),
@@ -156,7 +146,7 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Sample:
-    """The clips of an evaluation, and how they are resampled."""
+    """The clips of an evaluation, and the options of their bootstrap."""
 
     clips: Sequence[str]
     names: Sequence[ThqaName | None]
@@ -169,29 +159,31 @@ class _Sample:
         return cls(clips, [try_parse(clip) for clip in clips], mos, resamples, seed)
 
     def bootstrap(self, scores: Floats) -> Bootstrap:
-        """All metrics of one rater."""
-        groups = _generators(self.names)
+        """All metrics of the scores of one rater, (n,)."""
+        groups = _large_generators(self.names)
         return metrics.bootstrap(scores, self.mos, groups=groups, resamples=self.resamples, seed=self.seed)
 
-    def group(self, scores: Floats, part: Indices, names: Sequence[str]) -> Group:
-        """Some metrics of one rater on a part of the clips."""
+    def subsets(self, scores: Floats, parts: dict[str, Indices], names: Sequence[str]) -> dict[str, Subset]:
+        """These metrics of one rater on each part of the clips."""
+        return {name: self._subset(scores[part], self.mos[part], names) for name, part in parts.items()}
+
+    def _subset(self, scores: Floats, mos: Floats, names: Sequence[str]) -> Subset:
         try:
-            found = metrics.bootstrap(scores[part], self.mos[part], names, resamples=self.resamples, seed=self.seed)
+            bootstrap = metrics.bootstrap(scores, mos, names, resamples=self.resamples, seed=self.seed)
         except ScoresError as error:
-            return Group(len(part), None, str(error))
-        return Group(len(part), found.intervals(CONFIDENCE), None)
+            return Subset(len(mos), None, str(error))
+        return Subset(len(mos), bootstrap.intervals(CONFIDENCE), None)
 
-    def part(self, part: Indices) -> _Sample:
-        """Some of the clips."""
-        return _Sample.of([self.clips[place] for place in part], self.mos[part], self.resamples, self.seed)
+    def select(self, indices: Indices) -> _Sample:
+        return _Sample.of([self.clips[index] for index in indices], self.mos[indices], self.resamples, self.seed)
 
 
-def _refuse_fitted(joined: Join) -> None:
+def _check_held_out(joined: Join) -> None:
     fitted = [pair.score.clip for pair in joined.pairs if pair.score.fitted]
     if fitted:
         raise ScoresError(
             f"the calibration of these ratings was fitted on {len(fitted)} of the {len(joined.pairs)} clips "
-            f"({_some(fitted)}): they are no test of it; evaluate on other clips"
+            f"({preview(fitted)}): they cannot test it; evaluate on other clips"
         )
 
 
@@ -207,40 +199,39 @@ def _coverage(joined: Join) -> float | None:
 # --- parts of the clips ----------------------------------------------------------------------------------------------
 
 
-def classes(clips: Sequence[str]) -> dict[str, Indices]:
-    """Indices of the clips of each class of THQA-NTIRE, and of the `other` clips; empty where all are others."""
-    names = [try_parse(clip) for clip in clips]
-    return _parts(["other" if name is None else name.clip_class for name in names]) if any(names) else {}
+def clip_classes(names: Sequence[ThqaName | None]) -> dict[str, Indices]:
+    """Indices of the clips of each class of THQA-NTIRE, and of the `other` clips; empty if all are of other sets."""
+    return _indices_by(["other" if name is None else name.clip_class for name in names]) if any(names) else {}
 
 
-def _makers(names: Sequence[ThqaName | None]) -> dict[str, Indices]:
-    return _parts([None if name is None else "/".join(name.kinds[1]) for name in names])
+def _methods(names: Sequence[ThqaName | None]) -> dict[str, Indices]:
+    return _indices_by([None if name is None else f"{name.clip_class}/{name.method}" for name in names])
 
 
-def _generators(names: Sequence[ThqaName | None]) -> list[Indices]:
-    """The clips of each generator with enough of them."""
-    kinds = ["/".join(name.kinds[1]) if name is not None and name.generator else None for name in names]
-    return [part for part in _parts(kinds).values() if len(part) >= MIN_GENERATOR_CLIPS]
+def _large_generators(names: Sequence[ThqaName | None]) -> list[Indices]:
+    """The clips of each generator that has `MIN_GENERATOR_CLIPS`."""
+    parts = _methods([name if name is not None and name.generator else None for name in names])
+    return [part for part in parts.values() if len(part) >= MIN_GENERATOR_CLIPS]
 
 
-def _parts(kinds: Sequence[str | None]) -> dict[str, Indices]:
-    """Indices of the clips of each kind, the kinds in alphabetical order."""
-    places: dict[str, list[int]] = defaultdict(list)
-    for place, kind in enumerate(kinds):
-        if kind is not None:
-            places[kind].append(place)
-    return {kind: np.array(places[kind], dtype=np.intp) for kind in sorted(places)}
+def _indices_by(keys: Sequence[str | None]) -> dict[str, Indices]:
+    """Indices of each key but None, the keys in alphabetical order."""
+    indices: dict[str, list[int]] = defaultdict(list)
+    for index, key in enumerate(keys):
+        if key is not None:
+            indices[key].append(index)
+    return {key: np.array(indices[key], dtype=np.intp) for key in sorted(indices)}
 
 
 # --- other sources of scores -----------------------------------------------------------------------------------------
 
 
 def _predict(labels: Sequence[Label], clips: Sequence[str]) -> Floats:
-    """What the name-only prior of these labels says of these clips."""
+    """Scores of the clips by the name-only prior of these labels."""
     shared = match(clips, [label.clip for label in labels])
     if shared:
         raise ScoresError(
-            f"the prior's labels hold {len(shared)} of the clips to evaluate on ({_some(list(shared))}): take the "
+            f"the prior's labels contain {len(shared)} of the clips to evaluate on ({preview(list(shared))}): use the "
             "labels of the training set"
         )
     prior = NamePrior.fit([label.clip for label in labels], [label.mos for label in labels])
@@ -248,27 +239,27 @@ def _predict(labels: Sequence[Label], clips: Sequence[str]) -> Floats:
 
 
 def _compare_ratings(scores: Sequence[Score], name: str, x: Floats, sample: _Sample) -> Comparison:
-    """On the clips that the other rater scored too."""
+    """The comparison on the clips that the other rater scored too."""
     labels = [Label(clip, float(mos), clip) for clip, mos in zip(sample.clips, sample.mos, strict=True)]
     joined = join(labels, scores)
-    _refuse_fitted(joined)
-    place = {clip: number for number, clip in enumerate(sample.clips)}
-    both = np.array([place[pair.label.clip] for pair in joined.pairs], dtype=np.intp)
+    _check_held_out(joined)
+    index = {clip: number for number, clip in enumerate(sample.clips)}
+    both = np.array([index[pair.label.clip] for pair in joined.pairs], dtype=np.intp)
     if len(both) < metrics.MIN_CLIPS:
         raise ScoresError(f"{name} scores {len(both)} of these clips: at least {metrics.MIN_CLIPS} are needed")
-    common = sample.part(both)
+    common = sample.select(both)
     return _compare(name, common.bootstrap(x[both]), common, joined.scores)
 
 
 def _compare(name: str, ratings: Bootstrap, sample: _Sample, other: Floats) -> Comparison:
     try:
-        theirs = sample.bootstrap(other)
+        baseline = sample.bootstrap(other)
     except ScoresError as error:
-        raise ScoresError(f"the comparison with {name} cannot be made: {error}") from None
-    return Comparison(name, len(other), theirs.intervals(CONFIDENCE), (ratings - theirs).intervals(CONFIDENCE))
+        raise ScoresError(f"cannot compare with {name}: {error}") from None
+    return Comparison(name, len(other), baseline.intervals(CONFIDENCE), (ratings - baseline).intervals(CONFIDENCE))
 
 
-# --- showing it ------------------------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------------
 
 TITLES = {
     "main": "main",
@@ -277,42 +268,41 @@ TITLES = {
     "plcc": "PLCC",
     "plcc_fit": "PLCC_fit",
     "rmse_fit": "RMSE_fit",
-    metrics.WITHIN: "SRCC within",
+    metrics.SRCC_WITHIN: "SRCC within",
 }
 
 
 def render(evaluation: Evaluation, console: Console) -> None:
-    """Print it for people: what was compared, the figures, what they owe to the generator."""
-    console.print(_counts(evaluation))
-    console.print()
+    """Print the counts of clips, the tables of metrics, and notes on how to read them."""
+    console.print(_counts(evaluation), end="\n\n")
     console.print(_overall_table(evaluation.metrics, evaluation.prior))
     if evaluation.against is not None:
         console.print()
         console.print(_overall_table({}, evaluation.against))
     if evaluation.by_class:
         console.print()
-        console.print(_group_table(evaluation))
-    notes = _notes(evaluation)
-    if notes:
-        console.print()
-    for note in notes:
-        console.print(note)
+        console.print(_subset_table(evaluation))
+    console.print("", *_notes(evaluation), sep="\n")
+
+
+def unmatched(evaluation: Evaluation) -> dict[str, tuple[str, ...]]:
+    """Descriptions of the clips left out of the metrics, and those clips; without empty ones."""
+    parts = {
+        "Labelled, but could not be rated": evaluation.failed,
+        "Labelled, but not in the ratings": evaluation.missing,
+        "Rated without a label": evaluation.extra,
+    }
+    return {description: clips for description, clips in parts.items() if clips}
 
 
 def _counts(evaluation: Evaluation) -> str:
-    parts = [f"{evaluation.n} clips have a score and a MOS"]
-    for what, clips in (
-        ("labelled ones could not be rated", evaluation.failed),
-        ("labelled ones are not in the ratings", evaluation.missing),
-        ("rated ones have no label", evaluation.extra),
-    ):
-        if clips:
-            parts.append(f"{len(clips)} {what}: {_some(clips)}")
-    return "\n".join(parts)
+    lines = [f"{evaluation.n} clips have a score and a MOS"]
+    lines += [f"{text}: {len(clips)} ({preview(clips)})" for text, clips in unmatched(evaluation).items()]
+    return "\n".join(lines)
 
 
-def _overall_table(own: dict[str, Interval], comparison: Comparison | None) -> Any:
-    """The ratings' own figures beside those of another, or, where there are none to show, the other's alone."""
+def _overall_table(own: dict[str, Interval], comparison: Comparison | None) -> Table:
+    """The metrics of the ratings beside those of the comparison; with empty `own`, those of the comparison alone."""
     from rich.table import Table
 
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
@@ -323,29 +313,28 @@ def _overall_table(own: dict[str, Interval], comparison: Comparison | None) -> A
         table.add_column(comparison.name, overflow="fold")
         table.add_column("margin of the ratings")
     for name in own or (comparison.metrics if comparison is not None else ()):
-        cells = [_figure(own[name])] if own else []
+        cells = [_format(own[name])] if own else []
         if comparison is not None:
             other = comparison.metrics[name]
-            cells += [f"{other.value:.4f}" if own else _figure(other), _figure(comparison.margin[name], signed=True)]
+            cells += [f"{other.value:.4f}" if own else _format(other), _format(comparison.margin[name], sign="+")]
         table.add_row(TITLES[name], *cells)
     return table
 
 
-def _group_table(evaluation: Evaluation) -> Any:
+def _subset_table(evaluation: Evaluation) -> Table:
     from rich.table import Table
 
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
     for title in ("part", "clips", "SRCC", "PLCC", "main"):
         table.add_column(title, justify="right" if title == "clips" else "left")
-    for groups in (evaluation.by_class, evaluation.by_generator):
-        for name, group in groups.items():
-            if group.metrics is None:
-                table.add_row(name, str(group.n), group.undefined)
+    for subsets in (evaluation.by_class, evaluation.by_generator):
+        for name, subset in subsets.items():
+            if subset.metrics is None:
+                table.add_row(name, str(subset.n), subset.undefined)
                 continue
-            srcc, others = group.metrics["srcc"], [group.metrics.get(metric) for metric in ("plcc", "main")]
-            values = ["" if other is None else f"{other.value:.4f}" for other in others]
-            style = "dim" if group.n < MIN_GENERATOR_CLIPS else None
-            table.add_row(name, str(group.n), _figure(srcc), *values, style=style)
+            others = [f"{subset.metrics[each].value:.4f}" for each in ("plcc", "main") if each in subset.metrics]
+            style = "dim" if subset.n < MIN_GENERATOR_CLIPS else None
+            table.add_row(name, str(subset.n), _format(subset.metrics["srcc"]), *others, style=style)
         table.add_section()
     return table
 
@@ -355,10 +344,10 @@ def _notes(evaluation: Evaluation) -> list[str]:
         f"Brackets: {evaluation.confidence:.0%} intervals, {evaluation.resamples} resamples of clips, "
         f"seed {evaluation.seed}. PLCC_fit, RMSE_fit: after the 4-parameter logistic. main = (SRCC + PLCC_fit) / 2."
     ]
-    if metrics.WITHIN in evaluation.metrics:
+    if metrics.SRCC_WITHIN in evaluation.metrics:
         notes.append(
-            f"SRCC within: mean of the SRCC within each generator of at least {MIN_GENERATOR_CLIPS} clips, where "
-            "knowing the generator does not help."
+            f"SRCC within: mean of the SRCC within each generator that has at least {MIN_GENERATOR_CLIPS} clips. "
+            "Recognising the generator does not help there."
         )
     notes += [_verdict(other) for other in (evaluation.prior, evaluation.against) if other is not None]
     notes += [f"Leak: {leak}." for leak in evaluation.leaks]
@@ -374,58 +363,35 @@ def _verdict(comparison: Comparison) -> str:
     elif margin.high < 0:
         verdict = "behind"
     else:
-        verdict = "not told apart from"
+        verdict = "not distinguishable from"
     return (
-        f"By main, the ratings are {verdict} {comparison.name} on {comparison.n} clips: "
+        f"On main, the ratings are {verdict} {comparison.name} on {comparison.n} clips: "
         f"{margin.value:+.4f} [{margin.low:+.4f}, {margin.high:+.4f}]."
     )
 
 
-def _figure(interval: Interval | None, signed: bool = False) -> str:
-    if interval is None:
-        return ""
-    sign = "+" if signed else ""
+def _format(interval: Interval, sign: str = "") -> str:
     return f"{interval.value:{sign}.4f} [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
 
 
-def _some(clips: Sequence[str], limit: int = 3) -> str:
-    shown = ", ".join(clips[:limit])
-    return shown if len(clips) <= limit else f"{shown}, ..."
-
-
-def _plain(value: Any) -> Any:
-    """What JSON can hold."""
-    if isinstance(value, Interval):
-        return {name: _plain(part) for name, part in value._asdict().items()}
-    if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 def write(evaluation: Evaluation, path: Path) -> None:
-    """Write all figures as JSON.
+    """Write the evaluation as JSON; null stands for an undefined number.
 
     Raises:
         ScoresError: it cannot be written.
     """
     try:
-        path.write_text(json.dumps(evaluation.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        path.write_bytes(TypeAdapter(Evaluation).dump_json(evaluation, indent=2) + b"\n")
     except OSError as error:
         raise ScoresError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 COLORS = {"2d": "#1f6f8b", "v1": "#d1703c", "3d": "#5b8c3a", "other": "#1f6f8b"}
-
-
-"""Of the classes; apart in lightness too, for those who do not tell colours apart."""
+"""Of the clip classes; different in lightness too, for readers with colour blindness."""
 
 
 def plot(scores: Sequence[Score], labels: Sequence[Label], evaluation: Evaluation, path: Path) -> None:
-    """Draw scores against MOS with the fitted curve, as SVG; the same data give the same file.
+    """Plot scores against MOS with the fitted curve, as SVG; the same data give the same file.
 
     Raises:
         ScoresError: the file cannot be written, or is not called .svg.
@@ -437,7 +403,8 @@ def plot(scores: Sequence[Score], labels: Sequence[Label], evaluation: Evaluatio
 
     joined = join(labels, scores)
     x, y = joined.scores, joined.mos
-    parts = classes([pair.label.clip for pair in joined.pairs]) or {"other": np.arange(len(x))}
+    names = [try_parse(pair.label.clip) for pair in joined.pairs]
+    parts = clip_classes(names) or {"other": np.arange(len(x))}
     with matplotlib.rc_context({"svg.hashsalt": "lmm_qa", "svg.fonttype": "none", "font.size": 10}):
         figure = Figure(figsize=(6, 5), layout="constrained")
         axes = figure.add_subplot()
@@ -460,5 +427,5 @@ def plot(scores: Sequence[Score], labels: Sequence[Label], evaluation: Evaluatio
 
 
 def _caption(evaluation: Evaluation) -> str:
-    figures = [f"{TITLES[name]} {evaluation.metrics[name].value:.4f}" for name in ("main", "srcc", "plcc_fit")]
-    return f"{', '.join(figures)} ({evaluation.n} clips)"
+    values = [f"{TITLES[name]} {evaluation.metrics[name].value:.4f}" for name in ("main", "srcc", "plcc_fit")]
+    return f"{', '.join(values)} ({evaluation.n} clips)"

@@ -1,7 +1,4 @@
-"""Scores by clip name: opinions (MOS) and ratings, read from files and put side by side.
-
-Knows what clips are called and which number belongs to each; nothing of what the numbers mean.
-"""
+"""Read labels (MOS) and ratings from files, and join them by clip name."""
 
 from __future__ import annotations
 
@@ -40,58 +37,58 @@ GROUP_COLUMN = "group"
 
 @dataclass(frozen=True)
 class Label:
-    """What people said of one clip."""
+    """The MOS of one clip."""
 
     clip: str
     mos: float
     group: Hashable
-    """Clips of one group never lie on both sides of a split: as the table says, else (class, pid) of a THQA-NTIRE name,
-    else the clip itself."""
+    """Clips of one group (one person, one source) never lie on both sides of a split. The column `group`, else (class,
+    pid) of a THQA-NTIRE name, else the clip itself."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a rater said of one clip."""
+    """The score of one clip by a rater."""
 
     clip: str
     value: float | None
-    """None where the rater could not rate it."""
+    """None if the clip could not be rated."""
     error: str | None = None
-    """Why not."""
+    """Why it could not be rated."""
     raw: float | None = None
-    """The value before calibration, where the ratings hold it."""
+    """The value before calibration, if the ratings contain it."""
     std: float | None = None
     """Standard deviation of the level distribution, in units of the raw score."""
     interval: tuple[float, float] | None = None
     """Calibrated prediction interval, in MOS units."""
     scale: tuple[float, float] | None = None
-    """The rater's declared scale."""
+    """Lowest and highest score of the rater's scale."""
     content_id: str | None = None
     rater_id: str | None = None
-    """What made the raw score."""
+    """Identity of the rater that produced the raw score."""
     calibrated: bool = False
     fitted: bool = False
-    """Whether the rater's calibration was fitted on this very clip."""
+    """Whether the rater's calibration was fitted on this clip."""
 
 
 class Pair(NamedTuple):
-    """A clip that has both."""
+    """A clip with a label and a score."""
 
     label: Label
     score: Score
-    """Its `value` is a number."""
+    """Its `value` is not None."""
 
 
 @dataclass(frozen=True)
 class Join:
-    """Labels and scores of the same clips, and what is left over."""
+    """Labels and scores of the same clips, and those without a match."""
 
     pairs: tuple[Pair, ...]
     """In the order of the labels."""
     failed: tuple[Score, ...]
     """Labelled clips that the rater could not rate."""
     missing: tuple[str, ...]
-    """Labelled clips that the ratings do not name."""
+    """Labelled clips that are not in the ratings."""
     extra: tuple[str, ...]
     """Rated clips without a label."""
 
@@ -320,21 +317,21 @@ def _group(clip: str) -> Hashable:
     return clip if name is None else name.group
 
 
-# --- putting side by side --------------------------------------------------------------------------------------------
+# --- joining ---------------------------------------------------------------------------------------------------------
 
 
 def join(labels: Sequence[Label], scores: Sequence[Score]) -> Join:
-    """Find each label's score: by the whole name, else by the file name, else by the file name without its suffix, each
-    only where one label and one score alone are called so. Nothing is dropped: what finds no partner is left over.
+    """Match labels and scores by `match`. Nothing is dropped: the result lists the labels and scores without a match.
 
     Raises:
-        ScoresError: nothing finds a partner.
+        ScoresError: there is no match at all.
     """
-    found = match([label.clip for label in labels], [score.clip for score in scores])
+    labelled, scored = [label.clip for label in labels], [score.clip for score in scores]
+    found = match(labelled, scored)
     if not found:
         raise ScoresError(
-            f"none of the {len(labels)} labelled clips ({_first(labels)}) is among the {len(scores)} rated ones "
-            f"({_first(scores)}): are these ratings and labels of the same clips?"
+            f"none of the {len(labels)} labelled clips ({preview(labelled, 1)}) is among the {len(scores)} rated ones "
+            f"({preview(scored, 1)}): are these ratings and labels of the same clips?"
         )
     by_clip = {score.clip: score for score in scores}
     partners = [(label, by_clip[found[label.clip]]) for label in labels if label.clip in found]
@@ -342,24 +339,29 @@ def join(labels: Sequence[Label], scores: Sequence[Score]) -> Join:
     return Join(
         pairs=tuple(Pair(label, score) for label, score in partners if score.value is not None),
         failed=tuple(score for _, score in partners if score.value is None),
-        missing=tuple(label.clip for label in labels if label.clip not in found),
-        extra=tuple(score.clip for score in scores if score.clip not in taken),
+        missing=tuple(clip for clip in labelled if clip not in found),
+        extra=tuple(clip for clip in scored if clip not in taken),
     )
 
 
-def _first(clips: Sequence[Label | Score]) -> str:
-    return f"{clips[0].clip}, ..." if clips else "none"
+def preview(names: Sequence[str], limit: int = 3) -> str:
+    """The first names of a list, for messages."""
+    return ", ".join([*names[:limit], *(["..."] if len(names) > limit else [])]) or "none"
 
 
 def match(wanted: Sequence[str], given: Sequence[str]) -> dict[str, str]:
-    """Partner of each of the `wanted` names among the `given` ones, where it has one. See `join`."""
+    """The given name for each wanted name that has one.
+
+    Names match if they are equal, else if their file names are, else if their file names without suffix are. A name
+    that matches more than one is left out.
+    """
     found: dict[str, str] = {}
-    for form in (str, _file_name, _file_name_without_suffix):
-        ours, theirs = _unique(wanted, form), _unique(given, form)
+    for key in (str, _file_name, _file_name_without_suffix):
+        wanted_by_key, given_by_key = _unique(wanted, key), _unique(given, key)
         taken = set(found.values())
-        for called, name in ours.items():
-            if name not in found and called in theirs and theirs[called] not in taken:
-                found[name] = theirs[called]
+        for value, name in wanted_by_key.items():
+            if name not in found and value in given_by_key and given_by_key[value] not in taken:
+                found[name] = given_by_key[value]
     return found
 
 
@@ -368,31 +370,31 @@ def _file_name(name: str) -> str:
 
 
 def _file_name_without_suffix(name: str) -> str:
-    """Only the suffix of a video goes: `clip_0.5` keeps its 5."""
+    """Only the suffix of a video is removed: `clip_0.5` keeps its 5."""
     path = PurePosixPath(name)
     return path.stem if path.suffix.lower() in VIDEO_SUFFIXES else path.name
 
 
-def _unique(names: Sequence[str], form: Callable[[str], str]) -> dict[str, str]:
-    """Names by their form, without those that share it."""
-    uses = Counter(form(name) for name in names)
-    return {form(name): name for name in names if uses[form(name)] == 1}
+def _unique(names: Sequence[str], key: Callable[[str], str]) -> dict[str, str]:
+    """Names by their key, without names that share one."""
+    uses = Counter(map(key, names))
+    return {key(name): name for name in names if uses[key(name)] == 1}
 
 
 def group_folds(groups: Sequence[Hashable], folds: int, seed: int = 0) -> NDArray[np.intp]:
-    """Fold (0 to `folds` - 1) of each clip: a group lies in one fold whole, and folds hold about as many clips.
+    """Assign each clip to a fold, 0 to `folds` - 1, (n,); a group is in one fold, and folds are of about equal size.
 
-    The largest groups are dealt first, each to the fold with the fewest clips; the seed decides among equals. The order
-    of the clips does not matter.
+    Groups are assigned by decreasing size, each to the fold with the fewest clips; the seed orders equal groups.
+    The result does not depend on the order of the clips.
 
     Raises:
         ScoresError: there are fewer groups than folds.
     """
     sizes = Counter(groups)
     if folds < 1 or len(sizes) < folds:
-        raise ScoresError(f"{len(sizes)} groups of clips cannot be dealt to {folds} folds")
-    names = sorted(sizes, key=repr)  # whatever the order of the clips
-    shuffled = [names[place] for place in np.random.default_rng(seed).permutation(len(names))]
+        raise ScoresError(f"{len(sizes)} groups of clips cannot fill {folds} folds")
+    names = sorted(sizes, key=repr)
+    shuffled = [names[index] for index in np.random.default_rng(seed).permutation(len(names))]
     filled = [0] * folds
     fold_of: dict[Hashable, int] = {}
     for group in sorted(shuffled, key=lambda group: -sizes[group]):

@@ -1,14 +1,14 @@
-"""THQA-NTIRE (NTIRE 2025 XGC challenge, track 3: talking heads): what its file names say, and how much they give away.
+"""THQA-NTIRE (NTIRE 2025 XGC challenge, track 3: talking heads): parse its file names, and predict the MOS from them.
 
-Every clip's file name follows one of three patterns:
+Every file name follows one of three patterns:
 
     class  example                                              made by
     2d     14_dalle3_common_voice_en_35729059_audio2head.mp4    a generator, from a portrait of a text-to-image model
     v1     8_voice_en_34939394_wavlip.mp4                       a generator, from a portrait (the first THQA set)
-    3d     7889059_SEN_the_small_boy_..._video_lead_1.mp4       a 3D scan, spoken by an actor, then distorted
+    3d     7889059_SEN_the_small_boy_..._video_lead_1.mp4       a 3D scan of an actor who speaks, then distorted
 
-`pid` is the prompt (2d), portrait (v1) or scan (3d); the numbers of different classes have nothing to do with each
-other. MOS run from 0 to 5. Knows names and numbers; opens neither videos nor label files.
+`pid` is the number of the prompt (2d), portrait (v1) or scan (3d); the numbers of different classes are unrelated. MOS
+range from 0 to 5.
 """
 
 from __future__ import annotations
@@ -24,19 +24,11 @@ from typing import Literal
 from lmm_qa.errors import ManifestError, ScoresError
 
 SCALE = (0.0, 5.0)
-
-
-"""MOS of the worst and of the best clip that the scale allows."""
-
+"""Lowest and highest MOS."""
 
 ClipClass = Literal["2d", "v1", "3d"]
-
-
 Group = tuple[ClipClass, int]
-
-
-"""Clips of one group show one person: they must stay on one side of every split."""
-
+"""(class, pid). Clips of one group show one person: they must stay on one side of every split."""
 
 _PATTERNS: Mapping[ClipClass, re.Pattern[str]] = MappingProxyType(
     {
@@ -54,7 +46,7 @@ _PATTERNS: Mapping[ClipClass, re.Pattern[str]] = MappingProxyType(
 
 @dataclass(frozen=True)
 class ThqaName:
-    """What a file name says. What a class has no word for is None."""
+    """The parts of a file name; None for those that its class does not have."""
 
     clip_class: ClipClass
     pid: int
@@ -63,21 +55,21 @@ class ThqaName:
     audio: str | None = None
     """2d, v1: number of the recording in Common Voice."""
     generator: str | None = None
-    """2d, v1: the method that made the portrait talk."""
+    """2d, v1: the method that animated the portrait."""
     sentence: str | None = None
-    """3d: what is said."""
+    """3d: the spoken sentence."""
     distortion: str | None = None
     """3d: `qp_level`, `qt_level`: quantisation of positions, of texture coordinates; `stream_level`: an opening segment
     at another code rate; `audio_lead`, `video_lead`: lip-sync offset; `pause_start`, `pause_middle`: stalls."""
     level: float | None = None
-    """3d: how much of it; seconds for leads and pauses."""
+    """3d: its strength; seconds for leads and pauses."""
 
     @classmethod
     def parse(cls, clip: str) -> ThqaName:
-        """Read a clip's file name; folders before it do not matter.
+        """Parse a file name; folders before it are ignored.
 
         Raises:
-            ManifestError: it follows none of the three patterns.
+            ManifestError: the name follows none of the three patterns.
         """
         name = PurePosixPath(clip).name
         for clip_class, pattern in _PATTERNS.items():
@@ -95,16 +87,16 @@ class ThqaName:
         return self.clip_class, self.pid
 
     @property
-    def maker(self) -> str:
+    def method(self) -> str:
         """The generator, or for 3d the distortion."""
         return str(self.generator or self.distortion)
 
     @property
-    def kinds(self) -> tuple[tuple[str, ...], ...]:
-        """What the clip is one of, from coarse to fine: class; class and maker; class, maker, and source (2d) or level
-        (3d)."""
+    def categories(self) -> tuple[tuple[str, ...], ...]:
+        """The nested categories of the clip, from coarse to fine: class; class and method; class, method and source
+        (2d) or level (3d)."""
         finest = self.source if self.level is None else f"{self.level:g}"
-        parts = (self.clip_class, self.maker, *([finest] if finest else []))
+        parts = (self.clip_class, self.method, *([finest] if finest else []))
         return tuple(parts[:length] for length in range(1, len(parts) + 1))
 
 
@@ -116,34 +108,32 @@ def try_parse(clip: str) -> ThqaName | None:
         return None
 
 
-# --- what the name alone predicts ------------------------------------------------------------------------------------
+# --- the name-only prior ---------------------------------------------------------------------------------------------
 
 SHRINKAGE = 10.0
-
-
-"""A mean over n clips counts as n / (n + 10), the mean of the next coarser kind for the rest."""
+"""The mean over n clips of a category gets the weight n / (n + 10), the next coarser category the rest."""
 
 
 @dataclass(frozen=True)
 class NamePrior:
-    """Predicts a clip's MOS from its file name, no pixel seen: the bar that a rater has to clear.
+    """Predicts the MOS of a clip from its file name, without a pixel: the baseline that a rater has to beat.
 
-    Each kind of clip (`ThqaName.kinds`) gets the mean MOS of its clips, shrunk towards the kind that it is part of:
+    Each category of clips (`ThqaName.categories`) gets its mean MOS, shrunk towards that of the next coarser category:
 
-        m(kind) = (sum of its MOS + 10 m(coarser kind)) / (n + 10),    coarsest: the mean of all
+        m(category) = (sum of its MOS + 10 m(coarser category)) / (n + 10),    coarsest: the mean of all clips
 
-    and a clip gets the mean of the finest of its kinds that was seen.
+    and a clip gets the mean of its finest category that was seen in the labels.
     """
 
     mean: float
-    kinds: Mapping[tuple[str, ...], float]
+    category_means: Mapping[tuple[str, ...], float]
 
     @classmethod
     def fit(cls, clips: Sequence[str], mos: Sequence[float]) -> NamePrior:
-        """Take the means of labelled clips.
+        """Compute the means of labelled clips.
 
         Raises:
-            ManifestError: a name is none of THQA-NTIRE.
+            ManifestError: a name is not of THQA-NTIRE.
             ScoresError: there are no clips.
         """
         if not clips:
@@ -151,25 +141,26 @@ class NamePrior:
         overall = sum(mos) / len(mos)
         members: dict[tuple[str, ...], list[float]] = defaultdict(list)
         for clip, value in zip(clips, mos, strict=True):
-            for kind in ThqaName.parse(clip).kinds:
-                members[kind].append(value)
+            for category in ThqaName.parse(clip).categories:
+                members[category].append(value)
         means: dict[tuple[str, ...], float] = {}
-        for kind in sorted(members, key=len):
-            coarser = means.get(kind[:-1], overall)
-            means[kind] = (sum(members[kind]) + SHRINKAGE * coarser) / (len(members[kind]) + SHRINKAGE)
+        for category in sorted(members, key=len):
+            coarser = means.get(category[:-1], overall)
+            means[category] = (sum(members[category]) + SHRINKAGE * coarser) / (len(members[category]) + SHRINKAGE)
         return cls(overall, MappingProxyType(means))
 
     def predict(self, clip: str) -> float:
-        """MOS that the name suggests.
+        """The MOS predicted from the file name.
 
         Raises:
-            ManifestError: the name is none of THQA-NTIRE.
+            ManifestError: the name is not of THQA-NTIRE.
         """
-        known = [self.kinds[kind] for kind in ThqaName.parse(clip).kinds if kind in self.kinds]
-        return known[-1] if known else self.mean
+        means = self.category_means
+        seen = [means[category] for category in ThqaName.parse(clip).categories if category in means]
+        return seen[-1] if seen else self.mean
 
 
-# --- groups that lie on both sides of a split ------------------------------------------------------------------------
+# --- groups on both sides of a split ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -178,27 +169,28 @@ class Leak:
 
     group: Group
     train: tuple[str, ...]
-    """Its clips on the training side: those to leave out."""
+    """Its training clips: those to leave out."""
     held_out: tuple[str, ...]
 
     def __str__(self) -> str:
         clip_class, pid = self.group
-        makers = ", ".join(sorted({ThqaName.parse(clip).maker for clip in self.train}))
+        methods = ", ".join(sorted({ThqaName.parse(clip).method for clip in self.train}))
         return (
-            f"{len(self.train)} training clips ({makers}) show {clip_class} {pid}, as {len(self.held_out)} held-out "
+            f"{len(self.train)} training clips ({methods}) show {clip_class} {pid}, as {len(self.held_out)} held-out "
             "clips do: leave them out when training"
         )
 
 
 def find_leaks(train: Iterable[str], held_out: Iterable[str]) -> tuple[Leak, ...]:
-    """The groups that lie on both sides, in order. As published, train and val share one: prompt 14 of 2d, of which 55
-    clips by wavlip are in train.
+    """The groups on both sides, sorted. The published train and val sets share one: prompt 14 of 2d, of which 55 clips
+    by wavlip are in train.
 
     Raises:
-        ManifestError: a name is none of THQA-NTIRE.
+        ManifestError: a name is not of THQA-NTIRE.
     """
-    ours, theirs = _by_group(train), _by_group(held_out)
-    return tuple(Leak(group, tuple(ours[group]), tuple(theirs[group])) for group in sorted(ours.keys() & theirs.keys()))
+    train_groups, test_groups = _by_group(train), _by_group(held_out)
+    shared = sorted(train_groups.keys() & test_groups.keys())
+    return tuple(Leak(group, tuple(train_groups[group]), tuple(test_groups[group])) for group in shared)
 
 
 def _by_group(clips: Iterable[str]) -> dict[Group, list[str]]:

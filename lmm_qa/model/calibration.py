@@ -37,26 +37,35 @@ class LinearMapping(Settings):
         return np.asarray(self.slope * scores + self.intercept, dtype=np.float64)
 
 
-class LogisticMapping(Settings):
-    """MOS = b2 + (b1 - b2) / (1 + exp(-(score - b3) / b4)), the curve of `lmm_qa.evaluation.metrics.Logistic4`."""
+class Logistic4(Settings):
+    """The 4-parameter logistic: MOS = b2 + (b1 - b2) / (1 + exp(-(score - b3) / b4))."""
+
+    b1: float
+    """Limit for high scores, MOS."""
+    b2: float
+    """Limit for low scores, MOS. Above b1 if the MOS falls as the score rises."""
+    b3: float
+    """Score at the center."""
+    b4: float = Field(gt=0)
+    """Width, in units of the score."""
+
+    def __call__(self, scores: Floats) -> Floats:
+        from scipy.special import expit  # slow to import
+
+        sigmoid = np.asarray(expit((scores - self.b3) / self.b4), dtype=np.float64)
+        return np.asarray(self.b2 + (self.b1 - self.b2) * sigmoid)
+
+
+class LogisticMapping(Logistic4):
+    """A rising 4-parameter logistic."""
 
     kind: Literal["logistic4"] = "logistic4"
-    b1: float
-    b2: float
-    b3: float
-    b4: float = Field(gt=0)
 
     @model_validator(mode="after")
     def _check_rising(self) -> LogisticMapping:
         if self.b1 <= self.b2:
             raise ValueError(f"the curve must rise, b1 above b2; received b1 = {self.b1:g}, b2 = {self.b2:g}")
         return self
-
-    def __call__(self, scores: Floats) -> Floats:
-        from scipy.special import expit  # slow to import, and needed by this mapping only
-
-        curve = np.asarray(expit((scores - self.b3) / self.b4), dtype=np.float64)
-        return np.asarray(self.b2 + (self.b1 - self.b2) * curve)
 
 
 class IsotonicMapping(Settings):
@@ -132,7 +141,7 @@ class Calibration(Settings):
     """The content of calibration.json."""
 
     mapping: Annotated[ScoreMapping, Field(discriminator="kind")]
-    spread: ConformalInterval
+    interval: ConformalInterval
     scale: tuple[float, float] | None
     """Lowest and highest MOS; scores and intervals are clipped to it. None: no scale was declared."""
     rater_id: str | None
@@ -146,6 +155,13 @@ class Calibration(Settings):
     """Hash of each of those clips, sorted: none of them may be in a test set."""
     check: CoverageCheck | None
     """None if there were too few groups for cross-validation."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_renamed(cls, values: object) -> object:
+        if isinstance(values, dict) and "spread" in values:
+            raise ValueError("the key spread was renamed to interval: rename it in the file, or calibrate again")
+        return values
 
     @property
     def identity(self) -> str:
@@ -163,7 +179,7 @@ class Calibration(Settings):
             ScoresError: the interval depends on the std, and there is none.
         """
         stds = None if std is None else np.array([std], dtype=np.float64)
-        mos, low, high = predict(self.mapping, self.spread, self.scale, np.array([score], dtype=np.float64), stds)
+        mos, low, high = predict(self.mapping, self.interval, self.scale, np.array([score], dtype=np.float64), stds)
         return Calibrated(float(mos[0]), float(low[0]), float(high[0]))
 
     def was_fitted_on(self, clip: str, content_id: str | None = None) -> bool:
@@ -172,10 +188,10 @@ class Calibration(Settings):
 
     def summary(self) -> str:
         """A few lines for people: the mapping, the interval, and the result of the cross-validation."""
-        spread, unit = self.spread, "MOS" if self.spread.std_floor is None else "times the std"
+        interval, unit = self.interval, "MOS" if self.interval.std_floor is None else "times the std"
         lines = [
             f"mapping     {self.mapping.kind}",
-            f"interval    score +- {spread.half_width:.3f} {unit}, made to hold {spread.coverage:.0%} of the MOS",
+            f"interval    score +- {interval.half_width:.3f} {unit}, nominal coverage {interval.coverage:.0%}",
         ]
         if self.check is None:
             return "\n".join([*lines, "check       not done: too few groups or clips to leave some out"])
@@ -208,7 +224,7 @@ class Calibration(Settings):
 
 def predict(
     mapping: ScoreMapping,
-    spread: ConformalInterval,
+    interval: ConformalInterval,
     scale: tuple[float, float] | None,
     scores: Floats,
     std: Floats | None,
@@ -216,7 +232,7 @@ def predict(
     """Calibrated scores and both ends of their intervals, clipped to the scale; (n,) each."""
     bottom, top = (-np.inf, np.inf) if scale is None else scale
     mos = np.clip(mapping(scores), bottom, top)
-    width = spread.widths(std)
+    width = interval.widths(std)
     return mos, np.clip(mos - width, bottom, top), np.clip(mos + width, bottom, top)
 
 

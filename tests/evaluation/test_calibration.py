@@ -23,8 +23,7 @@ from lmm_qa.evaluation.calibration import (
     fit_logistic,
 )
 from lmm_qa.evaluation.labels import Label, Pair, Score, join, read_labels, read_scores
-from lmm_qa.evaluation.metrics import Floats, Logistic4
-from lmm_qa.model.calibration import Calibration, MappingKind
+from lmm_qa.model.calibration import Calibration, Floats, Logistic4, MappingKind
 from lmm_qa.model.rater_config import CALIBRATION_NAME
 
 KINDS = pytest.mark.parametrize("kind", list(MAPPING_FITS))
@@ -49,7 +48,7 @@ def test_each_mapping_finds_itself_again() -> None:
     x = np.linspace(1, 5, 50)
     line = fit_linear(x, 2 * x - 1)
     assert (line.slope, line.intercept) == pytest.approx((2, -1))
-    curve = fit_logistic(x, Logistic4(4.5, 0.5, 3, 0.6)(x))
+    curve = fit_logistic(x, Logistic4(b1=4.5, b2=0.5, b3=3, b4=0.6)(x))
     assert (curve.b1, curve.b2, curve.b3, curve.b4) == pytest.approx((4.5, 0.5, 3, 0.6), rel=1e-4)
     steps = fit_isotonic(x, np.floor(x))
     assert steps(x) == pytest.approx(np.floor(x))
@@ -104,7 +103,7 @@ def test_a_rater_that_is_unsure_gets_a_wide_interval() -> None:
     calibration = calibrate(pairs(scale=None), "linear", scale=(-100, 100))
     wide, narrow = (calibration.apply(3.0, std) for std in (0.8, 0.4))
     assert wide.high - wide.low == pytest.approx(2 * (narrow.high - narrow.low))
-    floor = calibration.spread.std_floor
+    floor = calibration.interval.std_floor
     assert floor is not None
     assert calibration.apply(3.0, 0.0) == calibration.apply(3.0, floor)
     with pytest.raises(ScoresError, match="intervals from the rating's std: give it"):
@@ -114,7 +113,7 @@ def test_a_rater_that_is_unsure_gets_a_wide_interval() -> None:
 def test_without_std_all_intervals_are_as_wide() -> None:
     plain = [Pair(pair.label, Score(pair.score.clip, pair.score.value)) for pair in pairs()]
     calibration = calibrate(plain, "linear")
-    assert (calibration.scale, calibration.spread.std_floor) == (None, None)
+    assert (calibration.scale, calibration.interval.std_floor) == (None, None)
     assert calibration.apply(3.0) == calibration.apply(3.0, 0.7)
 
 
@@ -143,6 +142,13 @@ def test_it_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
     assert len({calibrate(pairs(), kind).identity for kind in MAPPING_FITS}) == 3
     with pytest.raises(ConfigError, match="is no directory: give the rater directory"):
         calibration.write(tmp_path / "gone")
+
+
+def test_the_old_key_spread_is_refused_by_its_new_name(tmp_path: Path) -> None:
+    path = calibrate(pairs()).write(tmp_path)
+    path.write_text(path.read_text().replace('"interval"', '"spread"'))
+    with pytest.raises(ConfigError, match="the key spread was renamed to interval"):
+        Calibration.read(path)
 
 
 def test_it_knows_the_clips_that_it_was_fitted_on() -> None:
@@ -182,10 +188,14 @@ def test_raw_scores_are_calibrated_not_calibrated_ones() -> None:
         (pairs(4), {}, "4 clips have both a score and a MOS: at least 5 are needed"),
         (pairs(groups=1), {}, "clips of at least two groups"),
         (pairs(12), {}, "coverage 0.9 needs 9 clips besides those of the mapping, received 6"),
-        (pairs(), {"coverage": 1.0}, "coverage lies between 0 and 1, received 1"),
+        (pairs(), {"coverage": 1.0}, "coverage must lie between 0 and 1, received 1"),
         (pairs(), {"scale": (1, 5)}, r"the MOS run from 0\.5\S+ to 4\.4\S+, outside the scale \[1, 5\]"),
         (pairs(), {"scale": (5, 0)}, r"low < high; received \[5, 0\]"),
-        (pairs(), {"scale": (0, 100)}, r"MOS are said to be on \(0, 100\), the ratings declare \(0\.0, 5\.0\): set"),
+        (
+            pairs(),
+            {"scale": (0, 100)},
+            r"MOS is given as \(0, 100\), the ratings declare \(0\.0, 5\.0\): set",
+        ),
         ([*pairs(), *pairs(9, seed=1, scale=(1.0, 5.0))], {}, "the ratings declare several scales"),
         ([*pairs(), Pair(Label("x", 1.0, "x"), Score("x", 1.0))], {}, "some ratings have a std and some have none"),
     ],
@@ -229,7 +239,7 @@ def test_the_command(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     assert Calibration.read(tmp_path / CALIBRATION_NAME) == calibrate(pairs(), "isotonic")
-    assert "made to hold 90% of the MOS" in done.stdout
+    assert "nominal coverage 90%" in done.stdout
     assert "on groups left out of the fit, 5 folds" in done.stdout
     (tmp_path / "l.csv").write_text("clip,mos,group\n" + "".join(lines) + "broken.mp4,1,g\n")
     partly = CliRunner().invoke(app, command)
@@ -245,12 +255,12 @@ def test_a_mapping_that_runs_off_the_scale_does_not_widen_the_intervals() -> Non
         Pair(Label(f"{number}.mp4", mos, group), Score(f"{number}.mp4", score))
         for number, (score, mos, group) in enumerate(usual + beyond)
     ]
-    assert all(calibrate(made, "linear", scale=(1, 5), seed=seed).spread.half_width <= 4 for seed in range(6))
+    assert all(calibrate(made, "linear", scale=(1, 5), seed=seed).interval.half_width <= 4 for seed in range(6))
 
 
 def test_the_order_of_the_clips_does_not_matter() -> None:
     made = pairs(60, groups=7)
     shuffled = [made[place] for place in np.random.default_rng(1).permutation(len(made))]
     one, two = calibrate(made), calibrate(shuffled)
-    assert two.spread.half_width == pytest.approx(one.spread.half_width, rel=1e-6)
+    assert two.interval.half_width == pytest.approx(one.interval.half_width, rel=1e-6)
     assert two.apply(2.5, 0.5) == pytest.approx(one.apply(2.5, 0.5), rel=1e-6)

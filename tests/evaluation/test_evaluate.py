@@ -18,7 +18,7 @@ from rich.console import Console
 from lmm_qa.errors import ManifestError, ScoresError
 from lmm_qa.evaluation.evaluate import Evaluation, evaluate, plot, render, write
 from lmm_qa.evaluation.labels import Label, Score, read_labels, read_scores
-from lmm_qa.evaluation.metrics import METRICS, WITHIN
+from lmm_qa.evaluation.metrics import METRICS, SRCC_WITHIN
 
 GENERATORS = ("wavlip", "sadtalker", "eat")
 
@@ -56,7 +56,7 @@ def test_the_baseline_has_its_published_figures(baseline: Evaluation) -> None:
     assert baseline.complete
     assert (baseline.n, found["srcc"], found["plcc"]) == (1714, 0.7702, 0.8065)
     assert (found["plcc_fit"], found["main"]) == (0.8081, 0.7892)
-    assert found[WITHIN] == pytest.approx(0.30, abs=0.005)
+    assert found[SRCC_WITHIN] == pytest.approx(0.30, abs=0.005)
 
 
 def test_the_prior_is_as_good_as_the_baseline_except_within_generators(baseline: Evaluation) -> None:
@@ -64,7 +64,7 @@ def test_the_prior_is_as_good_as_the_baseline_except_within_generators(baseline:
     assert baseline.prior.metrics["main"].value >= 0.78
     margin = baseline.prior.margin
     assert margin["main"].low < 0 < margin["main"].high
-    assert margin[WITHIN].low > 0
+    assert margin[SRCC_WITHIN].low > 0
     assert margin["main"].value == pytest.approx(baseline.metrics["main"].value - baseline.prior.metrics["main"].value)
 
 
@@ -78,14 +78,14 @@ def test_parts_of_thqa(baseline: Evaluation) -> None:
         for name, group in baseline.by_generator.items()
         if name[:2] == "2d" and group.metrics
     ]
-    assert np.mean(generators) == pytest.approx(baseline.metrics[WITHIN].value)
+    assert np.mean(generators) == pytest.approx(baseline.metrics[SRCC_WITHIN].value)
 
 
 def test_the_baseline_in_print(baseline: Evaluation) -> None:
     text = printed(baseline)
     for figure in ("0.7702 [", "0.8065 [", "0.7892 [", "0.7847", "name-only prior", "2d/wavlip"):
         assert figure in text
-    assert "the ratings are not told apart from name-only prior on 1714 clips" in " ".join(text.split())
+    assert "the ratings are not distinguishable from name-only prior on 1714 clips" in " ".join(text.split())
     assert "55 training clips (wavlip) show 2d 14" in " ".join(text.split())
     assert max(len(line) for line in text.splitlines()) <= 80
 
@@ -102,9 +102,9 @@ def test_clips_left_over_are_counted_and_named() -> None:
     assert (found.failed, found.missing, found.extra) == ((labels[0].clip,), (labels[1].clip,), ("new.mp4",))
     assert printed(found, 300).splitlines()[:4] == [
         "88 clips have a score and a MOS",
-        f"1 labelled ones could not be rated: {labels[0].clip}",
-        f"1 labelled ones are not in the ratings: {labels[1].clip}",
-        "1 rated ones have no label: new.mp4",
+        f"Labelled, but could not be rated: 1 ({labels[0].clip})",
+        f"Labelled, but not in the ratings: 1 ({labels[1].clip})",
+        "Rated without a label: 1 (new.mp4)",
     ]
 
 
@@ -113,7 +113,7 @@ def test_a_rater_that_only_knows_the_generator_is_found_out() -> None:
     scores = [Score(label.clip, float(place % 3)) for place, label in enumerate(labels)]
     found = evaluate(scores, labels, prior=opinions(pid=2), resamples=100)
     assert found.metrics["main"].value > 0.7
-    assert found.metrics[WITHIN].value == 0
+    assert found.metrics[SRCC_WITHIN].value == 0
     assert found.prior is not None
     assert found.prior.margin["srcc"].value == pytest.approx(0, abs=1e-9)
     group = found.by_generator["2d/eat"]
@@ -131,7 +131,7 @@ def test_other_sets_have_no_parts() -> None:
 
 def test_the_prior_is_not_made_from_the_test() -> None:
     labels = opinions()
-    with pytest.raises(ScoresError, match=r"the prior's labels hold 90 of the clips to evaluate on \(1_flux"):
+    with pytest.raises(ScoresError, match=r"the prior's labels contain 90 of the clips to evaluate on \(1_flux"):
         evaluate(ratings(labels), labels, prior=labels, resamples=20)
 
 
@@ -154,7 +154,7 @@ def test_against_another_rater_on_the_clips_of_both() -> None:
 def test_another_rater_that_cannot_be_compared_with() -> None:
     labels = opinions()
     constant = [Score(label.clip, 3.0) for label in labels]
-    with pytest.raises(ScoresError, match=r"the comparison with old cannot be made: all 90 score values are 3"):
+    with pytest.raises(ScoresError, match=r"cannot compare with old: all 90 score values are 3"):
         evaluate(ratings(labels), labels, against=constant, against_name="old", resamples=20)
     with pytest.raises(ScoresError, match=r"old scores 4 of these clips: at least 5 are needed"):
         evaluate(ratings(labels), labels, against=ratings(labels[:4]), against_name="old", resamples=20)
@@ -225,7 +225,7 @@ def test_the_command(tmp_path: Path) -> None:
     (tmp_path / "r.txt").write_text("".join(f"{score.clip},{score.value}\n" for score in ratings(labels)[1:]))
     done = command(tmp_path / "r.txt", tmp_path / "l.csv", "--plot", tmp_path / "s.svg", "-o", tmp_path / "m.json")
     assert done.returncode == 3, done.stderr
-    assert "89 clips have a score and a MOS 1 labelled ones are not in the ratings" in " ".join(done.stdout.split())
+    assert "89 clips have a score and a MOS Labelled, but not in the ratings: 1" in " ".join(done.stdout.split())
     assert json.loads((tmp_path / "m.json").read_text())["n"] == 89
     assert (tmp_path / "s.svg").exists()
 

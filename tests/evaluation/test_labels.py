@@ -201,16 +201,14 @@ def test_nothing_is_dropped_in_silence() -> None:
 
 
 def test_files_of_different_clips_are_refused() -> None:
-    with pytest.raises(
-        ScoresError, match=r"none of the 1 labelled clips \(a, \.\.\.\) is among the 1 rated ones \(b, "
-    ):
+    with pytest.raises(ScoresError, match=r"none of the 1 labelled clips \(a\) is among the 1 rated ones \(b\)"):
         join([Label("a", 1.0, "a")], [Score("b", 1.0)])
 
 
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=60), st.integers(1, 5), st.integers(0, 3))
 def test_folds_keep_groups_whole(groups: list[int], folds: int, seed: int) -> None:
     if len(set(groups)) < folds:
-        with pytest.raises(ScoresError, match=f"{len(set(groups))} groups of clips cannot be dealt to {folds} folds"):
+        with pytest.raises(ScoresError, match=f"{len(set(groups))} groups of clips cannot fill {folds} folds"):
             group_folds(groups, folds, seed)
         return
     fold = group_folds(groups, folds, seed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -11,7 +13,8 @@ from scipy.stats import kendalltau, pearsonr, spearmanr
 
 from lmm_qa.errors import ScoresError
 from lmm_qa.evaluation import metrics
-from lmm_qa.evaluation.metrics import METRICS, WITHIN, Floats, Logistic4, agreement, bootstrap, fit_logistic4
+from lmm_qa.evaluation.metrics import METRICS, SRCC_WITHIN, Interval, agreement, bootstrap, fit_logistic4
+from lmm_qa.model.calibration import Floats, Logistic4
 
 
 def opinions(n: int = 200, noise: float = 0.5, seed: int = 0) -> tuple[Floats, Floats]:
@@ -86,13 +89,13 @@ def test_a_resample_gives_what_the_drawn_clips_give() -> None:
     (counts,) = metrics._resamples(60, 20, 3)
     for row, drawn in enumerate(counts):
         x_drawn, y_drawn = np.repeat(x, drawn), np.repeat(y, drawn)
-        assert found.drawn["srcc"][row] == pytest.approx(spearmanr(x_drawn, y_drawn).statistic)
-        assert found.drawn["krcc"][row] == pytest.approx(kendalltau(x_drawn, y_drawn).statistic)
-        assert found.drawn["plcc"][row] == pytest.approx(pearsonr(x_drawn, y_drawn).statistic)
+        assert found.resampled["srcc"][row] == pytest.approx(spearmanr(x_drawn, y_drawn).statistic)
+        assert found.resampled["krcc"][row] == pytest.approx(kendalltau(x_drawn, y_drawn).statistic)
+        assert found.resampled["plcc"][row] == pytest.approx(pearsonr(x_drawn, y_drawn).statistic)
         # The grid stands for a fit of each resample.
         exact = agreement(x_drawn, y_drawn)
-        assert found.drawn["plcc_fit"][row] == pytest.approx(exact["plcc_fit"], abs=1e-3)
-        assert found.drawn["rmse_fit"][row] == pytest.approx(exact["rmse_fit"], rel=2e-2)
+        assert found.resampled["plcc_fit"][row] == pytest.approx(exact["plcc_fit"], abs=1e-3)
+        assert found.resampled["rmse_fit"][row] == pytest.approx(exact["rmse_fit"], rel=2e-2)
 
 
 def test_intervals_hold_the_figure_and_shrink_with_more_clips() -> None:
@@ -120,14 +123,15 @@ def test_the_seed_decides_and_the_chunks_do_not(monkeypatch: pytest.MonkeyPatch)
     assert one != bootstrap(x, y, resamples=40, seed=2).intervals()
     monkeypatch.setattr(metrics, "CHUNK", 7 * 50)
     chunked = bootstrap(x, y, resamples=40, seed=1).intervals()
-    assert all(chunked[name] == pytest.approx(one[name]) for name in METRICS)
+    for name in METRICS:
+        assert astuple(chunked[name]) == pytest.approx(astuple(one[name]))
 
 
 def test_a_pair_on_the_same_resamples() -> None:
     x, y = opinions(noise=0.4)
     worse = x + np.random.default_rng(9).normal(0, 0.5, len(x))
     same = (bootstrap(x, y) - bootstrap(x, y)).intervals()
-    assert all(tuple(interval) == (0, 0, 0) for interval in same.values())
+    assert all(interval == Interval(0, 0, 0) for interval in same.values())
     margin = (bootstrap(x, y) - bootstrap(worse, y)).intervals()["main"]
     apart = [bootstrap(scores, y).intervals()["main"] for scores in (x, worse)]
     assert 0 < margin.low < margin.value < margin.high
@@ -142,8 +146,8 @@ def test_within_groups() -> None:
     x[60:] = 2.0
     found = bootstrap(x, y, ["srcc"], groups=groups, resamples=200).intervals()
     expected = sum(spearmanr(x[group], y[group]).statistic for group in groups[:2]) / 3
-    assert found[WITHIN].value == pytest.approx(expected)
-    assert found[WITHIN].low < found[WITHIN].value < found[WITHIN].high
+    assert found[SRCC_WITHIN].value == pytest.approx(expected)
+    assert found[SRCC_WITHIN].low < found[SRCC_WITHIN].value < found[SRCC_WITHIN].high
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_what_does_not_fit_the_list_is_refused_by_name() -> None:
     with pytest.raises(ScoresError) as caught:
         submission_text(scores, NAMES)
     assert str(caught.value).splitlines() == [
-        "no submission is written: each listed clip needs one score",
+        "no submission was written: each listed clip needs one score",
         "  1 are listed and not in the ratings:",
         "      c.mp4",
         "  1 could not be rated:",

@@ -53,12 +53,12 @@ def test_the_three_patterns() -> None:
     assert ThqaName.parse(f"{SEN}_video_lead_0.5.mp4").level == 0.5
 
 
-def test_groups_and_kinds() -> None:
+def test_groups_and_categories() -> None:
     portrait = ThqaName.parse("14_dalle3_common_voice_en_35729059_audio2head.mp4")
     assert portrait.group == ("2d", 14)
-    assert portrait.kinds == (("2d",), ("2d", "audio2head"), ("2d", "audio2head", "dalle3"))
+    assert portrait.categories == (("2d",), ("2d", "audio2head"), ("2d", "audio2head", "dalle3"))
     assert ThqaName.parse("14_voice_en_34939394_wavlip.mp4").group == ("v1", 14)
-    assert ThqaName.parse(f"{SEN}_audio_lead_1.mp4").kinds[-1] == ("3d", "audio_lead", "1")
+    assert ThqaName.parse(f"{SEN}_audio_lead_1.mp4").categories[-1] == ("3d", "audio_lead", "1")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_the_leak_of_the_published_split(thqa_dir: Path, train: tuple[Label, ...
 # --- the name-only prior ---------------------------------------------------------------------------------------------
 
 
-def test_the_prior_shrinks_towards_the_coarser_kind() -> None:
+def test_the_prior_shrinks_towards_the_coarser_category() -> None:
     names = [f"{pid}_voice_en_1_{generator}.mp4" for pid, generator in ((1, "a"), (2, "a"), (3, "b"))]
     prior = NamePrior.fit(names, [5.0, 4.0, 0.0])
     v1 = (9 + SHRINKAGE * 3) / (3 + SHRINKAGE)
