@@ -1,9 +1,8 @@
-"""The words about a rating: what a model is told when it is asked to explain, and whether its answer may be shown.
+"""Explanations in words: what a model is asked, whether its answer may be shown, and the text that replaces it if not.
 
-The model continues a sentence that is begun with the level that was read, and is told which defects were found. Its
-words never touch the score; and where they contradict it, name a defect that was not found or leave out one that was,
-the sentence of a small grammar is shown in their place. The same grammar writes the sentences of the training data.
-Pure text: no model.
+The model continues a sentence that already states the level, and it is given the defects that were found. Its words
+never affect the score. If they contradict the rating or the measurements, a template text is shown instead. The same
+templates produce the explanations in training data. Text only: no model is used here.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -22,94 +21,82 @@ from pydantic import model_validator
 from lmm_qa.config import Settings
 from lmm_qa.defects.vocabulary import BY_NAME
 from lmm_qa.model.prompt import Prompt
+from lmm_qa.model.rater_config import ExplanationCheck
 
 MAX_NAMED = 3
+"""The model is told at most this many defects, the likeliest first."""
 
+MUST_NAME = 2
+"""The grammar check requires the first this many of them to be named."""
 
-"""Defects that an explanation names: the likeliest ones."""
+REPEATED_WORDS = 5
+"""The grammar check rejects a run of this many words that occurs twice: no template contains one."""
 
+MIN_WORDS = 3
+"""An explanation, or a sentence under the grammar check, with fewer words is taken to be broken off."""
 
-LEAST_NAMED = 2
-
-
-"""Of these it must name the first so many."""
-
-
-CLAUSE = 5
-
-
-"""Words that make a clause: no sentence of the grammar has the same so many twice."""
-
-
-LEAST_WORDS = 3
-
-
-"""Words that a sentence of an explanation has: a small model ends some after *The face.*"""
-
-
-Seconds = tuple[tuple[float, float], ...]
+Spans = tuple[tuple[float, float], ...]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A defect that is said to be there."""
+    """A defect that was found in a clip."""
 
     defect: str
     """Its name in `lmm_qa.defects.vocabulary`."""
     probability: float
-    seconds: Seconds = ()
-    """From, to, of each time; empty: all the time, or not known."""
+    seconds: Spans = ()
+    """Start and end of each occurrence; empty if it lasts for the whole clip or its times are unknown."""
 
     def to_row(self) -> dict[str, object]:
-        """As plain data."""
-        seconds = [[round(moment, 2) for moment in span] for span in self.seconds] or None
+        """As plain data, for a results row."""
+        seconds = [[round(second, 2) for second in span] for span in self.seconds] or None
         place = BY_NAME[self.defect].place
         return {"defect": self.defect, "probability": self.probability, "place": place, "seconds": seconds}
 
 
-class Wording(Settings):
-    """`prompts/explanation.yaml`."""
+class ExplanationRequest(Settings):
+    """Contents of `prompts/explanation.yaml`."""
 
     question: str
-    """The user's message after the clip; `{defects}` in it becomes the list of what was found."""
+    """The user message that follows the clip; `{defects}` in it is replaced by the list of findings."""
 
     @model_validator(mode="after")
-    def _takes_defects(self) -> Self:
+    def _check_placeholders(self) -> Self:
         try:
             self.question.format(defects="")
         except (LookupError, ValueError) as error:
-            raise ValueError(f"question may have the one slot {{defects}}: {error}") from None
+            raise ValueError(f"question may contain only the placeholder {{defects}}: {error}") from None
         return self
 
 
 @cache
-def _wording() -> Wording:
+def _explanation_request() -> ExplanationRequest:
     with resources.as_file(resources.files("lmm_qa.prompt_files") / "explanation.yaml") as file:
-        return Wording.read(file)
+        return ExplanationRequest.read(file)
 
 
 def explanation_prompt(prompt: Prompt, found: Sequence[Finding]) -> Prompt:
-    """What the model is asked, for a rating that was read with `prompt`; its answer begins with `opening`."""
-    question = _wording().question.format(defects=facts(found))
+    """The prompt that asks for an explanation of a rating made with `prompt`; the answer starts with `opening`."""
+    question = _explanation_request().question.format(defects=describe_findings(found))
     return Prompt(system=prompt.system, question=question.replace("{", "{{").replace("}", "}}"), stem=prompt.stem)
 
 
 def opening(prompt: Prompt, level: str) -> str:
-    """How every explanation begins."""
+    """The first words of every explanation: the stem of the rating prompt and the level."""
     return f"{prompt.stem} {level}"
 
 
-def facts(found: Sequence[Finding]) -> str:
-    """The defects as the model is told them: `blur; stall from 1.2 to 2.0 s`, or `none`."""
-    told = [BY_NAME[one.defect].term + _when(one.seconds) for one in found[:MAX_NAMED]]
-    return "; ".join(told) or "none"
+def describe_findings(found: Sequence[Finding]) -> str:
+    """The list of defects that the model is given: `blur; stall from 1.2 to 2.0 s`, or `none`."""
+    return "; ".join(BY_NAME[each.defect].term + _times(each.seconds) for each in found[:MAX_NAMED]) or "none"
 
 
-def _when(seconds: Seconds) -> str:
-    return " and".join(f" from {first:.1f} to {last:.1f} s" for first, last in seconds[:2])
+def _times(seconds: Spans) -> str:
+    return " and".join(f" from {start:.1f} to {end:.1f} s" for start, end in seconds[:2])
 
 
-# --- the grammar -----------------------------------------------------------------------------------------------------
+# --- Template sentences ----------------------------------------------------------------------------------------------
 
 _CLAUSES: dict[str, tuple[str, ...]] = {
     "blur": ("the picture is {adverb} blurred", "there is {adjective} blur over the whole picture",
@@ -146,15 +133,14 @@ _CLAUSES: dict[str, tuple[str, ...]] = {
     "quantisation": ("the head shows {adjective} quantisation, as a coarse 3D model does",),
 }  # fmt: skip
 
-
 _STRENGTHS = (
     (0.45, ("slightly", "mildly"), ("slight", "mild")),
     (0.7, ("clearly", "visibly"), ("clear", "visible")),
     (1.01, ("strongly", "severely"), ("strong", "severe")),
 )
+"""Upper limit of the strength, adverbs and adjectives for it."""
 
-
-_MERITS = {
+_POSITIVE = {
     "blur": "the face is sharp",
     "noise": "flat parts are clean",
     "compression": "fine texture is kept",
@@ -168,219 +154,329 @@ _MERITS = {
     "jerkiness": "the movement is smooth",
     "stall": "the clip plays without a halt",
 }
+"""What can be said of a clip without the defect."""
+
+_JOIN_DEFECTS = (": {}.", ", as {}.", " because {}.", ". {}.")
+
+_NO_DEFECT = (". No defect stands out.", ": no defect stands out.", ". There is no visible defect.")
+
+_UNKNOWN_CAUSE = (". What lowers it is none of the defects asked about.", ", for none of the reasons asked about.")
+
+_INTRODUCE_POSITIVE = ("{}.", "On the positive side, {}.", "Still, {}.", "At least {}.")
 
 
-_JOINED = (": {}.", ", as {}.", " because {}.", ". {}.")
-
-
-_FLAWLESS = (". No defect stands out.", ": no defect stands out.", ". There is no visible defect.")
-
-
-_UNTOLD = (". What lowers it is none of the defects asked about.", ", for none of the reasons asked about.")
-
-
-_MERIT = ("{}.", "On the positive side, {}.", "Still, {}.", "At least {}.")
-
-
-def sentence(
+def template_text(
     found: Sequence[Finding],
     absent: Collection[str],
-    draw: random.Random,
+    rng: random.Random,
     strengths: Sequence[float] = (),
     good: bool = True,
 ) -> str:
-    """What follows the opening, such as `: the picture is blurred. The colours are natural.`
+    """The text after the opening, such as `: the picture is blurred. The colours are natural.`
 
     Args:
         found: the defects, the main ones first.
-        absent: names of defects that are not there; what is good is chosen from their opposites.
-        draw: where the variety comes from.
-        strengths: of the defects found, 0 to 1; without them no word says how strong.
-        good: whether the level is one that a clip without a defect may have (see `is_good`).
+        absent: names of defects that the clip does not have; the positive remark is about one of them.
+        rng: chooses between the templates.
+        strengths: strength of each defect in `found`, 0 to 1; if empty, the text does not say how strong they are.
+        good: whether the level is one that a clip without defects can have (see `is_good`).
     """
     clauses = []
-    for number, one in enumerate(found[:MAX_NAMED]):
+    for number, finding in enumerate(found[:MAX_NAMED]):
         adverb = adjective = ""
         if number < len(strengths):
             degree = next(degree for degree, (limit, *_) in enumerate(_STRENGTHS) if strengths[number] < limit)
-            # Nothing is said to be severe in a clip of a good level.
+            # No defect is called severe in a clip of a good level.
             _, adverbs, adjectives = _STRENGTHS[min(degree, len(_STRENGTHS) - 2) if good else degree]
-            adverb, adjective = draw.choice(adverbs), draw.choice(adjectives)
-        clause = draw.choice(_CLAUSES[one.defect]).format(adverb=adverb, adjective=adjective, when=_when(one.seconds))
-        clauses.append(re.sub(r" +", " ", clause).strip().replace("a  ", "a "))
-    if len(clauses) > 1 and draw.random() < 0.3:
-        said = ". " + ". ".join(_capital(clause) for clause in clauses) + "."
+            adverb, adjective = rng.choice(adverbs), rng.choice(adjectives)
+        template = rng.choice(_CLAUSES[finding.defect])
+        clause = template.format(adverb=adverb, adjective=adjective, when=_times(finding.seconds))
+        clauses.append(re.sub(r" +", " ", clause).strip())
+    if len(clauses) > 1 and rng.random() < 0.3:
+        text = ". " + ". ".join(_capitalize(clause) for clause in clauses) + "."
     elif clauses:
         listed = clauses[0] if len(clauses) == 1 else f"{', '.join(clauses[:-1])}, and {clauses[-1]}"
-        joined = draw.choice(_JOINED)
-        said = joined.format(_capital(listed) if joined.startswith(".") else listed)
+        join = rng.choice(_JOIN_DEFECTS)
+        text = join.format(_capitalize(listed) if join.startswith(".") else listed)
     else:
-        said = draw.choice(_FLAWLESS if good else _UNTOLD)
-    if merits := [merit for name, merit in _MERITS.items() if name in absent]:
-        said += " " + _capital(draw.choice(_MERIT if clauses else _MERIT[:1]).format(draw.choice(merits)))
-    return said
+        text = rng.choice(_NO_DEFECT if good else _UNKNOWN_CAUSE)
+    if remarks := [remark for name, remark in _POSITIVE.items() if name in absent]:
+        introduction = rng.choice(_INTRODUCE_POSITIVE if clauses else _INTRODUCE_POSITIVE[:1])
+        text += " " + _capitalize(introduction.format(rng.choice(remarks)))
+    return text
 
 
 def is_good(level: str, levels: Sequence[str]) -> bool:
-    """Whether a level is in the better half: below it, something must be wrong. `levels`: worst first."""
+    """Whether a level is in the upper half; in the lower half something must be wrong. `levels`: worst first."""
     return 2 * list(levels).index(level) > len(levels) - 1
 
 
-def _capital(text: str) -> str:
+def _capitalize(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-# --- whether words may be shown --------------------------------------------------------------------------------------
+# --- What a text says about defects ----------------------------------------------------------------------------------
 
 _MENTIONS = {
     "blur": r"blur\w*|unsharp\w*|out of focus|soft focus",
     "noise": r"nois[ey]\w*|grain\w*",
-    "compression": r"compress\w*|block\w*|ringing|macroblock\w*|pixelat\w*",
+    "compression": r"compress\w*|block(?:y|ing|iness|s and)|ringing|macroblock\w*|pixelat\w*",
     "banding": r"banding|posteri[sz]\w*",
-    "exposure": r"exposure|(?:over|under)-?exposed|too (?:dark|bright)",
+    "exposure": r"(?:wrong|bad|poor|incorrect) exposure|exposure is \w*\s?(?:wrong|off|bad|poor|too \w+)"
+    r"|(?:over|under)-?expos\w*|too (?:dark|bright)",
     "colour": r"colou?r cast|colou?rs? (?:is|are) \w*\s?(?:shifted|wrong|off)|tint\w*",
     "mouth": r"smear\w*|malformed|teeth run",
-    "lips": r"lips? (?:hardly|barely)|lip movement|mouth stands still",
-    "movement": r"unnatural\w*",
+    "lips": r"lips? (?:hardly|barely)|little lip movement|mouth stands still",
+    "movement": r"unnatural(?:ly)? (?:\w+ )?(?:mov\w+|motion|expression\w*)"
+    r"|(?:mov\w+|motion|expressions?)[^.,;:]{0,30} unnatural\w*",
     "geometry": r"warp\w*|distort\w*|deform\w*",
-    "identity": r"identity|person \w*\s?changes",
-    "background": r"background (?:is|was) \w*\s?unstable|background wobbles|wobbl\w*",
-    "seam": r"seams?|pasted",
+    "identity": r"identity (?:\w+ ){0,3}?(?:drift|chang|shift)\w*|person \w*\s?changes",
+    "background": r"background (?:is|was) \w*\s?unstable|unstable background|wobbl\w*",
+    "seam": r"seams?(?! of)|pasted",
     "flicker": r"flicker\w*",
-    "stall": r"stall\w*|freez\w*|frozen?",
+    "stall": r"stall\w*|freez\w*|frozen?|picture stands still",
     "buffering": r"buffer\w*",
-    "jerkiness": r"jerk\w*|stutter\w*|frame rate|judder\w*",
-    "bitrate_switch": r"bit-? ?rate",
+    "jerkiness": r"jerk\w*|stutter\w*|judder\w*|(?:low|uneven|irregular) frame rate"
+    r"|frame rate (?:is|was) \w*\s?(?:low|uneven|irregular)|frame rate drops",
+    "bitrate_switch": r"low(?:er)? bit-? ?rate|bit-? ?rate (?:is |was )?(?:drops|falls|switches|low|lower)",
     "quantisation": r"quanti[sz]\w*",
 }
+"""How a text can say that a clip has a defect."""
 
+_DELIBERATE = (
+    r"background blur|(?:blurred|blurry|out of focus) background|background is \w*\s?(?:blurr\w+|out of focus)"
+    r"|tinted (?:glasses|lenses|windows?)"
+)
+"""Not defects, though the same words are used."""
 
-_FAULTLESS = (
-    r"\b(?:(?:no|without) (?:a |any )?(?:(?:visible|obvious|apparent|noticeable|major) )?(?:defect|flaw)s?\b"
-    r"(?! (?:other|besides|except|apart))|(?<!not )flawless\w*)"
+_NEGATED_BEFORE = (
+    r"\b(?:(?:no|not|without|free (?:of|from)|neither|nor|hardly any|isn't|aren't)\b[^.;:]{0,25}"
+    r"|(?:hardly|barely|(?<!a )little|minimal) (?:any |visible )?)$"
+)
+
+_NEGATED_AFTER = r"[^.,;:]{0,30}\b(?:is|are|was|were)(?:n't| not| hardly| barely| absent| minimal| negligible)\b"
+
+_DENIED = (
+    r"\b(?:no|not|without|free (?:of|from)|neither|nor|isn't|aren't) "
+    r"(?:(?:an?|any|visible|obvious|apparent|noticeable|perceptible|(?:sign|trace|hint)s? of) )*$"
 )
 
 
-_LINKS = r"that|which|who|where|when|while|as|because|since|and|but|or|if|than|what|how|so|whether"
+def mentioned_defects(text: str) -> set[str]:
+    """Names of the defects that a text says a clip has, by keywords; a negation near a keyword excludes it."""
+    return {name for name, before, after in _keywords(text) if not _is_negated(before, after)}
 
+
+def _denied_defects(text: str) -> set[str]:
+    """Names of the defects that a text says a clip does not have at all."""
+    return {name for name, before, _ in _keywords(text) if re.search(_DENIED, before)}
+
+
+def _keywords(text: str) -> Iterable[tuple[str, str, str]]:
+    """Each keyword of a defect: the name of the defect, and the text before and after the keyword."""
+    text = re.sub(_DELIBERATE, "", text.lower())
+    for name, pattern in _MENTIONS.items():
+        for match in re.finditer(rf"\b(?:{pattern})\b", text):
+            yield name, text[: match.start()], text[match.end() :]
+
+
+def _is_negated(before: str, after: str) -> bool:
+    return bool(re.search(_NEGATED_BEFORE, before) or re.match(_NEGATED_AFTER, after))
+
+
+# --- Whether a text may be shown -------------------------------------------------------------------------------------
+
+_VIDEO = r"(?:[\w-]+ )?(?:video|clip)"
+
+_SUBJECT = (
+    r"(?:(?:^|[.!?,;:]\s*|\b(?:the|this|its|overall|general|visual|video|picture|image|and|but|that|because|\w+'s) )"
+    rf"quality(?: of (?:the|this) (?:{_VIDEO}|picture|image))?"
+    rf"|(?<!of )\b(?:the|this) {_VIDEO}|\b(?:the|its) (?:overall )?(?:rating|score|level)|\bit|\bthis)"
+)
+
+_BE = r"(?:is|was|looks|seems|appears|remains|can be called|(?:is|was) (?:rated|considered|judged)(?: as)?)(?: to be)?"
+
+_DEGREE = r"(?:(?:very|quite|rather|really|overall|generally|mostly|still|pretty|relatively|fairly|only|truly) ){0,2}"
+
+_STATEMENT_ENDS = (
+    r"(?=\s*(?:$|[.,;:!?)])| (?:and|or|but|because|as|since|with|without|though|although|despite|overall|even|while|"
+    r"throughout|in (?:every|all|general)|on the whole|quality|video|clip)\b)"
+)
+
+_LEVEL_STATEMENTS = (
+    rf"{_SUBJECT} {_BE} {_DEGREE}(LEVEL){_STATEMENT_ENDS}",
+    rf"{_SUBJECT} (?:is|was|has|shows|offers) (?:of )?(?:an? )?{_DEGREE}(LEVEL)"
+    r" (?:overall |visual |video |picture |image |talking-head )?(?:quality|video|clip|rating)\b",
+    rf"\ban? {_DEGREE}(LEVEL)(?:[ -]quality)? {_VIDEO}\b",
+    rf"(?:[.!?] |\boverall[,:]? ){_DEGREE}(LEVEL) quality{_STATEMENT_ENDS}",
+    rf"\boverall[,:]? {_DEGREE}(LEVEL){_STATEMENT_ENDS}",
+)
+"""Patterns of sentences that state the level of the whole clip; praise of its lighting or skin is none."""
+
+_NOT_STATED = r"\b(?:not|never|than|would|could|should|if|short of|far from|instead of|\w+n't)\b[^.;:]{0,20}$"
+
+_CLAIMS_NO_DEFECT = (
+    r"\b(?:no|without) (?:a |any )?(?:(?:visible|obvious|apparent|noticeable) )?(?:defect|flaw)s?\b"
+    r"(?! (?:other|besides|except|apart|(?:in|on|around) (?!the (?:video|clip|picture|image))))"
+)
+
+_SECONDS = r"(?:\s*|-)(?:s|sec|secs|seconds?)\b(?! (?:video|clip))"
+
+_TIME = rf"\b\d+(?:\.\d+)?(?=(?:\s*(?:to|and|-|\u2013)\s*\d+(?:\.\d+)?)?{_SECONDS})"
+"""A number of seconds, but not that in "a 4-second clip"."""
+
+_SENTENCE_END = r"(?<=[.!?])\s+"
+
+
+def objection(
+    text: str,
+    level: str,
+    levels: Sequence[str],
+    found: Sequence[Finding],
+    absent: Collection[str] = (),
+    check: ExplanationCheck = "facts",
+) -> str | None:
+    """The reason why an explanation must not be shown beside its rating; None if it may be.
+
+    Args:
+        text: the whole explanation, including the opening.
+        level: the level of the rating.
+        levels: all level words, worst first.
+        found: the defects that were found, the likeliest first.
+        absent: the defects that were judged and not found.
+        check: `facts` rejects a text that contradicts the level or a measurement, is empty or broken off; `grammar`
+            also one that no template could have produced, which is how a very small model fails.
+    """
+    reason = _contradiction(text, level, levels, found, absent)
+    return reason or (_deviation(text, level, levels, found[:MAX_NAMED]) if check == "grammar" else None)
+
+
+def _contradiction(
+    text: str, level: str, levels: Sequence[str], found: Sequence[Finding], absent: Collection[str]
+) -> str | None:
+    lower, names = text.lower(), {finding.defect for finding in found}
+    if (stated := _contradicting_level(lower, level, levels, bool(found))) is not None:
+        return f"it says {stated}, and the rating {level}"
+    if invented := sorted(mentioned_defects(text) & set(absent)):
+        return f"it names what was not found: {', '.join(invented)}"
+    if denied := sorted((_denied_defects(text) - mentioned_defects(text)) & names):
+        return f"it denies what was found: {', '.join(denied)}"
+    if praised := next((name for name in names if _POSITIVE.get(name, "\n") in lower), None):
+        return f"it says that {_POSITIVE[praised]}, and {praised} was found"
+    if (time := _wrong_time(text, found)) is not None:
+        return f"it gives a time that was not measured: {time} s"
+    if claim := re.search(_CLAIMS_NO_DEFECT, lower):
+        if found:
+            return f"it says {claim[0]}, and {', '.join(sorted(names))} was found"
+        if not is_good(level, levels):
+            return f"it says {claim[0]}, and the rating {level}"
+    if not re.search(r"[.!?][\"'\u201d\u2019)]*$", text.rstrip()):
+        return "it does not come to an end"
+    if len(re.findall(r"\w+", re.split(rf"\b{re.escape(level)}\b", text, maxsplit=1)[-1])) < MIN_WORDS:
+        return "it is empty"
+    return None
+
+
+def _contradicting_level(text: str, level: str, levels: Sequence[str], defective: bool) -> str | None:
+    """Another level than the rated one that a text, in lower case, states for the whole clip."""
+    wrong = {*levels} - {level} | ({"flawless", "perfect"} if defective or not is_good(level, levels) else set())
+    words = "|".join(re.escape(each.lower()) for each in sorted(wrong))
+    for pattern in _LEVEL_STATEMENTS:
+        for match in re.finditer(pattern.replace("LEVEL", words), text):
+            if not re.search(_NOT_STATED, text[: match.start()]):
+                return match[1]
+    return None
+
+
+def _wrong_time(text: str, found: Sequence[Finding]) -> str | None:
+    """A time given for a defect that is neither start, end nor duration of a measured one, to the digits given."""
+    for sentence in re.split(_SENTENCE_END, text):
+        named = mentioned_defects(sentence)
+        spans = [span for finding in found if finding.defect in named for span in finding.seconds]
+        measured = [second for start, end in spans for second in (start, end, end - start)]
+        for time in re.findall(_TIME, sentence) if named else ():
+            tolerance = 0.5 * 10.0 ** -len(time.partition(".")[2]) + 1e-6
+            if not any(abs(float(time) - second) <= tolerance for second in measured):
+                return str(time)
+    return None
+
+
+# --- The grammar check -----------------------------------------------------------------------------------------------
+
+_CONJUNCTIONS = r"that|which|who|where|when|while|as|because|since|and|but|or|if|than|what|how|so|whether"
 
 _TWO_VERBS = (
     r"(?<!what )(?<!that )(?<!which )(?<!who )\b(?:is|are)\b"
-    rf"(?:(?!\b(?:{_LINKS})\b)[^.,;:])*?\b(?:is|are|stands|covers|takes|hides|breaks)\b"
+    rf"(?:(?!\b(?:{_CONJUNCTIONS})\b)[^.,;:])*?\b(?:is|are|stands|covers|takes|hides|breaks)\b"
 )
-
-
-"""Two verbs in one clause: *the face is steady stands out*. Not after a word that begins another clause."""
-
+"""Two verbs in one clause, as in *the face is steady stands out*."""
 
 _VERB = (
     r"\b(?:is|are|was|were|be|been|has|have|had|do|does|did|can|could|may|might|must|will|would|should|"
     r"\w{2,}(?:s|ed))\b"
 )
+"""A verb, or a word that looks like one."""
+
+_SEVERE = rf"\b(?:{'|'.join(itertools.chain(*_STRENGTHS[-1][1:]))})\b"
 
 
-"""What is a verb, or looks like one: a sentence without is mostly a piece of one."""
-
-
-_GRAVE = rf"\b(?:{'|'.join(itertools.chain(*_STRENGTHS[-1][1:]))})\b"
-
-
-"""The words for what is strongest: no clip of a good level has earned them."""
-
-
-_MOMENT = r"\b\d+(?:\.\d+)?(?=\s*(?:s|sec|secs|seconds?)\b|\s*(?:to|and|-|\u2013)\s*\d)"
-
-
-"""A number of seconds."""
-
-
-_NEGATION = r"\b(?:no|not|without|free of|neither|nor|hardly any|isn't|aren't)\b[^.;:]{0,25}$"
-
-
-def mentions(text: str) -> set[str]:
-    """Names of the defects that a text says are there: plain words, with a look at a negation before them."""
-    text = text.lower()
-    return {
-        name
-        for name, pattern in _MENTIONS.items()
-        for match in re.finditer(rf"\b(?:{pattern})\b", text)
-        if not re.search(_NEGATION, text[: match.start()])
-    }
-
-
-def objection(text: str, level: str, levels: Sequence[str], told: Sequence[Finding]) -> str | None:
-    """Why an explanation may not be shown beside its rating; None if it may.
-
-    Args:
-        text: the whole explanation, opening included.
-        level: the level word that was read.
-        levels: all level words, worst first.
-        told: the defects that it may name, the likeliest first, with the times that it may give.
-    """
-    lower, found = text.lower(), {one.defect for one in told}
-    words = set(re.findall(r"\w+", lower))
-    if others := sorted(words & (set(levels) - {level})):
-        return f"it says {', '.join(others)}, and the rating {level}"
-    named = mentions(text)
-    if invented := sorted(named - found):
+def _deviation(text: str, level: str, levels: Sequence[str], told: Sequence[Finding]) -> str | None:
+    """How a text that contradicts nothing differs from those that the templates can produce."""
+    lower, named = text.lower(), mentioned_defects(text)
+    if invented := sorted(named - {finding.defect for finding in told}):
         return f"it names what was not found: {', '.join(invented)}"
-    if left_out := next((one.defect for one in told[:LEAST_NAMED] if one.defect not in named), None):
-        return f"it leaves out what was found: {left_out}"
-    measured = re.findall(_MOMENT, facts(told))
-    if guessed := next((moment for moment in re.findall(_MOMENT, lower) if moment not in measured), None):
-        return f"it gives a time that was not measured: {guessed} s"
-    if claim := re.search(_FAULTLESS, lower):
-        if found:
-            return f"it says {claim[0]}, and {', '.join(sorted(found))} was found"
-        if not is_good(level, levels):
-            return f"it says {claim[0]}, and the rating {level}"
-    if is_good(level, levels) and (grave := re.search(_GRAVE, lower)):
-        return f"it says {grave[0]}, and the rating {level}"
-    if not text.rstrip().endswith("."):
-        return "it does not come to an end"
-    sentences = re.split(r"(?<=\.)\s+", text.strip())
-    if broken := next((each for each in sentences[1:] if len(each.split()) < LEAST_WORDS), None):
+    if omitted := next((finding.defect for finding in told[:MUST_NAME] if finding.defect not in named), None):
+        return f"it leaves out what was found: {omitted}"
+    if is_good(level, levels) and (severe := re.search(_SEVERE, lower)):
+        return f"it says {severe[0]}, and the rating {level}"
+    sentences = re.split(_SENTENCE_END, text.strip())[1:]
+    if broken := next((sentence for sentence in sentences if len(sentence.split()) < MIN_WORDS), None):
         return f"it breaks off: {broken}"
-    if praised := next((name for name in found if _MERITS.get(name, "\n") in lower), None):
-        return f"it says that {_MERITS[praised]}, and {praised} was found"
-    if again := _repeated(lower):
-        return f"it repeats itself: {again}"
-    if mute := next((each for each in sentences[1:] if not re.search(_VERB, each.lower())), None):
-        return f"it has a sentence without a verb: {mute}"
-    if torn := re.search(_TWO_VERBS, lower):
-        return f"it has two verbs and nothing that joins them: {torn[0]}"
+    if repeated := _repetition(lower):
+        return f"it repeats itself: {repeated}"
+    if verbless := next((sentence for sentence in sentences if not re.search(_VERB, sentence.lower())), None):
+        return f"it has a sentence without a verb: {verbless}"
+    if doubled := re.search(_TWO_VERBS, lower):
+        return f"it has two verbs in one clause: {doubled[0]}"
     return None
 
 
-def _repeated(text: str) -> str | None:
-    """What a text in lower case says twice: some words one after the other, or a clause anywhere; times may well be.
-    A clause ends at a comma."""
-    if twice := re.search(r"\b(\w+(?:\W+\w+){2,4})\W+\1\b", text):
-        return twice[1]
-    clauses = []
-    for between in re.split(r"[.,;:](?:\s|$)", text):
-        words = re.findall(r"\w+", between)
-        clauses += [" ".join(words[start : start + CLAUSE]) for start in range(len(words) - CLAUSE + 1)]
-    return next((one for one in clauses if clauses.count(one) > 1 and not re.search(r"\d", one)), None)
+def _repetition(text: str) -> str | None:
+    """Words in a lower-case text that are repeated at once, or a run of `REPEATED_WORDS` in two clauses.
+
+    Clauses end at punctuation; runs with a number are ignored, since two defects can have the same times.
+    """
+    if repeated := re.search(r"\b(\w+(?:\W+\w+){2,4})\W+\1\b", text):
+        return repeated[1]
+    runs = []
+    for clause in re.split(r"[.,;:](?:\s|$)", text):
+        words = re.findall(r"\w+", clause)
+        runs += [" ".join(words[start : start + REPEATED_WORDS]) for start in range(len(words) - REPEATED_WORDS + 1)]
+    return next((run for run in runs if runs.count(run) > 1 and not re.search(r"\d", run)), None)
 
 
-def explain(text: str | None, level: str, levels: Sequence[str], found: Sequence[Finding], absent: Collection[str],
-            seed: str, begun: str) -> tuple[str, str | None]:  # fmt: skip
-    """The model's words where they may be shown, else those of the grammar; and why, else.
+def explain(
+    text: str | None,
+    level: str,
+    levels: Sequence[str],
+    found: Sequence[Finding],
+    absent: Collection[str],
+    seed: str,
+    begun: str,
+    check: ExplanationCheck = "facts",
+) -> tuple[str, str | None]:
+    """The explanation to show: the model's text if there is no objection, otherwise a template text.
 
     Args:
-        text: what the model said after `begun`; None where it was not asked.
-        level, levels: see `objection`.
-        found, absent: of the profile.
-        seed: whatever is the same for the same clip.
-        begun: `opening`.
+        text: the model's continuation of `begun`; None if the model was not asked.
+        level, levels, found, absent, check: see `objection`.
+        seed: chooses the template text; the same for the same clip.
+        begun: see `opening`.
+
+    Returns:
+        the text, and the objection to the model's own if it was replaced.
     """
-    told = found[:MAX_NAMED]
-    if text is None:
-        why: str | None = "the model was not asked"
-    else:
-        whole = begun + text
-        why = objection(whole, level, levels, told)
-        if why is None:
-            return whole, None
-    return begun + sentence(told, absent, random.Random(seed), good=is_good(level, levels)), why
+    reason: str | None = "the model was not asked"
+    if text is not None and (reason := objection(begun + text, level, levels, found, absent, check)) is None:
+        return begun + text, None
+    return begun + template_text(found, absent, random.Random(seed), good=is_good(level, levels)), reason

@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from lmm_qa.defects.explanation import Finding, is_good, opening, sentence
+from lmm_qa.defects.explanation import Finding, is_good, opening, template_text
 from lmm_qa.defects.vocabulary import BY_NAME, reference_defects
 from lmm_qa.degrade.causes import COMPRESSION, DEGRADATIONS, FACIAL, PICTURE, REPEATABLE_X264, TEMPORAL, Pixels, encode
 from lmm_qa.degrade.full_reference import ceiling, make_copy, mos
@@ -343,7 +343,7 @@ def _words(row: Row) -> Row:
     prompt, (low, high) = load_prompt(DEFAULT_PROMPT), row["scale"]
     level = prompt.levels[round((row["mos"] - low) / (high - low) * (len(prompt.levels) - 1))]
     draw = random.Random(f"{row['seed']} {row['clip']}")
-    said = sentence(findings, absent, draw, strengths, is_good(level, prompt.levels))
+    said = template_text(findings, absent, draw, strengths, is_good(level, prompt.levels))
     times = {one.defect: " and".join(f" from {first} to {last} s" for first, last in one.seconds) for one in findings}
     unsure = [f"?{name}" for name, there in known.items() if there is None]
     return {

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field
 
@@ -54,6 +54,9 @@ READING_FILES = (
 """Files beside the weights that change what a model says of the same clip."""
 
 
+ExplanationCheck = Literal["facts", "grammar"]
+
+
 class RaterConfig(Settings):
     """How a rater asks and what it looks at."""
 
@@ -69,6 +72,9 @@ class RaterConfig(Settings):
     """MOS of the worst and of the best level: declared, never inferred."""
     sampling: Sampling = Sampling()
     views: tuple[View, ...] = Field((View(),), min_length=1)
+    explanation_check: ExplanationCheck = "facts"
+    """What an explanation in the model's words must satisfy to be shown: see `lmm_qa.defects.explanation.objection`.
+    Does not change a score."""
     training: dict[str, Any] | None = None
     """For people: data and its fingerprint, figures, versions. Does not change a score."""
 
@@ -78,7 +84,8 @@ class RaterConfig(Settings):
 
     def asked(self) -> dict[str, Any]:
         """What of this determines a score, as plain data."""
-        asked = self.model_dump(mode="json", exclude={"training", "backbone", "revision", "backbone_weights"})
+        no_effect = {"training", "backbone", "revision", "backbone_weights", "explanation_check"}
+        asked = self.model_dump(mode="json", exclude=no_effect)
         for silent in ("description", "paraphrases"):
             del asked["prompt"][silent]
         return asked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -11,18 +12,19 @@ from hypothesis import strategies as st
 from lmm_qa.defects.explanation import (
     MAX_NAMED,
     Finding,
+    describe_findings,
     explain,
     explanation_prompt,
-    facts,
     is_good,
-    mentions,
+    mentioned_defects,
     objection,
     opening,
-    sentence,
+    template_text,
 )
 from lmm_qa.defects.vocabulary import VISIBLE
 from lmm_qa.model.levels import LEVELS
 from lmm_qa.model.prompt import Prompt, load_prompt
+from lmm_qa.model.rater_config import EMBEDDED, FILE_NAME, ExplanationCheck, RaterConfig
 
 findings = st.lists(
     st.builds(
@@ -43,10 +45,11 @@ def test_the_grammar_says_what_was_found_and_nothing_else(
 ) -> None:
     draw, names = random.Random(seed), {one.defect for one in found}
     each = [draw.random() for _ in found] if strengths else ()
-    text = sentence(found, set(VISIBLE) - names, draw, each, good=is_good(level, LEVELS))
+    text = template_text(found, set(VISIBLE) - names, draw, each, good=is_good(level, LEVELS))
     whole = opening(RATING, level) + text
-    assert mentions(whole) == names
-    assert objection(whole, level, LEVELS, found) is None
+    assert mentioned_defects(whole) == names
+    for check in get_args(ExplanationCheck):
+        assert objection(whole, level, LEVELS, found, set(VISIBLE) - names, check) is None
     assert "  " not in whole
     assert "{" not in whole
     assert whole.endswith(".")
@@ -54,18 +57,18 @@ def test_the_grammar_says_what_was_found_and_nothing_else(
 
 def test_sentences_have_variety_and_depend_on_the_draw_alone() -> None:
     found = [Finding("blur", 0.9), Finding("stall", 0.8, ((1.2, 2.0),))]
-    said = {sentence(found, ["colour", "noise"], random.Random(seed)) for seed in range(200)}
+    said = {template_text(found, ["colour", "noise"], random.Random(seed)) for seed in range(200)}
     assert len(said) > 60
-    assert sentence(found, ["noise"], random.Random(3)) == sentence(found, ["noise"], random.Random(3))
+    assert template_text(found, ["noise"], random.Random(3)) == template_text(found, ["noise"], random.Random(3))
     timed = sum("from 1.2 to 2.0 s" in text for text in said)
     assert timed == len(said), "where a time is known, it is said"
 
 
 def test_facts() -> None:
-    assert facts([]) == "none"
+    assert describe_findings([]) == "none"
     found = [Finding("blur", 0.9), Finding("stall", 0.8, ((1.24, 2.0), (4.0, 5.5))), Finding("seam", 0.7)]
-    assert facts(found) == "blur; stall from 1.2 to 2.0 s and from 4.0 to 5.5 s; face seam"
-    assert facts([*found, Finding("noise", 0.6)]) == facts(found), "no more than are named"
+    assert describe_findings(found) == "blur; stall from 1.2 to 2.0 s and from 4.0 to 5.5 s; face seam"
+    assert describe_findings([*found, Finding("noise", 0.6)]) == describe_findings(found), "no more than are named"
 
 
 def test_the_question_carries_the_facts_and_the_system_message() -> None:
@@ -88,10 +91,15 @@ def test_the_question_carries_the_facts_and_the_system_message() -> None:
         ("Visible blocking artefacts around the mouth.", {"compression"}),
         ("The face is sharp and the colours are natural.", set()),
         ("The bit-rate drops.", {"bitrate_switch"}),
+        ("There is little noise, and compression is not visible.", set()),
+        ("The background blur is pleasant, and the person's identity stays the same.", set()),
+        ("A microphone blocks part of the chin; the exposure is right and the frame rate high.", set()),
+        ("The colours look unnatural.", set()),
+        ("The expressions look unnatural.", {"movement"}),
     ],
 )
 def test_mentions(text: str, names: set[str]) -> None:
-    assert mentions(text) == names
+    assert mentioned_defects(text) == names
 
 
 @pytest.mark.parametrize(
@@ -126,14 +134,84 @@ def test_mentions(text: str, names: set[str]) -> None:
         ("The quality of this video is fair: it is a blurred 3D head of 1080p.", None),
     ],
 )
-def test_words_that_contradict_the_rating_are_not_shown(text: str, why: str | None) -> None:
+def test_the_grammar_check(text: str, why: str | None) -> None:
     found = [Finding("blur", 0.9, ((0.5, 1.0),))]
-    said = objection(text, "fair", LEVELS, found)
-    assert said is None if why is None else why in str(said)
+    reason = objection(text, "fair", LEVELS, found, ["noise"], "grammar")
+    assert reason is None if why is None else why in str(reason)
     begun = "The quality of this video is fair"
-    shown, reason = explain(text.removeprefix(begun), "fair", LEVELS, found, ["noise"], "id", begun)
-    assert reason == said
-    assert shown == text if why is None else objection(shown, "fair", LEVELS, found) is None
+    shown, reported = explain(text.removeprefix(begun), "fair", LEVELS, found, ["noise"], "id", begun, "grammar")
+    assert reported == reason
+    assert shown == text if why is None else objection(shown, "fair", LEVELS, found, ["noise"], "grammar") is None
+
+
+# What large models write about a clip that is fair: blurred, and it stalls from 1.2 to 2.0 s.
+FAIR = [Finding("blur", 0.9), Finding("stall", 0.8, ((1.2, 2.0),))]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ". The lighting is good, but the picture is blurred.",
+        ". The woman has fair skin, and her hair lacks texture because of blur.",
+        ". There is strong backlight, and the face is slightly out of focus.",
+        ": poor focus softens the face, although the framing is excellent.",
+        ": the image looks soft throughout.",
+        ". The bad focus hides the eyelashes.",
+        " because the clip freezes from 1.2 to 2.0 s.",
+        " because playback freezes for about 0.8 seconds, starting at 1.2 s.",
+        " because it freezes around the 2 second mark.",
+        ": it is good that the colours stay natural, yet the blur is strong.",
+        ", not excellent: fine detail is missing!",
+        ". It would be good without the blur.",
+        ". The exposure is balanced, the frame rate is steady and the person's identity is consistent.",
+        ". The clip is excellent in colour but poor in sharpness.",
+        ". A good microphone stands in front of the speaker, whose voice cannot be judged here.",
+        ". The background blur is deliberate, the face is soft as well.",
+        ". Compression is barely visible and there is little noise. However, details are soft.",
+        ". The picture is blurred, the picture is soft. Overall, acceptable.",
+        ". The speaker turns after 3 s. There are no defects in the background.",
+        ". Skin tones are excellent and the movement of the lips is natural. No other defects.",
+        " for a 4-second clip: it is blurred and it stalls.",
+    ],
+)
+def test_plausible_text_of_a_large_model_is_shown(text: str) -> None:
+    begun, absent = "The quality of this video is fair", sorted(set(VISIBLE) - {"blur", "stall"})
+    assert explain(text, "fair", LEVELS, FAIR, absent, "id", begun) == (begun + text, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (". Overall, the quality is good.", "it says good, and the rating fair"),
+        (". The picture is blurred, yet the clip looks very good.", "it says good, and the rating fair"),
+        (", but it is excellent overall.", "it says excellent, and the rating fair"),
+        (". This is a poor video with blur.", "it says poor, and the rating fair"),
+        (". It has excellent image quality.", "it says excellent, and the rating fair"),
+        (". Blurred and stalling. Good quality overall.", "it says good, and the rating fair"),
+        (". The clip is flawless.", "it says flawless, and the rating fair"),
+        (". The brightness flickers throughout.", "it names what was not found: flicker"),
+        (". The picture is noisy and shows blocking.", "it names what was not found: compression, noise"),
+        (". There is no visible blur.", "it denies what was found: blur"),
+        (". The clip stalls, but the face is sharp.", "it says that the face is sharp, and blur was found"),
+        (". The clip freezes from 2.5 to 3.0 s.", "it gives a time that was not measured: 2.5 s"),
+        (" because it stalls for 3 seconds.", "it gives a time that was not measured: 3 s"),
+        (". There are no visible defects.", "it says no visible defects, and blur, stall was found"),
+        (". The picture is blurred and the clip also", "it does not come to an end"),
+        (".", "it is empty"),
+        ("", "it does not come to an end"),
+    ],
+)
+def test_text_that_contradicts_the_rating_is_replaced(text: str, reason: str) -> None:
+    begun, absent = "The quality of this video is fair", sorted(set(VISIBLE) - {"blur", "stall"})
+    shown, reported = explain(text, "fair", LEVELS, FAIR, absent, "id", begun)
+    assert reported == reason
+    assert shown.startswith(begun) and shown != begun + text
+    assert objection(shown, "fair", LEVELS, FAIR, absent) is None
+
+
+def test_the_check_does_not_change_the_identity_of_a_rater() -> None:
+    assert RaterConfig(explanation_check="grammar").asked() == RaterConfig().asked()
+    assert RaterConfig.read(EMBEDDED / FILE_NAME).explanation_check == "grammar"
 
 
 @pytest.mark.parametrize(
@@ -150,18 +228,21 @@ def test_a_clip_below_good_is_not_called_faultless(level: str, why: str | None) 
 def test_a_good_clip_has_no_severe_defect() -> None:
     blurred, found = "The quality of this video is {}. The picture is severely blurred.", [Finding("blur", 0.9)]
     for level, why in (("excellent", "severely"), ("good", "severely"), ("fair", None), ("bad", None)):
-        said = objection(blurred.format(level), level, LEVELS, found)
+        said = objection(blurred.format(level), level, LEVELS, found, check="grammar")
         assert said is None if why is None else why in str(said)
 
 
 def test_the_two_main_defects_are_named() -> None:
     found = [Finding("blur", 0.9), Finding("noise", 0.8), Finding("flicker", 0.7)]
     said = "The quality of this video is fair: {}."
-    assert objection(said.format("noise covers the blurred picture"), "fair", LEVELS, found) is None
-    assert objection(said.format("the brightness of the blurred picture flickers"), "fair", LEVELS, found) == (
-        "it leaves out what was found: noise"
-    )
+    both = objection(said.format("noise covers the blurred picture"), "fair", LEVELS, found, check="grammar")
+    assert both is None
+    one = said.format("the brightness of the blurred picture flickers")
+    assert objection(one, "fair", LEVELS, found, check="grammar") == "it leaves out what was found: noise"
 
 
 def test_a_short_stem_does_not_break_off() -> None:
-    assert objection("Quality: fair. The picture is blurred.", "fair", LEVELS, [Finding("blur", 0.9)]) is None
+    assert (
+        objection("Quality: fair. The picture is blurred.", "fair", LEVELS, [Finding("blur", 0.9)], (), "grammar")
+        is None
+    )

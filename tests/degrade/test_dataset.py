@@ -17,7 +17,7 @@ from clips import ffmpeg, ffmpeg_frames, write_clip
 
 import lmm_qa
 import lmm_qa.cli.app
-from lmm_qa.defects.explanation import mentions
+from lmm_qa.defects.explanation import mentioned_defects
 from lmm_qa.defects.vocabulary import reference_defects
 from lmm_qa.degrade.causes import COMPRESSION, DEGRADATIONS, FACIAL, PICTURE, TEMPORAL, damage
 from lmm_qa.degrade.dataset import BadSource, DegradedDataset, Recipe, _words, read_clip
@@ -196,7 +196,7 @@ def test_the_manifest_teaches_defects_and_words(made: Path) -> None:
             found = {one.defect for one in example.found}
             assert found <= {name for name, there in known.items() if there}
             assert set(example.absent) == {name for name, there in known.items() if there is False}
-            assert mentions(example.explanation) == found
+            assert mentioned_defects(example.explanation) == found
             level = ("bad", "poor", "fair", "good", "excellent")[round(row["mos"] - 1)]
             assert re.match(rf"The quality of this video is {level}\b", example.explanation)
         (stalled,) = next(example.found for example in examples if example.name == "real--stall-0.5.mp4") or ()
@@ -231,7 +231,7 @@ def test_what_cannot_be_seen_is_neither_there_nor_absent() -> None:
     assert words({"colour_cast": 0.9})["defects"] == ["colour"]
     unseen = words({"colour_cast": 0.9}, quality=0.97, mos=4.9)
     assert unseen["defects"] == ["?colour"]
-    assert not mentions(unseen["explanation"]) and "the video is" not in unseen["explanation"]
+    assert not mentioned_defects(unseen["explanation"]) and "the video is" not in unseen["explanation"]
     assert words({"colour_cast": 0.1})["defects"] == ["?colour"]
     late = words({"bitrate_switch": 0.9, "buffering": 0.5})["defects"]
     assert late[0] == "buffering from 0.0 to 4.0 s" and "?bitrate_switch" in late, "its end may be cut off"
