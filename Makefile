@@ -7,13 +7,15 @@ PIP_INSTALL := $(PIP) install --quiet -c constraints.txt
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test check clean
+.PHONY: help demo test test-fast check docs clean
 
 help:
-	@echo "make demo    rate the sample clips with the model that ships with the project; look at demo/report.html"
-	@echo "make test    run all tests"
-	@echo "make check   run ruff and mypy"
-	@echo "make clean   remove .venv, builds, caches and demo/"
+	@echo "make demo        rate the sample clips with the model that ships with the project; look at demo/report.html"
+	@echo "make test        run all tests"
+	@echo "make test-fast   run the tests that are not marked slow"
+	@echo "make check       run ruff and mypy"
+	@echo "make docs        build the documentation into site/, with links checked"
+	@echo "make clean       remove .venv, builds, caches, demo/ and site/"
 	@echo
 	@echo "The first one to run sets up .venv (a few minutes, about 6 GB, most of it torch)."
 
@@ -25,15 +27,22 @@ demo: .venv/.installed
 	@echo "Ratings: demo/ratings.jsonl; to look at them, open demo/report.html in a browser"
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --durations=15
+
+test-fast: .venv/.installed-dev
+	$(BIN)/python -m pytest -m "not slow"
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/.installed-dev
+	$(BIN)/python scripts/generate_docs.py
+	$(BIN)/mkdocs build --quiet --strict
+
 clean:
-	rm -rf .venv build dist demo *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist demo site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
