@@ -1,9 +1,9 @@
-"""What the features of a clip (`lmm_qa.defects.features`) say of each defect: log-odds, from trees that were grown on damaged copies.
+"""Defect classifier: from the measured features of a clip (`lmm_qa.defects.features`) to log-odds of each defect.
 
-The trees are of the package, and not of a model: they know what the decoder measured, and nothing of what a model
-answered. Each rater's calibration says how much this counts beside its own answers (`lmm_qa.defects.calibration.Logistic`).
-`scripts/embedded_evidence.py` grows them: extremely randomised trees (Geurts, Ernst and Wehenkel, 2006), a forest a
-defect.
+Each defect has a forest of extremely randomised trees (Geurts, Ernst and Wehenkel, 2006), trained on degraded copies of
+clips by `scripts/embedded/classifier.py`. The forests belong to the package, not to a model: they use nothing that a
+model answered. The calibration of a rater says how much they count beside its answers
+(`lmm_qa.defects.calibration.PlattScaling`).
 """
 
 from __future__ import annotations
@@ -20,23 +20,19 @@ from numpy.typing import NDArray
 
 FILE = Path(__file__).parent / "classifier.safetensors"
 
-
 MIN_VOTE_SHARE = 0.002
-
-
-"""Share of a forest's votes that is never gone below, on either side: trees that all agree may all be wrong."""
-
+"""Vote shares are clipped to this distance from 0 and 1: trees that all agree may all be wrong."""
 
 TENSORS = {"feature": "sign", "limit": "limit", "child": "child", "root": "root", "defect": "defect"}
-"""Names of the arrays in the file, which is older than the names here."""
+"""Field of `Forests` -> name of the array in the file, which is older than the field names."""
 
 
 @dataclass(frozen=True)
 class Forests:
-    """Trees of all defects, their nodes one after the other.
+    """The forests of all defects, as flat arrays of nodes.
 
-    A node with a `feature` of at least 0 sends a clip to its `child` where the feature is at most the `limit`, else to the
-    node after that; one with a feature of -1 is a leaf, and its limit is the share of copies that had the defect.
+    A node with `feature` >= 0 sends a clip to the node `child` if that feature is at most `limit`, else to `child` + 1.
+    A node with `feature` -1 is a leaf; its `limit` is the share of training clips there that had the defect.
     """
 
     defects: tuple[str, ...]
@@ -45,29 +41,29 @@ class Forests:
     limit: NDArray[np.float32]
     child: NDArray[np.int32]
     root: NDArray[np.int32]
-    """(trees,): where each begins."""
+    """(trees,): the first node of each tree."""
     defect: NDArray[np.int16]
-    """(trees,): which defect it is about."""
+    """(trees,): the defect that each tree is about, as a position in `defects`."""
 
     def defect_log_odds(self, features: Mapping[str, float]) -> dict[str, float]:
-        """Log-odds of each defect, natural logarithm.
+        """Log-odds (natural logarithm) of each defect.
 
         Args:
-            features: what `lmm_qa.defects.features.measure` gives.
+            features: as returned by `lmm_qa.defects.features.measure`.
 
         Raises:
-            KeyError: one that the trees look at is not there.
+            KeyError: a feature that the trees use is missing.
         """
         values = np.array([features[name] for name in self.features], np.float32)
         node = self.root.copy()
         while (inner := self.feature[node] >= 0).any():
-            beyond = values[self.feature[node]] > self.limit[node]
-            node = np.where(inner, self.child[node] + beyond, node)
+            above = values[self.feature[node]] > self.limit[node]
+            node = np.where(inner, self.child[node] + above, node)
         votes = np.bincount(self.defect, self.limit[node]) / np.bincount(self.defect)
         return {name: float(odds) for name, odds in zip(self.defects, log_odds(votes), strict=True)}
 
     def save(self, file: Path, data: str) -> None:
-        """Write all of it, and for people what it was grown on."""
+        """Write the forests to a file. `data` tells people what they were trained on."""
         from safetensors.numpy import save_file
 
         arrays = {stored: getattr(self, name) for name, stored in TENSORS.items()}
@@ -76,7 +72,7 @@ class Forests:
 
     @classmethod
     def read(cls, file: Path) -> Self:
-        """Read what `save` wrote."""
+        """Read a file that `save` wrote."""
         from safetensors import safe_open
 
         with safe_open(file, framework="numpy") as stored:
@@ -86,16 +82,16 @@ class Forests:
 
 
 def log_odds(votes: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
-    """Natural logarithm of the odds by shares of a forest's votes, of any shape: see `MIN_VOTE_SHARE`."""
+    """Log-odds (natural logarithm) from shares of a forest's votes, of any shape; clipped, see `MIN_VOTE_SHARE`."""
     share = np.clip(votes, MIN_VOTE_SHARE, 1 - MIN_VOTE_SHARE)
     return np.asarray(np.log(share / (1 - share)))
 
 
 def defect_log_odds(features: Mapping[str, float]) -> dict[str, float]:
-    """Log-odds of each defect, by the trees of the package. See `Forests.defect_log_odds`."""
-    return _of_the_package().defect_log_odds(features)
+    """Log-odds of each defect from the forests of the package; see `Forests.defect_log_odds`."""
+    return _bundled_forests().defect_log_odds(features)
 
 
 @cache
-def _of_the_package() -> Forests:
+def _bundled_forests() -> Forests:
     return Forests.read(FILE)

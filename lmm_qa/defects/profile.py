@@ -1,8 +1,8 @@
-"""The defect profile of a clip: what the model answered to the closed questions, and what was measured.
+"""The defect profile of a clip: probabilities of all defects, from a model's answers and the measured features.
 
-A model sees a few small pictures of a clip; the decoder passes all of them, at native resolution. So what is measured
-there (`lmm_qa.defects.features`, weighed by `lmm_qa.defects.classifier`) goes into the probability of each defect beside the model's answer;
-and when a picture stands or is poorer than the rest comes from `lmm_qa.video.temporal`. Knows nothing of models or files.
+A model sees a few small pictures of a clip. The features (`lmm_qa.defects.features`) are measured on all frames at
+native resolution, and the classifier's log-odds enter each probability beside the model's answer. The times of defects
+that come and go are found by `lmm_qa.video.temporal`.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ class Profile:
     """What is wrong with a clip."""
 
     defects: dict[str, float | None]
-    """P(yes) of each defect, in the order of `lmm_qa.defects.vocabulary.DEFECTS`; None: not judged."""
+    """Probability of each defect, in the order of `lmm_qa.defects.vocabulary.DEFECTS`; None: not judged."""
     found: tuple[Finding, ...]
-    """Those that are said to be there, the likeliest first."""
+    """The defects at or above their threshold, the likeliest first."""
     log_odds: dict[str, float]
-    """Of yes against no, as the model answered."""
+    """Log-odds of yes against no in the model's answers."""
     measured: dict[str, float]
-    """Log-odds by what was measured (`lmm_qa.defects.classifier`); empty where nothing was."""
+    """Log-odds from the measured features; empty without features."""
     mass: float | None
-    """Share of the vocabulary's probability on yes and no, mean over the questions. Near 0, the model cannot answer.
-    None where it was asked nothing."""
+    """Share of the vocabulary's probability on the words yes and no, mean over the questions; near 0, the model cannot
+    answer. None if no question was asked."""
 
     @property
     def absent(self) -> list[str]:
-        """Names of the defects that were judged, and are not there."""
-        found = {one.defect for one in self.found}
+        """Names of the defects that were judged and not found."""
+        found = {finding.defect for finding in self.found}
         return [name for name, probability in self.defects.items() if probability is not None and name not in found]
 
 
@@ -45,39 +45,45 @@ def read_profile(
     dynamics: FrameDynamics | None,
     measured: Mapping[str, float],
 ) -> Profile:
-    """Read the answers on one clip.
+    """Make the profile of a clip.
 
     Args:
-        answers: for each question, the log-odds of yes against no, and the share of the vocabulary that both hold.
-        calibration: how they become probabilities; what it gives a slope, and was not asked, is not judged.
-        dynamics: of the clip; None where not every frame was decoded. Says when.
-        measured: log-odds of each defect by what was measured (`lmm_qa.defects.classifier`); empty where nothing was.
+        answers: for each question, the log-odds of yes against no and the share of the vocabulary on both words.
+        calibration: turns log-odds into probabilities. A defect is not judged if its question should have been asked
+            and was not, or if it depends on features and there are none.
+        dynamics: frame dynamics of the clip, for the times of defects; None if not every frame was decoded.
+        measured: log-odds of each defect from the measured features; empty without features.
     """
-    spans = _moments(dynamics) if dynamics else {}
-    always = (0.0, dynamics.duration) if dynamics else None
-    defects = {
-        defect.name: calibration.probability(
-            defect.name, answers.get(defect.name, (0.0, 0.0))[0], measured.get(defect.name, 0.0)
-        )
-        if defect.name in answers or (measured and not calibration.asks(defect.name))
-        else None
-        for defect in DEFECTS
-    }
+    defects = {defect.name: _probability(defect.name, answers, calibration, measured) for defect in DEFECTS}
+    spans = _spans(dynamics) if dynamics else {}
+    whole_clip = (0.0, dynamics.duration) if dynamics else None
     found = [
-        Finding(name, probability, tuple(span for span in spans.get(name, ()) if span != always))
+        Finding(name, probability, tuple(span for span in spans.get(name, ()) if span != whole_clip))
         for name, probability in defects.items()
         if probability is not None and probability >= calibration.defects[name].threshold
     ]
     return Profile(
         defects,
-        tuple(sorted(found, key=lambda one: -one.probability)),
-        {name: odds for name, (odds, _) in answers.items()},
+        tuple(sorted(found, key=lambda finding: -finding.probability)),
+        {name: log_odds for name, (log_odds, _) in answers.items()},
         dict(measured),
         sum(mass for _, mass in answers.values()) / len(answers) if answers else None,
     )
 
 
-def _moments(dynamics: FrameDynamics) -> dict[str, list[Span]]:
-    """When each defect shows that has a time, in a clip that has it."""
+def _probability(
+    name: str,
+    answers: Mapping[str, tuple[float, float]],
+    calibration: DefectCalibration,
+    measured: Mapping[str, float],
+) -> float | None:
+    if name not in answers and (calibration.asks(name) or not measured):
+        return None
+    log_odds, _ = answers.get(name, (0.0, 0.0))
+    return calibration.probability(name, log_odds, measured.get(name, 0.0))
+
+
+def _spans(dynamics: FrameDynamics) -> dict[str, list[Span]]:
+    """The times of each defect that has times, if the clip has it."""
     first = buffering(dynamics)
     return {"stall": stalls(dynamics), "buffering": [first] if first else [], "bitrate_switch": switches(dynamics, 0)}

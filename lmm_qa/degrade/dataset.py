@@ -26,7 +26,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from lmm_qa.defects.explanation import Finding, is_good, opening, template_text
-from lmm_qa.defects.vocabulary import BY_NAME, reference_defects
+from lmm_qa.defects.vocabulary import BY_NAME, TIMED_DEFECTS, reference_defects
 from lmm_qa.degrade.causes import COMPRESSION, DEGRADATIONS, FACIAL, PICTURE, REPEATABLE_X264, TEMPORAL, Pixels, encode
 from lmm_qa.degrade.full_reference import ceiling, make_copy, mos
 from lmm_qa.errors import ClipError, ClipTruncated, ClipUnreadable, LmmQaError, MissingExtra, ResultsError, UsageError
@@ -53,12 +53,6 @@ COLUMNS = ("clip", "mos", "group", "source", "causes", "strengths", "seed", "sca
 
 
 """What every row of a manifest must have, for the file to be taken for one of ours."""
-
-
-TIMED = ("stall", "buffering", "bitrate_switch", "lips")
-
-
-"""Defects of which the words say when."""
 
 
 UNSEEN = 0.95
@@ -330,12 +324,12 @@ def _words(row: Row) -> Row:
     if len(strength) == 1 and row["quality"] > UNSEEN:
         known = {name: None if there else there for name, there in known.items()}
     if "buffering" in strength:  # the clip's end is cut off: what befell it there may not be seen
-        known |= {name: None for name in TIMED if known[name] and name != "buffering"}
+        known |= {name: None for name in TIMED_DEFECTS if known[name] and name != "buffering"}
     found: list[tuple[float, Finding]] = []
     for name in (name for name, there in known.items() if there):
         causes = [cause for cause in BY_NAME[name].causes if cause in strength]
         spans = [(round(first, 1), round(last, 1)) for first, last in (seconds[cause] for cause in causes)]
-        timed = tuple(span for span in spans if name in TIMED and span[0] < span[1])
+        timed = tuple(span for span in spans if name in TIMED_DEFECTS and span[0] < span[1])
         found.append((max(strength[cause] for cause in causes), Finding(name, 1.0, timed)))
     found.sort(key=lambda one: -one[0])
     strengths, findings = [one for one, _ in found], [one for _, one in found]

@@ -103,7 +103,9 @@ def test_the_trees_of_the_package_know_the_defects_that_are_made() -> None:
 )
 def test_what_is_measured_tells_damaged_samples_from_the_clean_one(clip: str, defect: str) -> None:
     def odds(name: str) -> float:
-        features = read_frames(SAMPLES / f"astronaut_{name}.mp4", Sampling(), [View()], 28, measure=FeatureExtractor).features
+        features = read_frames(
+            SAMPLES / f"astronaut_{name}.mp4", Sampling(), [View()], 28, measure=FeatureExtractor
+        ).features
         assert features is not None
         return defect_log_odds(features)[defect]
 

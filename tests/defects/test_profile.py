@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import expit
 
-from lmm_qa.defects.calibration import DefectCalibration, Logistic
+from lmm_qa.defects.calibration import DefectCalibration, PlattScaling
 from lmm_qa.defects.profile import read_profile
 from lmm_qa.defects.vocabulary import DEFECTS
 from lmm_qa.ratings import read_timeline
@@ -15,7 +15,7 @@ from lmm_qa.video.temporal import FrameDynamics
 
 def test_answers_become_a_profile() -> None:
     calibration = DefectCalibration(
-        defects={"blur": Logistic(), "noise": Logistic(threshold=0.9), "seam": Logistic(intercept=2.0)}
+        defects={"blur": PlattScaling(), "noise": PlattScaling(threshold=0.9), "seam": PlattScaling(intercept=2.0)}
     )
     answers = {"seam": (0.0, 0.6), "noise": (1.0, 0.8), "blur": (3.0, 1.0), "mouth": (9.0, 1.0)}
     profile = read_profile(answers, calibration, None, {})
@@ -33,7 +33,7 @@ def test_answers_become_a_profile() -> None:
 
 
 def test_what_is_not_asked_is_judged_by_what_was_measured() -> None:
-    calibration = DefectCalibration(defects={"blur": Logistic(), "seam": Logistic(slope=0, measured=2.0)})
+    calibration = DefectCalibration(defects={"blur": PlattScaling(), "seam": PlattScaling(slope=0, measured=2.0)})
     profile = read_profile({"blur": (1.0, 1.0)}, calibration, None, {"seam": 1.5, "blur": 9.0, "noise": 9.0})
     assert profile.defects["blur"] == pytest.approx(expit(1.0)), "the calibration gives what was measured no weight"
     assert profile.defects["seam"] == pytest.approx(expit(3.0))
@@ -54,7 +54,7 @@ def test_what_is_measured_joins_the_answers() -> None:
     flat = np.ones(count, np.float32)
     dynamics = FrameDynamics(np.arange(count, dtype=np.float32) / fps, count / fps, peak, flat, flat, light)
     measured = {"stall": 2.0, "buffering": -1.0, "flicker": 2.0, "jerkiness": -1.0, "bitrate_switch": -1.0}
-    calibration = DefectCalibration(defects={name: Logistic(measured=1.5) for name in measured})
+    calibration = DefectCalibration(defects={name: PlattScaling(measured=1.5) for name in measured})
     profile = read_profile(dict.fromkeys(measured, (0.0, 1.0)), calibration, dynamics, measured)
     assert profile.measured == measured
     assert profile.defects["flicker"] == pytest.approx(expit(3.0))

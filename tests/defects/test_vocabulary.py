@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from scipy.special import expit
 
-from lmm_qa.defects.calibration import UNCALIBRATED, DefectCalibration, Logistic, read_calibration
+from lmm_qa.defects.calibration import UNCALIBRATED, DefectCalibration, PlattScaling, read_calibration
 from lmm_qa.defects.questions import questions
-from lmm_qa.defects.vocabulary import BY_NAME, DEFECTS, PRESENT, VISIBLE, reference_defects
+from lmm_qa.defects.vocabulary import BY_NAME, DEFECTS, PRESENT_STRENGTH, VISIBLE, reference_defects
 from lmm_qa.degrade.causes import DEGRADATIONS
 from lmm_qa.errors import ConfigError
 from lmm_qa.model.prompt import load_prompt, prompt_names
@@ -42,7 +42,7 @@ def test_questions_are_no_rating_prompts() -> None:
 def test_what_a_damaged_copy_has() -> None:
     assert set(reference_defects([]).values()) == {False}
     assert reference_defects([("noise", 0.5)])["noise"] is True
-    assert reference_defects([("noise", PRESENT / 2)])["noise"] is None, "hardly to be seen: nobody is asked"
+    assert reference_defects([("noise", PRESENT_STRENGTH / 2)])["noise"] is None, "hardly to be seen: nobody is asked"
     assert reference_defects([("noise", 0.0)])["noise"] is False
     strong = reference_defects([("h264", 0.9)])
     assert strong["compression"] is True
@@ -58,7 +58,7 @@ def test_what_a_damaged_copy_has() -> None:
 
 @pytest.mark.parametrize(("odds", "measured"), [(0.0, 0.0), (2.5, 1.0), (-30.0, -1.0), (1000.0, 1.0)])
 def test_probability_is_a_logistic_function(odds: float, measured: float) -> None:
-    calibration = DefectCalibration(defects={"stall": Logistic(slope=0.7, measured=1.5, intercept=-0.4)})
+    calibration = DefectCalibration(defects={"stall": PlattScaling(slope=0.7, measured=1.5, intercept=-0.4)})
     expected = expit(0.7 * odds + 1.5 * measured - 0.4)
     assert calibration.probability("stall", odds, measured) == pytest.approx(expected)
     assert calibration.probability("blur", odds) is None, "not listed: not judged"
@@ -72,7 +72,7 @@ def test_without_a_calibration_the_answer_is_taken_as_it_is() -> None:
 
 
 def test_an_answer_without_weight_is_not_asked_for() -> None:
-    calibration = DefectCalibration(defects={"blur": Logistic(), "seam": Logistic(slope=0, measured=2.0)})
+    calibration = DefectCalibration(defects={"blur": PlattScaling(), "seam": PlattScaling(slope=0, measured=2.0)})
     assert calibration.asks("blur")
     assert not calibration.asks("seam"), "what was measured says it all"
     assert not calibration.asks("noise"), "not judged"
