@@ -1,6 +1,6 @@
-"""What can be configured, as frozen objects read from YAML or JSON; unknown keys are refused.
+"""Base class of all configuration objects, and the two that every package shares: `Sampling` and `View`.
 
-Knows nothing of pixels, models or files other than the one it is asked to read.
+They are frozen, read from YAML or JSON, and refuse unknown keys.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeGuard, get_args
+from typing import Annotated, Any, Literal, Self, TypeGuard, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,16 +17,20 @@ from lmm_qa.errors import ConfigError
 
 
 class Settings(BaseModel):
-    """A frozen set of options that refuses keys it does not know, and numbers that are not finite."""
+    """A frozen set of options. Unknown keys and numbers that are not finite are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
     def parse(cls, values: object, where: str) -> Self:
-        """Validate plain data; every complaint names its key and the value received.
+        """Validate plain data.
+
+        Args:
+            values: a dict of options.
+            where: what the error message calls the source of the values.
 
         Raises:
-            ConfigError: with one line for each thing that is wrong.
+            ConfigError: one line per problem, with the key and the value received.
         """
         try:
             return cls.model_validate(values)
@@ -46,7 +50,7 @@ class Settings(BaseModel):
         """Read a YAML or JSON file.
 
         Raises:
-            ConfigError: the file is missing, is no YAML/JSON, or holds something else than this.
+            ConfigError: the file is missing, is not valid YAML or JSON, or its content is invalid.
         """
         try:
             text = path.read_text(encoding="utf-8")
@@ -64,7 +68,7 @@ def _shortened(value: object, length: int = 80) -> str:
 
 
 def _section(settings: type[BaseModel], place: Sequence[int | str]) -> type[BaseModel]:
-    """The class of the options at a place, as far as it can be followed."""
+    """The class of the options at a location, or of the innermost enclosing one that is known."""
     for part in place:
         kind = settings.model_fields[str(part)].annotation if part in settings.model_fields else None
         settings = next((each for each in (kind, *get_args(kind)) if _is_settings(each)), settings)
@@ -75,33 +79,35 @@ def _is_settings(kind: object) -> TypeGuard[type[BaseModel]]:
     return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
-def _rising(ends: tuple[float, float]) -> tuple[float, float]:
+def _check_rising(ends: tuple[float, float]) -> tuple[float, float]:
     if not ends[0] < ends[1]:
         raise ValueError(f"low must be below high, received {list(ends)}")
     return ends
 
 
-ScaleEnds = Annotated[tuple[float, float], AfterValidator(_rising)]
+ScaleEnds = Annotated[tuple[float, float], AfterValidator(_check_rising)]
+"""Option type of a scale: MOS of the worst and of the best quality."""
 
-
-"""MOS of the worst and of the best quality: a scale that is declared, as an option."""
+FPS_FRAMES = 32
+"""Default limit of `fps` sampling."""
 
 
 class Sampling(Settings):
-    """Which frames of a clip are looked at."""
+    """Which frames of a clip the model sees."""
 
     strategy: Literal["uniform", "fps", "pairs"] = "uniform"
-    """`uniform`: `frames` frames, each in its equal share of the clip. `fps`: `fps` frames a second,
-    at most `frames`. `pairs`: `frames // 2` moments spread uniformly, each as two frames `gap` seconds apart, so
-    that one temporal patch of a Qwen-style vision tower (two frames) sees motion, and that there is none in a stall."""
+    """`uniform`: `frames` frames, one in each of as many equal parts of the clip.
+    `fps`: `fps` frames per second, at most `frames`.
+    `pairs`: `frames // 2` moments spread uniformly, at each of them two frames `gap` seconds apart. A temporal patch of
+    a Qwen-style vision tower covers two frames, so it sees motion, or that there is none."""
     frames: int = Field(8, ge=1, le=768)
-    """Number of frames (the largest number for `fps`)."""
+    """Number of frames; for `fps` their maximum, 32 by default."""
     fps: float = Field(2.0, gt=0)
-    """Frames a second, for `fps` only."""
+    """Frames per second, for `fps` only."""
     gap: float = Field(0.08, gt=0)
     """Seconds between the two frames of a pair, for `pairs` only."""
     phase: float = Field(0.5, ge=0, lt=1)
-    """Where in its share of the clip (for `fps`: in its step) each frame, or pair, lies: 0 at the beginning, 0.5 in
+    """Position of each frame, or pair, within its part of the clip (for `fps`: within its step): 0 at the start, 0.5 in
     the middle. Training varies it; two phases of one clip show different frames of the same seconds."""
 
     @classmethod
@@ -113,35 +119,42 @@ class Sampling(Settings):
         """
         match text.split(":"):
             case ["fps", fps]:
-                return cls.parse({"strategy": "fps", "fps": fps, "frames": 32}, f"sampling {text!r}")
+                return cls.parse({"strategy": "fps", "fps": fps}, f"sampling {text!r}")
             case ["fps", fps, frames]:
                 return cls.parse({"strategy": "fps", "fps": fps, "frames": frames}, f"sampling {text!r}")
             case [strategy, frames]:
                 return cls.parse({"strategy": strategy, "frames": frames}, f"sampling {text!r}")
         raise ConfigError(f"sampling {text!r} is not of the form uniform:8, pairs:12 or fps:2")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _set_fps_default(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("strategy") == "fps":
+            return {"frames": FPS_FRAMES, **values}
+        return values
+
     @model_validator(mode="after")
-    def _even_pairs(self) -> Self:
+    def _check_pairs(self) -> Self:
         if self.strategy == "pairs" and self.frames % 2:
             raise ValueError(f"strategy 'pairs' takes an even number of frames, received {self.frames}")
         return self
 
 
 class View(Settings):
-    """One video made from the sampled frames. A prompt can hold several views of the same frames."""
+    """How the sampled frames are shown to the model: one video per view, several views of the same frames if wanted."""
 
     kind: Literal["whole", "crop", "face"] = "whole"
-    """`whole`: the whole picture, resized into the pixel budget. `crop`: a window of the picture at native
-    resolution, never resized: what compression and blur did to the pixels stays visible. `face`: a square around the
-    face, resized to `size`: what ails a mouth can be seen however small the face is."""
+    """`whole`: the whole picture, resized to fit the pixel budget.
+    `crop`: a window of the picture at native resolution, never resized, so that compression artefacts and blur remain
+    visible.
+    `face`: a square around the face, resized to `size`, so that the mouth is visible even if the face is small."""
     max_pixels: int = Field(448 * 448, ge=28 * 28)
-    """`whole`: the largest area of a frame in pixels; larger frames are shrunk, smaller ones keep their size
-    (rounded to the vision tower's patch grid)."""
+    """`whole`: maximum area of a frame in pixels; larger frames are shrunk, smaller ones keep their size (rounded to
+    the vision tower's patch grid)."""
     size: int = Field(224, ge=28)
-    """`crop`: side of the square window in pixels; clipped to the picture where that is smaller. `face`: side of the
-    square in pixels, whatever the size of the face."""
+    """`crop`: side of the square window in pixels, clipped to the picture. `face`: side of the resized square."""
     center: tuple[float, float] = (0.5, 0.42)
-    """`crop`: centre of the window as fractions of width and height. Heads sit a little above the middle."""
+    """`crop`: center of the window as fractions of width and height; heads are slightly above the middle."""
 
     @classmethod
     def from_text(cls, text: str) -> Self:
@@ -157,7 +170,7 @@ class View(Settings):
         return cls.parse({"kind": kind, **size}, f"view {text!r}")
 
     @model_validator(mode="after")
-    def _center_inside(self) -> Self:
+    def _check_center(self) -> Self:
         if not all(0 <= part <= 1 for part in self.center):
             raise ValueError(f"center is a pair of fractions between 0 and 1, received {self.center}")
         return self

@@ -20,6 +20,21 @@ def test_sampling_from_text() -> None:
     assert Sampling.from_text("fps:0.5:64") == Sampling(strategy="fps", fps=0.5, frames=64)
 
 
+def test_fps_has_one_default_however_it_is_made(tmp_path: Path) -> None:
+    (tmp_path / "sampling.yaml").write_text("strategy: fps\nfps: 2\n")
+    limit = {
+        Sampling.from_text("fps:2"),
+        Sampling(strategy="fps", fps=2),
+        Sampling(strategy="fps"),
+        Sampling.parse({"strategy": "fps"}, "here"),
+        Sampling.read(tmp_path / "sampling.yaml"),
+    }
+    assert [sampling.frames for sampling in limit] == [32]
+    saved = Sampling(strategy="fps", frames=8)
+    assert Sampling.model_validate_json(saved.model_dump_json()) == saved, "files name the limit and keep it"
+    assert Sampling().frames == 8
+
+
 def test_view_from_text() -> None:
     assert View.from_text("whole:448") == View()
     assert View.from_text("crop:336") == View(kind="crop", size=336)
@@ -42,7 +57,7 @@ def test_view_from_text() -> None:
         ("pairs:7", "strategy 'pairs' takes an even number of frames, received 7"),
     ],
 )
-def test_bad_sampling_is_refused_with_what_was_received(text: str, complaint: str) -> None:
+def test_invalid_sampling_is_refused_and_quoted(text: str, complaint: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Sampling.from_text(text)
     assert complaint in str(caught.value)
@@ -59,19 +74,19 @@ def test_bad_sampling_is_refused_with_what_was_received(text: str, complaint: st
         ("crop:10", "size: Input should be greater than or equal to 28 (received 10)"),
     ],
 )
-def test_bad_views_are_refused_with_what_was_received(text: str, complaint: str) -> None:
+def test_invalid_views_are_refused_and_quoted(text: str, complaint: str) -> None:
     with pytest.raises(ConfigError) as caught:
         View.from_text(text)
     assert complaint in str(caught.value)
     assert f"view {text!r}" in str(caught.value)
 
 
-def test_a_window_is_centred_inside_the_picture() -> None:
+def test_the_center_of_a_crop_is_inside_the_picture() -> None:
     with pytest.raises(ConfigError, match=r"center is a pair of fractions between 0 and 1, received \(0\.5, 1\.5\)"):
         View.parse({"kind": "crop", "center": [0.5, 1.5]}, "here")
 
 
-def test_a_wrong_key_in_a_section_is_told_what_that_section_knows() -> None:
+def test_an_unknown_key_in_a_section_lists_the_keys_of_that_section() -> None:
     with pytest.raises(ConfigError) as caught:
         RaterConfig.parse(
             {"views": [{"size": 300, "sise": 1}], "sampling": {"frame": 3}, "long": "x" * 500}, "rater.json"
@@ -84,7 +99,7 @@ def test_a_wrong_key_in_a_section_is_told_what_that_section_knows() -> None:
         Prompt.parse({"stem": "It is"}, "prompt.yaml")
 
 
-def test_every_unknown_key_is_named_with_those_that_are_known() -> None:
+def test_unknown_keys_are_named_and_known_ones_listed() -> None:
     with pytest.raises(ConfigError) as caught:
         Sampling.parse({"frame": 8, "strategi": "fps"}, "run.yaml")
     lines = str(caught.value).splitlines()
@@ -94,7 +109,7 @@ def test_every_unknown_key_is_named_with_those_that_are_known() -> None:
     assert lines[-1] == "  known keys: strategy, frames, fps, gap, phase"
 
 
-def test_something_else_than_keys_is_refused() -> None:
+def test_a_value_that_is_not_a_dict_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"\(top level\): .* \(received 'uniform:8'\)"):
         Sampling.parse("uniform:8", "here")
 
@@ -120,7 +135,7 @@ def test_files_are_yaml_or_json(tmp_path: Path) -> None:
         ("a.yaml", b"frames: eight", "frames: Input should be a valid integer"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, content: bytes, complaint: str) -> None:
+def test_errors_name_the_invalid_file(tmp_path: Path, name: str, content: bytes, complaint: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError) as caught:
         Sampling.read(tmp_path / name)
@@ -128,6 +143,6 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, name: str, content:
     assert str(tmp_path / name) in str(caught.value)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_errors_name_the_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read .*gone\.yaml: No such file"):
         Sampling.read(tmp_path / "gone.yaml")
