@@ -32,7 +32,7 @@ from lmm_qa.config import Sampling, View
 from lmm_qa.degrade.causes import DEGRADATIONS, REPEATABLE_X264, Pixels, damage, encode
 from lmm_qa.degrade.dataset import read_clip
 from lmm_qa.video.decode import read_frames
-from lmm_qa.video.temporal import FrameDynamics, Span, buffering, pace, stalls, switches
+from lmm_qa.video.temporal import FrameDynamics, Span, buffering, cadence, stalls, switches
 
 SECONDS, SIDE, WITHIN = 5.0, 360, 0.5
 WEAK, STRONG = 0.2, 0.9
@@ -121,7 +121,7 @@ def main() -> None:
                 spans = looked_at(measured)
                 timed = next((cause for cause in TIMED if cause in seconds), None)
                 if timed:
-                    likeliest = switches(measured, least=0) if timed == "bitrate_switch" else spans[timed]
+                    likeliest = switches(measured, min_evidence=0) if timed == "bitrate_switch" else spans[timed]
                     right = any(close(one, seconds[timed]) for one in likeliest)
                     found[timed].append(right)
                     if not right:
@@ -134,7 +134,7 @@ def main() -> None:
                     kind = damages[0][0] if damages else "none"
                     alarms["stands"].append(bool(spans["stall"] or spans["buffering"]))
                     alarms["switches"].append(bool(spans["bitrate_switch"]))
-                    rates[kind if kind in ("drop", "jitter") else "others"].append(pace(measured).rate)
+                    rates[kind if kind in ("drop", "jitter") else "others"].append(cadence(measured).rate)
             spans = looked_at(dynamics(options.clips / name))
             for what, causes in (("stands, as it is", TIMED[:2]), ("switches, as it is", TIMED[2:])):
                 alarms[what].append(any(spans[cause] for cause in causes))

@@ -1,4 +1,4 @@
-"""TODO-DOC video.decoder_pool."""
+"""Read many clips in worker processes that can be killed when a decoder hangs or crashes."""
 
 from __future__ import annotations
 
@@ -15,48 +15,35 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Self, cast
+from typing import IO, Any, Self, cast
 
 from lmm_qa.config import Sampling, View
 from lmm_qa.errors import (
     ClipError,
     ClipTimeout,
-    ClipUnreadable,
     DecoderCrashed,
+    InternalError,
     LmmQaError,
     UsageError,
+    describe_exception,
 )
+from lmm_qa.video.decode import ClipMeasurement, Frames, Windows, check_window, read_frames, read_windows
 
-if TYPE_CHECKING:
-    pass
+SINGLE_THREADED = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+"""Environment of the workers. There is one per core that decodes; with more threads each, small matrix products make
+them wait for each other (0.19 instead of 0.06 processor seconds per clip were measured)."""
 
-from lmm_qa.video.decode import ClipMeasurement, Frames, Windows, _refuse_no_length, read_frames, read_windows
-
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-
-
-"""Environment of the worker processes: there is one for each core that is to decode, and threads that wait for a small
-product of matrices keep the others from theirs (0.19 instead of 0.06 processor seconds a clip were seen)."""
-
-
-# Many clips, in processes that can be killed
+START_TIMEOUT = 60.0
+"""Seconds that a worker may take to start: imports from a cold or remote disk, on a busy machine."""
 
 Reader = Callable[..., Any]
-
-
-"""What a worker calls with a request, whose first part is the clip's path: `read_frames`, `read_windows`."""
-
-
-_START_LIMIT = 60.0
-
-
-"""Seconds that a worker may take to start: imports from a cold or distant disk, on a busy machine."""
+"""Called by a worker with a request, which starts with the clip's path: `read_frames` or `read_windows`."""
 
 
 class DecoderPool:
-    """Worker processes that read clips, and can be killed when a decoder hangs or crashes.
+    """Worker processes that read clips, and are killed when a decoder hangs.
 
-    A worker is a fresh interpreter that imports this module and nothing of the caller's: it is safe beside threads,
+    A worker is a new interpreter that imports this module and nothing of the caller's: it is safe beside threads,
     torch and CUDA, and needs no `if __name__ == "__main__"`. Use as a context manager; leaving it kills the workers.
     """
 
@@ -64,7 +51,7 @@ class DecoderPool:
         """
         Args:
             workers: processes, at least 1.
-            timeout: seconds that one clip may take.
+            timeout: seconds that reading one clip may take.
         """
         if workers < 1 or timeout <= 0:
             raise UsageError(f"workers and timeout must be positive, received {workers} and {timeout}")
@@ -83,12 +70,12 @@ class DecoderPool:
         self.close()
 
     def close(self) -> None:
-        """Kill the workers; clips not yet read are given up. May be called again."""
+        """Kill the workers and abandon clips that are not read yet. May be called again."""
         for worker in self._workers:
             worker.close()
         self._threads.shutdown(wait=True, cancel_futures=True)
         for worker in self._workers:
-            worker.discard()
+            worker.stop()
 
     def imap(
         self,
@@ -98,10 +85,11 @@ class DecoderPool:
         factor: int,
         measure: type[ClipMeasurement] | None = None,
     ) -> Iterator[Frames | ClipError]:
-        """Read clips, in order; at most two clips a worker are taken from `paths` ahead of the one handed out.
+        """Read clips, in order. At most two clips per worker are taken from `paths` in advance.
 
-        A clip that cannot be read is handed out as its error (see `read_frames`); besides, ClipTimeout when it took
-        longer than the limit, and DecoderCrashed when its worker died. The other clips go on.
+        For a clip that cannot be read, yields the error (see `read_frames`) and continues with the others; besides
+        those of `read_frames`, ClipTimeout (over the time limit), DecoderCrashed (its worker died) and InternalError
+        (an unexpected exception).
         """
         requests = ((Path(path), sampling, tuple(views), factor, measure) for path in paths)
         return self._imap(self._reader, requests)
@@ -121,7 +109,7 @@ class DecoderPool:
         Raises:
             UsageError: the window or the step is not above 0.
         """
-        _refuse_no_length(window, step)
+        check_window(window, step)
         requests = ((Path(path), sampling, tuple(views), factor, window, step, measure) for path in paths)
         return self._imap(read_windows, requests)
 
@@ -155,7 +143,7 @@ class _Worker:
         self._lock = threading.Lock()
         self._closed = False
         self._process: subprocess.Popen[bytes] | None = None
-        self._complaints: IO[bytes] | None = None
+        self._stderr: IO[bytes] | None = None
 
     def read(self, reader: Reader, request: tuple[Any, ...], timeout: float) -> Any:
         """Have the process read a clip.
@@ -163,19 +151,19 @@ class _Worker:
         Raises:
             ClipTimeout: it took longer than the limit.
             DecoderCrashed: the process died, or did not start.
-            LmmQaError: what the reader raised.
+            LmmQaError: raised by the reader; InternalError for any other exception in the process.
         """
         path = request[0]
-        process = self._running()
+        process = self._running_process()
         try:
             kind, value = _exchange(process, (reader, request), timeout)
         except TimeoutError:
-            self.discard()
+            self.stop()
             raise ClipTimeout(
                 f"reading {path} took longer than {timeout:g} s: raise the time limit, or cut or shrink the clip"
             ) from None
         except EOFError:
-            raise DecoderCrashed(f"the process that read {path} died: {self.discard()}") from None
+            raise DecoderCrashed(f"the process that read {path} died: {self.stop()}") from None
         if not issubclass(kind, LmmQaError):
             return value
         error = kind.__new__(kind)
@@ -189,46 +177,51 @@ class _Worker:
             if self._process is not None:
                 self._process.kill()
 
-    def discard(self) -> str:
-        """Kill the process, wait for its end and close what belonged to it; say how it ended."""
+    def stop(self) -> str:
+        """Kill the process, wait for its end and release its resources; return how it ended."""
         with self._lock:
-            process, complaints = self._process, self._complaints
-            self._process = self._complaints = None
-        if process is None or complaints is None:
+            process, stderr = self._process, self._stderr
+            self._process = self._stderr = None
+        if process is None or stderr is None:
             return "it was not running"
         process.kill()
         code = process.wait()
         for pipe in (process.stdin, process.stdout):
-            with suppress(OSError):  # what could not be written when the process died
+            with suppress(OSError):  # unwritten data of a process that died
                 cast(IO[bytes], pipe).close()
-        with complaints:
-            complaints.seek(0)
-            last = complaints.read().decode(errors="replace").strip().rpartition("\n")[2]
+        with stderr:
+            stderr.seek(0)
+            last_line = stderr.read().decode(errors="replace").strip().rpartition("\n")[2]
         cause = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return f"{cause}, {last}" if last else cause
+        return f"{cause}, {last_line}" if last_line else cause
 
-    def _running(self) -> subprocess.Popen[bytes]:
+    def _running_process(self) -> subprocess.Popen[bytes]:
+        """The process; started if necessary.
+
+        Raises:
+            DecoderCrashed: it could not be started.
+        """
         if self._process is not None and self._process.poll() is not None:
-            self.discard()  # it died while idle, of something that is not the next clip's fault
+            self.stop()  # it died while idle: not the fault of the next clip
         if self._process is not None:
             return self._process
         with self._lock:
             if self._closed:
                 raise DecoderCrashed("the decoder pool was closed")
-            self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  `discard` closes it
+            self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  `stop` closes it
             # The same search path as here, so that an import that works here works there.
-            program = f"import sys; sys.path[:] = {sys.path!r}; from lmm_qa.video.decoder_pool import _serve; _serve()"
+            program = f"import sys; sys.path[:] = {sys.path!r}; from lmm_qa.video.decoder_pool import serve; serve()"
             process = self._process = subprocess.Popen(
                 [sys.executable, "-c", program],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=self._complaints,
-                env=os.environ | ONE_THREAD,
+                stderr=self._stderr,
+                env=os.environ | SINGLE_THREADED,
             )
         try:
-            _exchange(process, None, _START_LIMIT)
+            _exchange(process, None, START_TIMEOUT)
         except (TimeoutError, EOFError):
-            raise DecoderCrashed(f"no decoding process could be started: {self.discard()}") from None
+            raise DecoderCrashed(f"the decoder process did not start: {self.stop()}") from None
         return process
 
 
@@ -236,19 +229,19 @@ def _exchange(process: subprocess.Popen[bytes], request: object, timeout: float)
     """Send a request to a worker process and wait for its answer.
 
     Raises:
-        TimeoutError: there was none in `timeout` seconds; the process has been killed.
+        TimeoutError: none came within `timeout` seconds; the process has been killed.
         EOFError: the process died.
     """
+    message = pickle.dumps(request)
     late = threading.Event()
 
     def kill() -> None:
         late.set()
         process.kill()
 
-    limit = threading.Timer(timeout, kill)
-    limit.daemon = True
-    limit.start()
-    message = pickle.dumps(request)
+    timer = threading.Timer(timeout, kill)
+    timer.daemon = True
+    timer.start()
     requests, answers = cast(IO[bytes], process.stdin), cast(IO[bytes], process.stdout)
     try:
         requests.write(message)
@@ -259,20 +252,20 @@ def _exchange(process: subprocess.Popen[bytes], request: object, timeout: float)
         if not late.is_set():
             raise EOFError from None
     finally:
-        limit.cancel()
-        limit.join()
+        timer.cancel()
+        timer.join()
     if late.is_set():
         raise TimeoutError
     return answer
 
 
-def _serve() -> None:
-    """Read clips for a `DecoderPool` in another process, until that one closes the pipe."""
-    import av  # noqa: F401  here, so that the first clip's time limit does not pay for it
+def serve() -> None:
+    """Main loop of a worker process: read clips until the parent closes the pipe."""
+    import av  # noqa: F401  imported before the first clip, whose time limit should not include it
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then kills this process
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whatever a decoder prints must not be an answer
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what a decoder prints must not mix with answers
     with suppress(EOFError, BrokenPipeError):
         while True:
             request = pickle.load(sys.stdin.buffer)
@@ -281,11 +274,17 @@ def _serve() -> None:
 
 
 def _answer(reader: Reader, request: tuple[Any, ...]) -> tuple[type, Any]:
-    """Read a clip: the class of what was read and this, or the class and message of the error."""
+    """Read a clip; return the class and value of the result, or the class and message of the error."""
+    path = request[0]
     try:
-        read = reader(*request)
-        return type(read), read
+        result = reader(*request)
+        return type(result), result
     except LmmQaError as error:
         return type(error), str(error)
+    except MemoryError:
+        return DecoderCrashed, f"the process that read {path} ran out of memory: use fewer workers or a smaller clip"
     except Exception as error:
-        return ClipUnreadable, f"reading {request[0]} failed: {type(error).__name__}: {error}"
+        return InternalError, (
+            f"reading {path} failed because of a bug in lmm_qa: {describe_exception(error)}; please report it with the "
+            "output of lmm-qa env"
+        )

@@ -1,4 +1,7 @@
-"""TODO-DOC video.integrity."""
+"""Check the structure of a video file, apart from any decoder: ffmpeg skips broken parts of a container silently.
+
+What these checks find and miss is listed in docs/decoding.md.
+"""
 
 from __future__ import annotations
 
@@ -7,38 +10,49 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lmm_qa.errors import ClipUnreadable
+
 if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 
-def _length_prefixed(stream: VideoStream) -> bool:
-    """Whether H.264 or HEVC units are preceded by their length (MP4, Matroska), not by start codes (MPEG-TS)."""
+def has_length_prefixes(stream: VideoStream) -> bool:
+    """Whether H.264 or HEVC units start with their length (MP4, Matroska), not with start codes (MPEG-TS)."""
     return (stream.codec_context.extradata or b"")[:1] == b"\1"
 
 
-def _broken_at(path: Path) -> int | None:
-    """The byte at which a file's own structure breaks, its length where it ends too early; None for a sound one.
+def find_structure_break(path: Path) -> int | None:
+    """Return the offset of the first broken byte of a container, or its length if it ends too early; None if intact.
 
-    Sees MP4, MOV, Matroska, WebM, AVI, GIF and MPEG-TS; None for others.
+    Checks MP4, MOV, Matroska, WebM, AVI, GIF and MPEG-TS; None for other formats.
+
+    Raises:
+        ClipUnreadable: the operating system cannot read the file.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if data[4:8] == b"ftyp":
-            return _mp4_broken_at(data)
-        if data[:4] == b"\x1a\x45\xdf\xa3":
-            return _matroska_broken_at(data)
-        if data[:6] in (b"GIF87a", b"GIF89a"):
-            return _gif_broken_at(data)
-        if data[:4] == b"RIFF":
-            declared = int.from_bytes(data[4:8], "little")
-            return size if declared != 0xFFFFFFFF and declared + 8 > size else None
-        if data[:1] == data[188:189] == data[376:377] == b"G" and size % 188:
-            return size
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _find_break(data)
+    except OSError as error:
+        raise ClipUnreadable(f"cannot read {path}: {error.strerror}") from None
+
+
+def _find_break(data: mmap.mmap) -> int | None:
+    if data[4:8] == b"ftyp":
+        return _find_mp4_break(data)
+    if data[:4] == b"\x1a\x45\xdf\xa3":
+        return _find_matroska_break(data)
+    if data[:6] in (b"GIF87a", b"GIF89a"):
+        return _find_gif_break(data)
+    if data[:4] == b"RIFF":
+        declared = int.from_bytes(data[4:8], "little")
+        return len(data) if declared != 0xFFFFFFFF and declared + 8 > len(data) else None
+    if data[:1] == data[188:189] == data[376:377] == b"G" and len(data) % 188:
+        return len(data)
     return None
 
 
-def _mp4_broken_at(data: mmap.mmap) -> int | None:
-    """Follow the top-level boxes of an MP4 or MOV file (ISO/IEC 14496-12, 4.2)."""
+def _find_mp4_break(data: mmap.mmap) -> int | None:
+    """Walk the top-level boxes of an MP4 or MOV file (ISO/IEC 14496-12, 4.2)."""
     position, fragmented = 0, False
     while position + 8 <= len(data):
         length = int.from_bytes(data[position : position + 4], "big")
@@ -47,14 +61,14 @@ def _mp4_broken_at(data: mmap.mmap) -> int | None:
         if length == 1:
             length = int.from_bytes(data[position + 8 : position + 16], "big")
         if length < 8:
-            # The last box may leave out its length. Padding may follow it: without fragments the frames are counted.
+            # The last box may omit its length, and padding may follow it: without fragments the frames are counted.
             return position if fragmented and kind != b"mdat" else None
         position += length
     return len(data) if position > len(data) else None
 
 
-def _gif_broken_at(data: mmap.mmap) -> int | None:
-    """Follow a GIF from block to block up to its trailer (GIF89a specification, appendix A)."""
+def _find_gif_break(data: mmap.mmap) -> int | None:
+    """Walk the blocks of a GIF up to its trailer (GIF89a specification, appendix A)."""
 
     def after_table(position: int, flags: int) -> int:
         return position + (3 << (flags % 8 + 1) if flags & 0x80 else 0)
@@ -78,8 +92,6 @@ def _gif_broken_at(data: mmap.mmap) -> int | None:
 
 
 _SEGMENT, _CLUSTER = 0x18538067, 0x1F43B675
-
-
 _MATROSKA_ELEMENTS = {
     0x1A45DFA3: "EBML",
     0x114D9B74: "SeekHead",
@@ -100,15 +112,13 @@ _MATROSKA_ELEMENTS = {
     0xA0: "BlockGroup",
     0xAF: "EncryptedBlock",
 }
+"""Elements that a file, a segment and a cluster may contain (RFC 9559, 5.1)."""
 
 
-"""Those of the file, of a segment and of a cluster (RFC 9559, 5.1)."""
+def _find_matroska_break(data: mmap.mmap) -> int | None:
+    """Walk the elements of a Matroska file (RFC 8794) and check the CRC-32 of those that have one.
 
-
-def _matroska_broken_at(data: mmap.mmap) -> int | None:
-    """Follow a Matroska file from element to element (RFC 8794), checking the CRC-32 of those that carry one.
-
-    ffmpeg, on meeting a broken element, goes on at the next cluster and does not say what it left out.
+    At a broken element, ffmpeg continues with the next cluster and does not report what it skipped.
     """
     position, end = 0, len(data)
     while position < min(end, len(data)):
@@ -128,7 +138,7 @@ def _matroska_broken_at(data: mmap.mmap) -> int | None:
 
 
 def _matroska_element(data: mmap.mmap, position: int) -> tuple[int, int | None, int]:
-    """An element's identifier, the length of its body (None: unknown), and where the body begins (RFC 8794, 4 to 6)."""
+    """Read an element's identifier, the length of its body (None: unknown) and its body's offset (RFC 8794, 4 to 6)."""
     name_width = 9 - data[position].bit_length()
     name = int.from_bytes(data[position : position + name_width], "big")
     position += name_width

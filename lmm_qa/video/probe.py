@@ -1,4 +1,8 @@
-"""TODO-DOC video.probe."""
+"""Open video files strictly, and read a clip's container from end to end.
+
+A scan notices files that are cut off, contradict themselves or have packets marked as damaged, and gives the time of
+each frame. Only the first frame is decoded; damage inside pictures shows in `lmm_qa.video.decode`.
+"""
 
 from __future__ import annotations
 
@@ -11,53 +15,38 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from lmm_qa.errors import (
-    ClipNotFound,
-    ClipTruncated,
-    ClipUnreadable,
-)
+from lmm_qa.errors import ClipNotFound, ClipTruncated, ClipUnreadable
+from lmm_qa.video.integrity import find_structure_break, has_length_prefixes
 
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-from lmm_qa.video.integrity import _broken_at, _length_prefixed
-
 MAX_SIDE = 16_384
-
-
 MAX_AREA = 100_000_000
+"""Pixels. Larger pictures are refused before memory is allocated for them."""
 
-
-"""Pixels. A larger picture is refused before memory is taken for it."""
-
-
-HOLE = bytes(16)
-
-
-"""Cannot occur in length-prefixed H.264 or HEVC: both escape three zero bytes in a row (H.264 7.4.1, H.265 7.4.2).
+ZERO_RUN = bytes(16)
+"""Never part of length-prefixed H.264 or HEVC: both escape three zero bytes in a row (H.264 7.4.1, H.265 7.4.2).
 Some encoders pad the end of a picture with zeros, though."""
 
-
 INDIRECT_FORMATS = frozenset({"hls", "dash", "concat", "imf", "sdp", "rtsp", "tty"})
-
-
-"""Texts that ffmpeg would play, by opening other files or addresses that they name, or by drawing the letters."""
+"""Text formats that ffmpeg would play by opening other files or addresses, or by rendering the text."""
 
 
 @dataclass(frozen=True)
 class ClipInfo:
-    """What a container and its stream say of a clip, as displayed."""
+    """Properties of a clip, as displayed."""
 
     frames: int
-    """Frames that are there and shown. (`probe` counts packets: a few too many in VP8, where some show nothing.)"""
+    """Frames that are shown. (`probe` counts packets: a few too many in VP8, where some show nothing.)"""
     declared_frames: int
-    """Frames that the container declares, those that an edit list hides included; 0 where it declares none."""
+    """Frames that the container declares, including those hidden by an edit list; 0 if it declares none."""
     fps: float
-    """Average frame rate, frames a second."""
+    """Average frames per second."""
     duration: float
-    """Seconds from the first frame's appearance to the last one's end."""
+    """Seconds from the start of the first frame to the end of the last."""
     width: int
     """Pixels, as displayed."""
     height: int
@@ -71,8 +60,8 @@ class ClipInfo:
 
 
 @dataclass(frozen=True)
-class _Scan:
-    """What is known of a clip once its container has been read from end to end."""
+class ContainerScan:
+    """A clip whose container has been read from end to end."""
 
     path: Path
     info: ClipInfo
@@ -84,17 +73,99 @@ def probe(path: str | Path) -> ClipInfo:
     """Read a clip's container from end to end and decode its first frame.
 
     Raises:
-        ClipNotFound: nothing is there.
-        ClipUnreadable: it is no regular file, holds no video that can be decoded, or its pictures are too large.
-        ClipTruncated: the container is cut off or has holes. (Damage inside pictures shows only in `read_frames`.)
+        ClipNotFound: the file does not exist.
+        ClipUnreadable: it is not a regular file, contains no video that can be decoded, or its pictures are too large.
+        ClipTruncated: the container is cut off or damaged. (Damage inside pictures shows only in `read_frames`.)
     """
-    return _scan(Path(path)).info
+    return scan_container(Path(path)).info
 
 
-def _refuse_no_file(path: Path) -> None:
-    """Refuse what is not a file with something in it; a named pipe or a device would block or never end."""
+def scan_container(path: Path) -> ContainerScan:
+    """Read all packets of a clip, and decode until the first frame, which has the rotation and the pixel format.
+
+    Raises: as `probe`.
+    """
+    with open_video(path) as (container, stream):
+        declared = _declared_frames(container, stream)
+        packets = _read_packets(container, stream)
+        total = max(declared, packets.count, _frames_by_duration(container, stream))
+        if counts := _contradicting_counts(path, container, stream):
+            raise truncated_error(path, min(packets.count, *counts), max(counts))
+        # MP4 counts exactly. AVI, for one, counts frames that are left out because they repeat the previous one.
+        missing = "mp4" in container.format.name and packets.count < declared
+        broken_at = find_structure_break(path)
+        if packets.intact is not None or packets.first_frame is None or missing or broken_at is not None:
+            read = min(packets.count_before(broken_at), packets.count if packets.intact is None else packets.intact)
+            raise truncated_error(path, read if packets.first_frame else 0, total, estimated=total > declared)
+        frame = packets.first_frame
+        _refuse_too_large(path, frame.width, frame.height)
+        seconds, duration = _frame_times(packets.shown, stream)
+        rotation = round(-frame.rotation / 90) * 90 % 360
+        width, height = (frame.width, frame.height) if rotation % 180 == 0 else (frame.height, frame.width)
+        info = ClipInfo(
+            frames=len(seconds),
+            declared_frames=declared,
+            fps=len(seconds) / duration,
+            duration=duration,
+            width=width,
+            height=height,
+            rotation=rotation,
+            codec=stream.codec_context.codec.canonical_name,
+            pixel_format=frame.format.name,
+            container=container.format.name,
+            has_audio=bool(container.streams.audio),
+        )
+    return ContainerScan(path, info, seconds)
+
+
+@contextmanager
+def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Open a clip for strict decoding on one thread, with ffmpeg's own messages off.
+
+    Raises: as `probe`.
+    """
+    import av
+
+    _refuse_non_file(path)
+    av.logging.set_level(av.logging.PANIC)
+    try:
+        container = _open_container(path)
+    except (av.FFmpegError, ValueError) as error:
+        if find_structure_break(path) is not None:  # an MP4 cut off before its index, for one
+            raise truncated_error(path, 0, 0) from None
+        reason = getattr(error, "strerror", None) or error
+        raise ClipUnreadable(f"no decoder finds a video in {path}: {reason}. Is it a complete video file?") from None
+    with container:
+        if container.format.name in INDIRECT_FORMATS:
+            raise ClipUnreadable(f"{path} is a text file of type {container.format.name}, not a video")
+        covers = av.stream.Disposition.attached_pic
+        streams = [stream for stream in container.streams.video if not stream.disposition & covers]
+        if not streams:
+            kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+            raise ClipUnreadable(f"{path} contains no video stream, only: {kinds}")
+        stream = streams[0]
+        context = stream.codec_context
+        if context is None:
+            raise ClipUnreadable(f"no decoder is available for the codec of {path}: convert it to H.264")
+        _refuse_too_large(path, context.width, context.height)
+        # err_detect=explode: report an error where the decoder would otherwise conceal the damage.
+        context.options = {"err_detect": "explode", "max_pixels": str(MAX_AREA)}
+        context.thread_count = 1
+        yield container, stream
+
+
+def truncated_error(path: Path, read: int, total: int, *, estimated: bool = False) -> ClipTruncated:
+    """Make the error for a clip of which `read` of (about) `total` frames could be read."""
+    of = f" of {'about ' if estimated else ''}{total}" if total > read else ""
+    return ClipTruncated(f"stream breaks: {read}{of} frames could be read ({path}); make or copy the file again")
+
+
+def _refuse_non_file(path: Path) -> None:
+    """Refuse everything but readable files with content; a named pipe or a device would block or never end."""
     try:
         status = path.stat()
+        if stat.S_ISREG(status.st_mode):
+            path.open("rb").close()
     except (FileNotFoundError, NotADirectoryError):
         raise ClipNotFound(f"no clip at {path}") from None
     except (OSError, ValueError) as error:
@@ -106,139 +177,65 @@ def _refuse_no_file(path: Path) -> None:
         raise ClipUnreadable(f"{path} is empty (0 bytes): make or copy it again")
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Open a clip for strict decoding on one thread; ffmpeg's own complaints are not printed."""
-    import av
-
-    _refuse_no_file(path)
-    av.logging.set_level(av.logging.PANIC)
-    try:
-        container = _container(path)
-    except (av.FFmpegError, ValueError) as error:
-        if _broken_at(path) is not None:  # an MP4 cut off before its index, for one
-            raise _truncated(path, 0, 0) from None
-        reason = getattr(error, "strerror", None) or error
-        raise ClipUnreadable(f"no decoder finds a video in {path}: {reason}. Is it a complete video file?") from None
-    with container:
-        if container.format.name in INDIRECT_FORMATS:
-            raise ClipUnreadable(f"{path} is a text of type {container.format.name}, not a video")
-        covers = av.stream.Disposition.attached_pic
-        streams = [stream for stream in container.streams.video if not stream.disposition & covers]
-        if not streams:
-            kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
-            raise ClipUnreadable(f"{path} holds no video stream, only: {kinds}")
-        stream = streams[0]
-        context = stream.codec_context
-        if context is None:
-            raise ClipUnreadable(f"the video in {path} is of a codec that no decoder here knows: convert it to H.264")
-        _refuse_too_large(path, context.width, context.height)
-        # err_detect=explode: an error where the decoder would otherwise conceal the damage.
-        context.options = {"err_detect": "explode", "max_pixels": str(MAX_AREA)}
-        context.thread_count = 1
-        yield container, stream
-
-
-def _container(path: Path, **options: str) -> InputContainer:
-    """Open a file of any kind, with further options of its demuxer."""
-    import av
-
-    # An absolute path is never taken for an address, and a text cannot make ffmpeg fetch one.
-    return av.open(str(path.absolute()), metadata_errors="replace", options={"protocol_whitelist": "file", **options})
-
-
 def _refuse_too_large(path: Path, width: int, height: int) -> None:
     if max(width, height) > MAX_SIDE or width * height > MAX_AREA:
         raise ClipUnreadable(
             f"the picture of {path} is {width}x{height}; at most {MAX_SIDE} pixels a side and "
-            f"{MAX_AREA // 1_000_000} million in all are read: scale it down first"
+            f"{MAX_AREA // 1_000_000} million in all are supported: scale it down first"
         )
 
 
-def _truncated(path: Path, read: int, total: int, *, estimated: bool = False) -> ClipTruncated:
-    of = f" of {'about ' if estimated else ''}{total}" if total > read else ""
-    return ClipTruncated(f"stream breaks: {read}{of} frames could be read ({path}); make or copy the file again")
+def _open_container(path: Path, **options: str) -> InputContainer:
+    """Open a file of any kind, with additional options for its demuxer."""
+    import av
+
+    # An absolute path is never taken for an address, and a text file cannot make ffmpeg fetch one.
+    return av.open(str(path.absolute()), metadata_errors="replace", options={"protocol_whitelist": "file", **options})
 
 
 @dataclass
-class _Walk:
-    """What one pass over a clip's packets shows."""
+class _Packets:
+    """The packets of a video stream."""
 
-    first: VideoFrame | None = None
-    """The first picture that comes out of the decoder."""
+    first_frame: VideoFrame | None = None
+    """The first frame that the decoder returns."""
     positions: list[int | None] = field(default_factory=list)
-    """Where in the file each video packet begins, those that an edit list hides included; None where not told."""
+    """Byte offset of each packet, including those hidden by an edit list; None if unknown."""
     intact: int | None = None
-    """Video packets before the first one that is damaged; None where none is."""
+    """Packets before the first damaged one; None if none is damaged."""
     shown: list[tuple[int | None, int | None]] = field(default_factory=list)
     """(presentation time, duration) of the packets that are shown, in the stream's time base, in decoding order."""
 
     @property
-    def packets(self) -> int:
+    def count(self) -> int:
         return len(self.positions)
 
-    def packets_before(self, position: int | None) -> int:
-        """How many video packets begin before a position in the file; all where that is None."""
-        if position is None:
-            return self.packets
-        return sum(start is None or start < position for start in self.positions)
+    def count_before(self, offset: int | None) -> int:
+        """How many packets start before a byte offset; all if that is None."""
+        return sum(offset is None or start is None or start < offset for start in self.positions)
 
 
-def _scan(path: Path) -> _Scan:
-    """Read the container from end to end; decode until the first frame comes, which tells rotation and format."""
-    with _opened(path) as (container, stream):
-        declared = _declared_frames(container, stream)
-        walk = _walk(container, stream)
-        total = max(declared, walk.packets, _frames_by_duration(container, stream))
-        if counts := _contradiction(path, container, stream):
-            raise _truncated(path, min(walk.packets, *counts), max(counts))
-        # MP4 counts exactly. AVI, for one, counts frames that are left out because they repeat the one before.
-        missing = "mp4" in container.format.name and walk.packets < declared
-        broken_at = _broken_at(path)
-        if walk.intact is not None or walk.first is None or missing or broken_at is not None:
-            read = min(walk.packets_before(broken_at), walk.packets if walk.intact is None else walk.intact)
-            raise _truncated(path, read if walk.first else 0, total, estimated=total > declared)
-        _refuse_too_large(path, walk.first.width, walk.first.height)
-        seconds, duration = _timeline(walk.shown, stream)
-        rotation = round(-walk.first.rotation / 90) * 90 % 360
-        sides = walk.first.width, walk.first.height
-        width, height = sides if rotation % 180 == 0 else sides[::-1]
-        info = ClipInfo(
-            frames=len(seconds),
-            declared_frames=declared,
-            fps=len(seconds) / duration,
-            duration=duration,
-            width=width,
-            height=height,
-            rotation=rotation,
-            codec=stream.codec_context.codec.canonical_name,
-            pixel_format=walk.first.format.name,
-            container=container.format.name,
-            has_audio=bool(container.streams.audio),
-        )
-    return _Scan(path, info, seconds)
-
-
-def _walk(container: InputContainer, stream: VideoStream) -> _Walk:
-    """Read every packet of the video stream; decode only until the first frame comes."""
+def _read_packets(container: InputContainer, stream: VideoStream) -> _Packets:
+    """Read every packet of the video stream; decode only until the first frame."""
     import av
 
-    walk = _Walk()
-    zeros_escaped = stream.codec_context.codec.canonical_name in ("h264", "hevc") and _length_prefixed(stream)
+    packets = _Packets()
+    zeros_escaped = stream.codec_context.codec.canonical_name in ("h264", "hevc") and has_length_prefixes(stream)
     try:
         for packet in container.demux(stream):
-            if walk.first is None and walk.intact is None:
-                walk.first = next(iter(packet.decode()), None)
+            if packets.first_frame is None and packets.intact is None:
+                packets.first_frame = next(iter(packet.decode()), None)
             if not packet.size:
                 continue
-            if walk.intact is None and (packet.is_corrupt or (zeros_escaped and HOLE in bytes(packet).rstrip(b"\0"))):
-                walk.intact = walk.packets
-            walk.positions.append(packet.pos)
+            zeroed = zeros_escaped and ZERO_RUN in bytes(packet).rstrip(b"\0")
+            if packets.intact is None and (packet.is_corrupt or zeroed):
+                packets.intact = packets.count
+            packets.positions.append(packet.pos)
             if not packet.is_discard:
-                walk.shown.append((packet.pts, packet.duration))
+                packets.shown.append((packet.pts, packet.duration))
     except av.FFmpegError:
-        walk.intact = walk.packets
-    return walk
+        packets.intact = packets.count
+    return packets
 
 
 def _declared_frames(container: InputContainer, stream: VideoStream) -> int:
@@ -247,12 +244,14 @@ def _declared_frames(container: InputContainer, stream: VideoStream) -> int:
 
 
 def _frames_by_duration(container: InputContainer, stream: VideoStream) -> int:
-    """About how many frames the declared duration is worth, to tell how much of a broken clip is missing."""
+    """Estimate the frames of the declared duration, to tell how much of a damaged clip is missing."""
     return round(float(stream.average_rate or 0) * (container.duration or 0) / 1_000_000)
 
 
-def _timeline(shown: Sequence[tuple[int | None, int | None]], stream: VideoStream) -> tuple[tuple[float, ...], float]:
-    """When each frame appears, seconds from the first one, and how long they last together."""
+def _frame_times(
+    shown: Sequence[tuple[int | None, int | None]], stream: VideoStream
+) -> tuple[tuple[float, ...], float]:
+    """When each frame appears, in seconds after the first one; and the duration of all."""
     rate = float(stream.average_rate or stream.guessed_rate or 25)
     times = [time for time, _ in shown if time is not None]
     if len(times) < len(shown) or stream.time_base is None:
@@ -260,21 +259,18 @@ def _timeline(shown: Sequence[tuple[int | None, int | None]], stream: VideoStrea
     times.sort()
     seconds = tuple(float((time - times[0]) * stream.time_base) for time in times)
     intervals = [after - before for before, after in pairwise(seconds)]
-    # The last frame is taken to last as long as most do: containers are seldom right about that one.
+    # Containers are seldom right about the last frame's duration; assume that of most frames.
     last = median(intervals) if intervals else float((shown[0][1] or 0) * stream.time_base)
     return seconds, seconds[-1] + (last or 1 / rate)
 
 
-from typing import TYPE_CHECKING
+def _contradicting_counts(path: Path, container: InputContainer, stream: VideoStream) -> tuple[int, int] | None:
+    """The numbers of frames in an MP4's tables of times and of offsets, if they differ.
 
-
-def _contradiction(path: Path, container: InputContainer, stream: VideoStream) -> tuple[int, int] | None:
-    """The two numbers of frames that an MP4's tables of times and of places give, where these differ.
-
-    They must be one number (ISO/IEC 14496-12, 8.6.1.2 and 8.7.3); ffmpeg goes on with what both have.
+    They must be equal (ISO/IEC 14496-12, 8.6.1.2 and 8.7.3); ffmpeg silently continues with the frames in both.
     """
     if "mp4" not in container.format.name or stream.frames in (0, len(stream.index_entries)):
         return None
-    with _container(path, ignore_editlist="1") as unedited:
+    with _open_container(path, ignore_editlist="1") as unedited:
         counts = stream.frames, len(unedited.streams[stream.index].index_entries)
     return counts if counts[0] != counts[1] else None

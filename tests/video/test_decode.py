@@ -556,7 +556,7 @@ def test_every_frame_is_measured(clips_dir: Path, name: str) -> None:
     """In its brightness: as much changes from frame to frame as in grey pictures of another decoder."""
     frames = read(clips_dir / name)
     dynamics, info = frames.dynamics, frames.info
-    assert dynamics is not None and len(dynamics.peak) == len(dynamics.quiet) == len(dynamics.detail) == info.frames
+    assert dynamics is not None and len(dynamics.peak_change) == len(dynamics.background_change) == len(dynamics.detail) == info.frames
     assert dynamics.duration == info.duration and dynamics.seconds[list(frames.indices)] == pytest.approx(
         frames.seconds
     )
@@ -564,7 +564,7 @@ def test_every_frame_is_measured(clips_dir: Path, name: str) -> None:
     rows, columns = (np.arange(48) * 2 + 1) * info.height // 96, (np.arange(48) * 2 + 1) * info.width // 96
     change = np.abs(np.diff(grey[:, rows[:, None], columns], axis=0)).reshape(-1, 12, 4, 12, 4).mean(axis=(2, 4))
     # The ramp of brightness is stored in 219 steps, and shown in 255.
-    assert dynamics.peak[1:] == pytest.approx(change.max(axis=(1, 2)) * 219 / 255, rel=0.2, abs=2)
+    assert dynamics.peak_change[1:] == pytest.approx(change.max(axis=(1, 2)) * 219 / 255, rel=0.2, abs=2)
 
 
 def test_where_decord_seeks_nothing_is_measured(clips_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lmm_qa
-from lmm_qa.video.face import FOLLOWED, Face, face_window, find_face, follow_face
+from lmm_qa.video.face import FOLLOWED_PICTURES, Face, face_window, find_face, follow_face
 
 PORTRAIT = Path(lmm_qa.__file__).parent / "samples" / "astronaut_clean.mp4"
 EYES, MOUTH = (0.503, 0.393), (0.498, 0.55)
@@ -95,6 +95,6 @@ def test_a_face_that_comes_later_is_followed_from_there(portrait: np.ndarray) ->
     empty = np.full_like(portrait[0], 90)
     assert follow_face([empty, portrait[5], portrait[10], portrait[15]]).found
     assert not follow_face([portrait[0], empty, empty, empty]).found, "two pictures have to agree"
-    nobody = follow_face([empty] * (FOLLOWED + 2))
+    nobody = follow_face([empty] * (FOLLOWED_PICTURES + 2))
     assert not nobody.found
-    assert nobody.boxes.shape == (FOLLOWED + 2, 4)
+    assert nobody.boxes.shape == (FOLLOWED_PICTURES + 2, 4)

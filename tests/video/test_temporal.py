@@ -18,7 +18,16 @@ from skimage.measure import block_reduce
 from lmm_qa.config import Sampling, View
 from lmm_qa.degrade.causes import damage, encode
 from lmm_qa.video.decode import read_frames
-from lmm_qa.video.temporal import FrameDynamics, FrameDynamicsRecorder, Pace, buffering, flicker, pace, stalls, switches
+from lmm_qa.video.temporal import (
+    Cadence,
+    FrameDynamics,
+    FrameDynamicsRecorder,
+    buffering,
+    cadence,
+    flicker,
+    stalls,
+    switches,
+)
 
 FPS = 25
 FLICKERS = 0.008
@@ -74,10 +83,10 @@ def test_the_numbers_are_what_they_are_called() -> None:
     dynamics = tracer.dynamics(np.arange(70) / FPS, 70 / FPS)
     exact = pictures.astype(float)
     blocks = np.stack([block_reduce(change, (4, 4), np.mean).ravel() for change in np.abs(np.diff(exact, axis=0))])
-    assert dynamics.peak[0] == dynamics.quiet[0] == 0
-    assert np.allclose(dynamics.peak[1:], blocks.max(axis=1), atol=1e-3)
-    assert np.allclose(dynamics.quiet[1:], np.sort(blocks, axis=1)[:, 36], atol=1e-3)
-    assert np.allclose(dynamics.light, exact.mean(axis=(1, 2)), atol=1e-3)
+    assert dynamics.peak_change[0] == dynamics.background_change[0] == 0
+    assert np.allclose(dynamics.peak_change[1:], blocks.max(axis=1), atol=1e-3)
+    assert np.allclose(dynamics.background_change[1:], np.sort(blocks, axis=1)[:, 36], atol=1e-3)
+    assert np.allclose(dynamics.brightness, exact.mean(axis=(1, 2)), atol=1e-3)
     assert np.allclose(dynamics.detail, np.sqrt(np.abs(np.diff(exact, axis=2))).mean(axis=(1, 2)), atol=1e-4)
 
 
@@ -93,7 +102,7 @@ def test_pictures_that_change_their_size_can_be_measured() -> None:
     for size in ((64, 64), (64, 64), (128, 96), (1, 1)):
         tracer.add(np.full(size, 100, np.uint8))
     dynamics = tracer.dynamics([0, 0.04, 0.08, 0.12], 0.16)
-    assert dynamics.peak.tolist() == [0, 0, 0, 0] and dynamics.detail.tolist() == [0, 0, 0, 0]
+    assert dynamics.peak_change.tolist() == [0, 0, 0, 0] and dynamics.detail.tolist() == [0, 0, 0, 0]
 
 
 # Pictures that stand
@@ -132,20 +141,20 @@ def test_a_calm_face_does_not_stand(tmp_path: Path, crf: int, sway: float) -> No
 def test_repeated_frames_are_no_stalls_but_a_low_rate(tmp_path: Path, cause: str) -> None:
     dynamics = traced(damage(talking(), cause, 0.6, fps=FPS).frames, tmp_path, 18)
     assert stalls(dynamics) == []
-    assert pace(dynamics).rate < 15 < pace(traced(talking(), tmp_path, 18)).rate
+    assert cadence(dynamics).rate < 15 < cadence(traced(talking(), tmp_path, 18)).rate
 
 
 def test_regular_repeats_are_told_from_irregular_ones() -> None:
     regular, irregular = ([5.0 * (number % 4 == 0) for number in range(100)], [0.0] * 100)
     for number in np.cumsum([1, 7, 2, 1, 6, 3, 1, 8] * 3):
         irregular[number] = 5.0
-    assert pace(by_hand(regular)).rate == pytest.approx(FPS / 4)
-    assert pace(by_hand(regular)).uneven == pytest.approx(0, abs=1e-5)
-    assert pace(by_hand(irregular)).uneven > 0.5
+    assert cadence(by_hand(regular)).rate == pytest.approx(FPS / 4)
+    assert cadence(by_hand(regular)).unevenness == pytest.approx(0, abs=1e-5)
+    assert cadence(by_hand(irregular)).unevenness > 0.5
 
 
 def test_a_stall_says_nothing_about_the_pace() -> None:
-    assert pace(by_hand([5.0] * 30 + [0.0] * 50 + [5.0] * 20)).rate == pytest.approx(FPS, rel=0.05)
+    assert cadence(by_hand([5.0] * 30 + [0.0] * 50 + [5.0] * 20)).rate == pytest.approx(FPS, rel=0.05)
 
 
 def test_a_keyframe_does_not_end_a_stall() -> None:
@@ -170,7 +179,7 @@ def test_a_moment_is_no_stall() -> None:
 def test_a_picture_for_all_the_time_is_one_stall() -> None:
     dynamics = by_hand([0.0] * 50)
     assert stalls(dynamics) == [(0.0, 2.0)] and buffering(dynamics) is None
-    assert pace(dynamics) == Pace(0.0, 0.0)
+    assert cadence(dynamics) == Cadence(0.0, 0.0)
 
 
 def test_a_clip_of_one_frame_has_nothing() -> None:
@@ -202,7 +211,7 @@ def stepping(*levels: float, quiet: float = 1.0, gradual: int = 1) -> FrameDynam
     detail = np.convolve(np.pad(detail, gradual, mode="edge"), np.full(gradual, 1 / gradual), "same")[gradual:-gradual]
     still = np.full(len(detail), 0.1)
     still[30::30] = quiet
-    return replace(dynamics, quiet=still.astype(np.float32), detail=detail.astype(np.float32))
+    return replace(dynamics, background_change=still.astype(np.float32), detail=detail.astype(np.float32))
 
 
 def test_a_switch_begins_ends_or_does_both() -> None:
@@ -223,7 +232,7 @@ def test_another_scene_is_no_switch() -> None:
 def test_the_likeliest_seconds_can_be_asked_for() -> None:
     faint = stepping(2, 1.95, 2)
     assert switches(faint) == []
-    assert switches(faint, least=0) == [pytest.approx((1.2, 2.4), abs=0.05)]
+    assert switches(faint, min_evidence=0) == [pytest.approx((1.2, 2.4), abs=0.05)]
 
 
 def test_a_step_at_an_end_is_no_switch() -> None:
@@ -232,7 +241,7 @@ def test_a_step_at_an_end_is_no_switch() -> None:
     detail = np.full(60, 2.0, np.float32)
     detail[:4] = detail[-4:] = 1.0
     quiet = np.where(np.isin(np.arange(60), (4, 56)), 3.0, 0.1).astype(np.float32)
-    assert switches(replace(dynamics, quiet=quiet, detail=detail)) == []
+    assert switches(replace(dynamics, background_change=quiet, detail=detail)) == []
 
 
 # Brightness that jumps
@@ -253,7 +262,7 @@ def test_light_that_changes_slowly_or_once_does_not_flicker() -> None:
     count = 100
     steady, ramp = by_hand([5.0] * count), np.linspace(40, 200, count, dtype=np.float32)
     assert flicker(steady) == 0
-    assert flicker(replace(steady, light=ramp)) < FLICKERS / 4
-    assert flicker(replace(steady, light=np.where(np.arange(count) < 50, 60, 180).astype(np.float32))) == 0
+    assert flicker(replace(steady, brightness=ramp)) < FLICKERS / 4
+    assert flicker(replace(steady, brightness=np.where(np.arange(count) < 50, 60, 180).astype(np.float32))) == 0
     assert flicker(by_hand([0.0] * count)) == 0, "nothing moves"
     assert flicker(by_hand([5.0])) == 0, "one frame"
