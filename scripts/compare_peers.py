@@ -83,7 +83,8 @@ def brisque() -> Scorer:
             features = super().calculate_brisque_features(*args, **options)
             return np.array([np.asarray(feature, dtype=np.float64).item() for feature in features])
 
-    return ScalarFeatures().score
+    score: Scorer = ScalarFeatures().score
+    return score
 
 
 def niqe() -> Scorer:

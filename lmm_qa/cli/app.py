@@ -200,43 +200,42 @@ def evaluate(
     ratings: Annotated[
         Path,
         typer.Argument(
-            help="Ratings: .jsonl, .csv or .parquet as `lmm-qa rate` writes them, or .txt with a line name,score a "
-            "clip.",
+            help="Ratings: .jsonl, .csv or .parquet from `lmm-qa rate`, or .txt with one line name,score per clip.",
             show_default=False,
         ),
     ],
     labels: Annotated[
         Path,
         typer.Argument(
-            help="What people said: .csv, .tsv, .jsonl or .parquet with a clip column and a column mos or score.",
+            help="Human opinion scores: .csv, .tsv, .jsonl or .parquet with a clip column and a column mos or score.",
             show_default=False,
         ),
     ],
     prior: Annotated[
         Path | None,
         typer.Option(
-            help="Labels of the training set of THQA-NTIRE: also say how far file names alone get, and the margin "
-            "over that.",
+            help="Labels of the THQA-NTIRE training set: also report how well scores can be predicted from file names "
+            "alone, and the rater's margin over that.",
             show_default=False,
         ),
     ] = None,
     against: Annotated[
         Path | None,
-        typer.Option(help="Ratings of the same clips by another rater, to compare with.", show_default=False),
+        typer.Option(help="Ratings of the same clips by another rater, for comparison.", show_default=False),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Draw scores against MOS, with the fitted curve: .svg.", show_default=False)
+        Path | None, typer.Option(help="Plot scores against MOS, with the fitted curve: .svg.", show_default=False)
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="All figures, as JSON.", show_default=False)
+        Path | None, typer.Option("-o", "--output", help="All results, as JSON.", show_default=False)
     ] = None,
     clip_column: ClipColumn = None,
     score_column: ScoreColumn = None,
 ) -> None:
-    """Compare ratings with what people said: SRCC, KRCC, PLCC, RMSE and the main score, with 95% intervals.
+    """Compare ratings with human opinion: SRCC, KRCC, PLCC, RMSE and the main score, with 95% confidence intervals.
 
-    Clips are matched by name, or by file name where that is unambiguous. Exit code 3: done, but some labelled clips
-    have no score; the figures are about the others.
+    Clips are matched by name, or by file name if that is unambiguous. Exit code 3: done, but some labelled clips have
+    no score and are not included.
 
     **Examples**
 
@@ -258,7 +257,7 @@ def evaluate(
     job.render(found, make_console(stderr=False))
     if output is not None:
         job.write(found, output)
-        message(f"figures -> {output}")
+        message(f"results -> {output}")
     if plot is not None:
         job.plot(scores, opinions, found, plot)
         message(f"plot -> {plot}")
@@ -270,28 +269,30 @@ def evaluate(
 def calibrate(
     ratings: Annotated[
         Path,
-        typer.Argument(help="Ratings by the rater that is to be calibrated, as for evaluate.", show_default=False),
+        typer.Argument(help="Ratings by the rater to be calibrated, as for evaluate.", show_default=False),
     ],
     labels: Annotated[
-        Path, typer.Argument(help="What people said of these clips, as for evaluate.", show_default=False)
+        Path, typer.Argument(help="Human opinion scores of these clips, as for evaluate.", show_default=False)
     ],
-    into: Annotated[Path, typer.Option(help="The rater directory: calibration.json goes there.", show_default=False)],
-    kind: Annotated[CalibrationKind, typer.Option(help="How raw scores become MOS.")] = CalibrationKind.LOGISTIC4,
-    coverage: Annotated[
-        float, typer.Option(help="Share of the MOS that the prediction intervals are made to hold.")
-    ] = 0.9,
+    into: Annotated[
+        Path, typer.Option(help="The rater directory; calibration.json is written there.", show_default=False)
+    ],
+    kind: Annotated[
+        CalibrationKind, typer.Option(help="Shape of the curve that maps scores to MOS.")
+    ] = CalibrationKind.LOGISTIC4,
+    coverage: Annotated[float, typer.Option(help="Nominal coverage of the prediction intervals.")] = 0.9,
     scale: Annotated[
         tuple[float, float] | None,
-        typer.Option(help="Lowest and highest MOS, where the ratings declare no scale.", show_default="the ratings'"),
+        typer.Option(help="Lowest and highest MOS, if the ratings declare no scale.", show_default="the ratings'"),
     ] = None,
     clip_column: ClipColumn = None,
     score_column: ScoreColumn = None,
 ) -> None:
-    """Map a rater's scores to MOS, with prediction intervals: from then on it rates so by itself.
+    """Fit a curve that maps a rater's scores to MOS, with prediction intervals. The rater then applies it on its own.
 
-    Half of the clips fit the mapping, the other half the intervals; persons (THQA-NTIRE), or what a column `group`
-    says, stay on one side. What the intervals hold on groups that were left out of the fit is measured and shown.
-    These clips can no longer test the rater.
+    Half of the clips determine the curve, the other half the intervals. Clips of one person (THQA-NTIRE) or of one
+    `group` (a column of the labels) stay together. The coverage on groups that were left out of the fit is reported.
+    These clips can no longer be used to test the rater.
 
     **Examples**
 
@@ -308,7 +309,7 @@ def calibrate(
     print(calibration.summary())
     message(f"{calibration.n} clips of {calibration.groups} groups -> {path}")
     if unused := len(joined.failed) + len(joined.missing):
-        message(f"{plural(unused, 'labelled clip')} without a score had no part in it")
+        message(f"{plural(unused, 'labelled clip')} without a score not used")
         raise typer.Exit(SOME_CLIPS_FAILED)
 
 
@@ -316,28 +317,28 @@ def calibrate(
 def report(
     ratings: Annotated[
         Path,
-        typer.Argument(help="Ratings: .jsonl, .csv or .parquet, as `lmm-qa rate` writes them.", show_default=False),
+        typer.Argument(help="Ratings: .jsonl, .csv or .parquet from `lmm-qa rate`.", show_default=False),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The page: .html.", show_default=False)],
     labels: Annotated[
-        Path | None, typer.Option(help="What people said of these clips, as for evaluate.", show_default=False)
+        Path | None, typer.Option(help="Human opinion scores of these clips, as for evaluate.", show_default=False)
     ] = None,
     clips: Annotated[
         list[str] | None,
         typer.Option(
-            help="Where the clips are: a folder, a file, a glob or a list. May be given more than once.",
+            help="Where the clips are: a folder, a file, a glob or a list. Can be repeated.",
             show_default="the paths in the ratings",
         ),
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Decoding processes.")] = min(4, os.cpu_count() or 1),
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that decoding one clip may take.")] = 60.0,
+    workers: Workers = DEFAULT_WORKERS,
+    timeout: Timeout = 60.0,
     clip_column: ClipColumn = None,
     score_column: ScoreColumn = None,
 ) -> None:
-    """Make one HTML file to look at: scores, a table to sort and filter, and of each clip its frames and the reasons.
+    """Make an HTML report: a table of the clips to sort and filter; for each its frames, defects and explanation.
 
-    The page needs no network and no other file. Frames are read again from the clips; of a clip that is not found, or
-    is not the one that was rated, the page says so.
+    The report is a single file and needs no network. Frames are decoded from the clips; the report says which clips
+    were not found or have changed since they were rated.
 
     **Examples**
 
@@ -352,23 +353,23 @@ def report(
     opinions = read_labels(labels, clip_column, score_column) if labels else ()
     with make_console().status("reading the ratings"):
         page = job.load(ratings, opinions, clips or ())
-    strips = progress(job.strips(page.entries, workers, timeout), len(page.entries), "read")
+    strips = progress(job.filmstrips(page.clips, workers, timeout), len(page.clips), "read")
     size = job.write(page, strips, output)
-    if absent := len(page.entries) - size.clips:
-        found = sum(entry.file is not None for entry in page.entries)
-        where = "" if found else ": say where they are with --clips FOLDER"
-        message(f"of {plural(absent)} there are no frames{where}")
-    message(f"{plural(len(page.entries) + len(page.failed))}, {job.readable(size.page)} -> {output}")
+    if absent := len(page.clips) - size.clips:
+        found = sum(clip.file is not None for clip in page.clips)
+        hint = "" if found else ": give their location with --clips FOLDER"
+        message(f"no frames of {plural(absent)}{hint}")
+    message(f"{plural(len(page.clips) + len(page.failures))}, {job.format_bytes(size.page)} -> {output}")
 
 
 @app.command()
 def train(
-    recipe: Annotated[Path, typer.Argument(help="A YAML file, or the name of one in configs/.", show_default=False)],
-    changes: Annotated[
+    config: Annotated[Path, typer.Argument(help="A YAML file, or the name of one in configs/.", show_default=False)],
+    overrides: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="SECTION.KEY=VALUE...",
-            help="Values in place of those in the file; lists are changed as data.train.0.path=train.csv.",
+            help="Values that replace those in the file; for an item of a list: data.train.0.path=train.csv.",
             show_default=False,
         ),
     ] = None,
@@ -376,14 +377,14 @@ def train(
         bool,
         typer.Option(
             "--dry-run",
-            help="Say what would be trained, tokens, memory, time; decode the first batch; write nothing.",
+            help="Show what would be trained, tokens, memory and time; decode the first batch; write nothing.",
         ),
     ] = False,
 ) -> None:
-    """Tune a model to mean opinion scores. The result is a rater directory: rate with `--model` and nothing else.
+    """Fine-tune a model on mean opinion scores. The result is a rater directory for `lmm-qa rate --model`.
 
-    The same command goes on where a run was interrupted. Several GPUs or machines: `accelerate launch`, with a file of
-    configs/accelerate/.
+    Running the same command again resumes an interrupted run. For several GPUs or machines, use `accelerate launch`
+    with a file from configs/accelerate/.
 
     **Examples**
 
@@ -395,7 +396,7 @@ def train(
     """
     from lmm_qa.training.config import TrainingConfig
 
-    chosen = TrainingConfig.load(recipe, changes or ())
+    chosen = TrainingConfig.load(config, overrides or ())
     quiet_libraries()
     if dry_run:
         from lmm_qa.training.dry_run import preview
@@ -414,7 +415,7 @@ def merge(
     rater: Annotated[Path, typer.Argument(help="A rater directory with an adapter.", show_default=False)],
     output: Annotated[Path, typer.Option("-o", "--output", help="The new model directory.", show_default=False)],
 ) -> None:
-    """Calculate an adapter into the weights: a plain transformers model, which rates the same.
+    """Merge an adapter into the weights: a plain transformers model with the same scores.
 
     **Example**
 
@@ -430,8 +431,8 @@ def merge(
 @app.command()
 def push(
     rater: Annotated[Path, typer.Argument(help="A rater directory.", show_default=False)],
-    repository: Annotated[str, typer.Argument(help="Where to, as user/name.", show_default=False)],
-    private: Annotated[bool, typer.Option("--private", help="Only you can see it.")] = False,
+    repository: Annotated[str, typer.Argument(help="Destination on the hub: user/name.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
 ) -> None:
     """Upload a rater to the Hugging Face hub, with its model card and without its checkpoints.
 
@@ -452,15 +453,15 @@ def submit(
         Path,
         typer.Option(
             "--list",
-            help="The organisers' list: .csv with a column Video, or .txt with a name a line.",
+            help="The organisers' list of clips: .csv with a column Video, or .txt with one name per line.",
             show_default=False,
         ),
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The submission: .zip.", show_default=False)],
 ) -> None:
-    """Make a challenge submission: a zip with output.txt, a line name,score for each listed clip, in that order.
+    """Make a challenge submission: a zip with output.txt, one line name,score per listed clip, in the order of the list.
 
-    A listed clip without a score, and a rated clip that is not listed, are refused by name.
+    Listed clips without a score and rated clips that are not listed are errors.
 
     **Example**
 
@@ -478,41 +479,42 @@ def submit(
 def degrade(
     inputs: Annotated[
         list[str],
-        typer.Argument(help="Clean clips: video files, folders, globs, or lists, as for rate.", show_default=False),
+        typer.Argument(help="Clean clips: video files, folders, globs or lists, as for rate.", show_default=False),
     ],
     output: Annotated[
         Path,
         typer.Option(
             "-o",
             "--output",
-            help="The table of labels: .jsonl, .csv or .parquet. The copies go into its folder. Run again, and only "
-            "what is missing is made.",
+            help="Table of the labels: .jsonl, .csv or .parquet. The copies are written to its folder. Running the "
+            "command again makes only what is missing.",
             show_default=False,
         ),
     ],
     causes: Annotated[
-        str | None, typer.Option(help="Which damage: names with commas between them.", show_default="all causes")
+        str | None, typer.Option(help="Which degradations, separated by commas.", show_default="all causes")
     ] = None,
     strengths: Annotated[
-        str, typer.Option(help="How much of each: numbers above 0 (nothing to see) up to 1 (unusable).")
+        str,
+        typer.Option(help="How strong each is: numbers above 0 (invisible) up to 1 (unusable), separated by commas."),
     ] = "0.25,0.5,0.75,1",
-    pairs: Annotated[int, typer.Option(min=0, help="Besides, so many pairs of causes a source, drawn by lot.")] = 0,
-    length: Annotated[float, typer.Option(help="Seconds that are used of each source, from its beginning.")] = 5.0,
+    pairs: Annotated[
+        int, typer.Option(min=0, help="Also make copies with two degradations: this many random pairs per source.")
+    ] = 0,
+    length: Annotated[float, typer.Option(help="Use the first seconds of each source.")] = 5.0,
     scale: Annotated[
         tuple[float, float], typer.Option(help="MOS of the worst and of the best quality, e.g. --scale 0 5.")
     ] = (1.0, 5.0),
-    seed: Annotated[int, typer.Option(help="The same seed gives the same copies.")] = 0,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that make copies.")] = min(4, os.cpu_count() or 1),
-    root: Annotated[
-        Path | None, typer.Option(help="Folder that paths in lists are relative to.", show_default="the list's folder")
-    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random choices.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Number of processes.")] = DEFAULT_WORKERS,
+    root: Root = None,
 ) -> None:
-    """Damage clean clips in known ways: copies as files, and a table with cause, strength, place, time and MOS of each.
+    """Create degraded copies of clean clips, with reference labels: cause, strength, place, time and MOS.
 
-    Of each source a clean copy, each cause at each strength, and pairs. The MOS is VMAF against the source, or a stated
-    curve where VMAF cannot judge, under a ceiling by the source's own size and bit rate: nobody has seen these clips.
-    The table serves as labels for evaluate, calibrate and training. Copies have no sound. Exit code 3: done, but of
-    some sources no copies could be made.
+    Each source gives a clean copy, one copy per cause and strength, and the pairs. Nobody has rated these clips: the
+    MOS comes from VMAF against the source, or from a documented curve for causes that VMAF cannot measure, limited by
+    the size and bit rate of the source. The table can be used as labels for evaluate, calibrate and train. Copies have
+    no sound. Exit code 3: done, but some sources could not be used.
 
     Causes: defocus, mouth_smear, mouth_freeze, teeth_smear, face_warp, background_wobble, seam, identity_drift;
     flicker, overexposure, underexposure, colour_cast, banding, blur, motion_blur, rescale, noise; jpeg, h264, h265,
@@ -520,9 +522,9 @@ def degrade(
 
     **Examples**
 
-    `lmm-qa degrade clips/ -o damaged/labels.jsonl`
+    `lmm-qa degrade clips/ -o degraded/labels.jsonl`
 
-    `lmm-qa degrade clips/ -o damaged/labels.csv --causes h264,stall,mouth_smear --strengths 0.3,0.8 --pairs 4`
+    `lmm-qa degrade clips/ -o degraded/labels.csv --causes h264,stall,mouth_smear --strengths 0.3,0.8 --pairs 4`
     """
     from lmm_qa.degrade.causes import DEGRADATIONS
     from lmm_qa.degrade.dataset import BadSource, DegradedDataset, Recipe
@@ -531,13 +533,13 @@ def degrade(
     try:
         how_much = tuple(float(strength) for strength in strengths.split(","))
     except ValueError:
-        raise UsageError(f"--strengths are numbers with commas between them, received {strengths!r}") from None
+        raise UsageError(f"--strengths are numbers separated by commas, received {strengths!r}") from None
     which = tuple(DEGRADATIONS) if causes is None else tuple(cause.strip() for cause in causes.split(","))
     recipe = Recipe(which, how_much, pairs, seed, scale, length)
     copies = DegradedDataset(output, expand(inputs, root), recipe)
     if known := len(copies.jobs) - len(copies.waiting):
-        message(f"{known} copies are in {output.parent} already")
-    began, made = time.monotonic(), 0
+        message(f"{known} copies already in {output.parent}")
+    start, made = time.monotonic(), 0
     bad: list[BadSource] = []
     for outcome in progress(copies.make(workers), len(copies.waiting) + len(copies.bad), "made"):
         if isinstance(outcome, BadSource):
@@ -546,14 +548,19 @@ def degrade(
         else:
             made += 1
     failures = f", {sum(one.copies for one in bad)} of {plural(len(bad), 'source')} could not be made" if bad else ""
-    message(f"{known + made} copies{failures}; {made} now, in {time.monotonic() - began:.1f} s -> {output}")
+    message(f"{known + made} copies{failures}; {made} new, in {time.monotonic() - start:.1f} s -> {output}")
     if bad:
         raise typer.Exit(SOME_CLIPS_FAILED)
 
 
 @app.command()
 def env() -> None:
-    """Versions, device, number format, attention and decoders: what to put into a bug report."""
+    """Show versions, device, dtype and attention implementation, for bug reports.
+
+    **Example**
+
+    `lmm-qa env`
+    """
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -576,7 +583,7 @@ def env() -> None:
 
 
 def main() -> None:
-    """Entry point: errors of ours become one line and an exit code."""
+    """Entry point: turns errors of the package into a message and an exit code."""
     try:
         app()
     except UsageError as error:
@@ -587,9 +594,9 @@ def main() -> None:
         sys.exit(FAILED)
     except SystemExit as done:
         if done.code == INTERRUPTED:  # what typer makes of Ctrl-C
-            message("interrupted; with -o, the same command goes on from here")
+            message("interrupted; with -o, the same command resumes")
         raise
     except BrokenPipeError:
-        # The reader of our output has gone: nobody is left to tell.
+        # The process that reads the output has ended.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)

@@ -1,10 +1,8 @@
-"""Ratings as one HTML file to look at: the distribution, a table, and of each clip its frames, defects and seconds.
+"""A self-contained HTML report of ratings: score distribution, a table of clips, and details of each clip.
 
-The page holds all that it shows: it fetches nothing, and its one small script, which the page allows by its hash, works
-from a file. Whatever a row says is text on it, never markup. Frames are read again from the clips, a few at a time, and
-written as they come; of a clip that is not there any more the page says so, and shows the rest.
-
-Knows what a row holds, none of it required but the clip's name; nothing of models.
+The page loads nothing; its one script is allowed by its hash and works from a file. Whatever a row contains is shown as
+text, never as markup. Frames are decoded again from the clips, a few clips at a time, and written as they come. If a
+clip is not found, the page says so and shows the rest.
 """
 
 from __future__ import annotations
@@ -33,54 +31,27 @@ from lmm_qa.defects.vocabulary import BY_NAME
 from lmm_qa.errors import ClipError, ClipUnreadable, ResultsError, ScoresError, UsageError
 from lmm_qa.evaluation import evaluate
 from lmm_qa.evaluation.evaluate import Evaluation
-from lmm_qa.evaluation.labels import Label, join, match, read_scores
+from lmm_qa.evaluation.labels import Label, Score, join, match, read_scores
 from lmm_qa.manifest import content_id, expand
 from lmm_qa.ratings_io import read_rows
 from lmm_qa.video.decode import Frames
 from lmm_qa.video.decoder_pool import DecoderPool
 from lmm_qa.video.views import Picture
 
-SHOTS = 6
-
-
-"""Frames of a strip."""
-
-
-VIEW = View(max_pixels=144 * 128)
-
-
+THUMBNAILS = 6
+"""Thumbnails of a filmstrip."""
 SAMPLING = Sampling(strategy="fps", fps=8, frames=128)
-
-
-"""What is read of a clip: so many small frames that one of them lies near any moment."""
-
-
+"""Dense enough that a frame lies near any moment."""
+VIEW = View(max_pixels=144 * 128)
 JPEG_QUALITY = 60
-
-
 BINS = 20
-
-
-MISSES = 10
-
-
+LARGEST_ERRORS = 10
 PRESENT = 0.5
-
-
-"""P(yes) from which on a defect counts as found, in rows that do not say it themselves."""
-
-
-ALL_ALONG = 0.9
-
-
-"""Share of a clip from which on what lasts as long has no moment."""
-
-
+"""Probability from which a defect counts as found, in rows without `found`."""
+WHOLE_CLIP = 0.9
+"""A defect that lasts this share of the clip has no moment of its own."""
 NOT_HTML = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufdcf\ufdf0-\ufffd\U00010000-\U0010fffd]")
-
-
-"""What may not stand in HTML, or not as itself (HTML Living Standard, 13.2.3.5)."""
-
+"""Characters that HTML does not allow (HTML Living Standard, 13.2.3.5)."""
 
 Probability = Field(ge=0, le=1)
 
@@ -160,49 +131,9 @@ class Row(_Part):
     timeline: Timeline | None = None
     error: dict[str, Any] | str | None = None
 
-    @property
-    def reason(self) -> str | None:
-        """Why the clip has no score; None where it has one."""
-        if isinstance(self.error, dict):
-            return ": ".join(str(part) for part in (self.error.get("class"), self.error.get("message")) if part)
-        return self.error or ("the row holds no score and no reason" if self.score is None else None)
-
-    @property
-    def present(self) -> tuple[Found, ...] | None:
-        """What is said to be there, strongest first; None where nothing was asked."""
-        if self.found is not None:
-            return self.found
-        if self.defects is None:
-            return None
-        strong = [(p, name) for name, p in self.defects.items() if p is not None and p >= PRESENT]
-        return tuple(Found(defect=name, probability=p) for p, name in sorted(strong, reverse=True))
-
-    @property
-    def worst(self) -> float | None:
-        """The moment that pulls the score down most, in seconds; None where none is known to."""
-        line = self.timeline
-        if line is not None and line.low:
-            low = [
-                (score, second)
-                for second, score in zip(line.seconds, line.scores, strict=True)
-                if any(start <= second <= end for start, end in line.low)
-            ]
-            return min(low)[1] if low else sum(line.low[0]) / 2
-        spans = [span for found in self.present or () for span in found.seconds or ()]
-        moments = [(start + end) / 2 for start, end in spans if end - start < ALL_ALONG * self.duration]
-        return moments[0] if moments else None
-
-    @property
-    def duration(self) -> float:
-        """Seconds that the time axis needs."""
-        if self.video is not None and self.video.duration:
-            return self.video.duration
-        spans = [span for found in self.present or () for span in found.seconds or ()]
-        return max([*(self.timeline.seconds if self.timeline else ()), *(end for _, end in spans)], default=0.0)
-
 
 @dataclass(frozen=True)
-class Entry:
+class RatedClip:
     """A clip with a score."""
 
     number: int
@@ -210,34 +141,73 @@ class Entry:
     row: Row
     score: float
     file: Path | None
-    """Where the clip is thought to be."""
+    """The video; None if it was not found."""
     mos: float | None = None
-    """What people said."""
     expected: float | None = None
-    """The MOS that the score stands for: by the fitted curve, or the score itself where none could be fitted."""
+    """The score mapped to MOS by the fitted curve; the score itself if none was fitted."""
 
     @property
-    def miss(self) -> float | None:
-        """How much too high the clip was rated, in MOS units; None without a label."""
+    def prediction_error(self) -> float | None:
+        """Expected minus true MOS; None without a label."""
         return None if self.mos is None or self.expected is None else self.expected - self.mos
+
+    @cached_property
+    def findings(self) -> tuple[Found, ...] | None:
+        """The defects found, the most probable first; None if the rating has no defect profile."""
+        if self.row.found is not None or self.row.defects is None:
+            return self.row.found
+        probable = [(p, name) for name, p in self.row.defects.items() if p is not None and p >= PRESENT]
+        return tuple(Found(defect=name, probability=p) for p, name in sorted(probable, reverse=True))
+
+    @property
+    def found_names(self) -> list[str]:
+        """The names of the defects found, without repeats."""
+        return list(dict.fromkeys(finding.defect for finding in self.findings or ()))
+
+    @property
+    def _spans(self) -> list[Seconds]:
+        return [span for finding in self.findings or () for span in finding.seconds or ()]
+
+    @property
+    def worst_moment(self) -> float | None:
+        """The moment that lowers the score most, in seconds: by the timeline, else by the most probable defect that
+        does not last the whole clip; None if there is neither."""
+        timeline = self.row.timeline
+        if timeline is not None and timeline.low:
+            low = [
+                (score, second)
+                for second, score in zip(timeline.seconds, timeline.scores, strict=True)
+                if any(start <= second <= end for start, end in timeline.low)
+            ]
+            return min(low)[1] if low else sum(timeline.low[0]) / 2
+        moments = [(start + end) / 2 for start, end in self._spans if end - start < WHOLE_CLIP * self.duration]
+        return moments[0] if moments else None
+
+    @property
+    def duration(self) -> float:
+        """Length of the time axis, in seconds."""
+        if self.row.video is not None and self.row.video.duration:
+            return self.row.video.duration
+        timeline = self.row.timeline.seconds if self.row.timeline else ()
+        return max([*timeline, *(end for _, end in self._spans)], default=0.0)
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A stretch of numbers on which the page places things, in per cent."""
+    """A linear axis; positions on it are per cent."""
 
     low: float
     high: float
 
     @classmethod
     def over(cls, values: Iterable[float]) -> Axis:
-        """One that holds all values."""
+        """The shortest axis that contains all values."""
         values = list(values)
         low, high = min(values), max(values)
         return cls(low, high) if low < high else cls(low - 0.5, high + 0.5)
 
     def at(self, value: float) -> float:
-        """Where a value lies, 0 to 100; what is beyond an end, at that end."""
+        """The position of a value, clipped to 0 to 100."""
         return round(100 * min(max((value - self.low) / (self.high - self.low), 0.0), 1.0), 2)
 
     @property
@@ -252,143 +222,143 @@ class Axis:
 
 @dataclass(frozen=True)
 class Report:
-    """What the page shows, but for the frames."""
+    """The content of the page, except for the frames."""
 
     name: str
-    """Of the ratings."""
-    entries: tuple[Entry, ...]
-    failed: tuple[Row, ...]
+    """File name of the ratings."""
+    clips: tuple[RatedClip, ...]
+    failures: tuple[tuple[str, str], ...]
+    """Name of each clip that could not be rated, and the reason."""
+    raters: tuple[Row, ...]
+    """One row of each rater."""
     labelled: bool = False
+    """Whether any rated clip has a label."""
     evaluation: Evaluation | None = None
-    """None without labels, and where they allow none."""
-    refusal: str | None = None
-    """Why they allow none."""
+    """None without labels, or if the metrics are undefined."""
+    undefined: str | None = None
+    """Why the metrics are undefined."""
 
     @cached_property
     def axis(self) -> Axis:
-        """Of the scores."""
-        ends = [end for entry in self.entries for end in entry.row.scale or ()]
-        return Axis.over([*ends, *(entry.score for entry in self.entries)])
+        """The axis of the scores."""
+        ends = [end for clip in self.clips for end in clip.row.scale or ()]
+        return Axis.over([*ends, *self.scores])
 
     @property
     def mos_axis(self) -> Axis:
-        """Of the labels, to whole numbers."""
-        mos = [entry.mos for entry in self.entries if entry.mos is not None]
+        """The axis of the MOS, between whole numbers."""
+        mos = [clip.mos for clip in self.clips if clip.mos is not None]
         return Axis.over([np.floor(min(mos)), np.ceil(max(mos))])
 
     @property
     def bins(self) -> list[tuple[float, float, int]]:
-        """The histogram of the scores: from, to, clips."""
+        """The histogram of the scores: low, high, number of clips."""
         counts, edges = np.histogram(self.scores, BINS, (self.axis.low, self.axis.high))
         return [(low, high, int(n)) for low, high, n in zip(edges[:-1], edges[1:], counts, strict=True)]
 
     @property
     def scores(self) -> list[float]:
-        return [entry.score for entry in self.entries]
+        return [clip.score for clip in self.clips]
 
     @property
     def quartiles(self) -> list[float]:
-        """The scores that a quarter, half, and three quarters of the clips do not exceed."""
+        """First quartile, median, third quartile of the scores."""
         return [float(score) for score in np.quantile(self.scores, (0.25, 0.5, 0.75))]
 
     @property
     def curve(self) -> list[tuple[float, float]]:
-        """Points of the fitted curve, over the scores of labelled clips: score, MOS."""
+        """Points (score, MOS) of the fitted curve over the scores of labelled clips."""
         if self.evaluation is None:
             return []
-        scores = [entry.score for entry in self.entries if entry.mos is not None]
-        line = np.linspace(min(scores), max(scores), 100)
-        return [(float(score), float(mos)) for score, mos in zip(line, self.evaluation.logistic(line), strict=True)]
+        scores = [clip.score for clip in self.clips if clip.mos is not None]
+        grid = np.linspace(min(scores), max(scores), 100)
+        return [(float(score), float(mos)) for score, mos in zip(grid, self.evaluation.logistic(grid), strict=True)]
 
     @cached_property
     def defects(self) -> dict[str, int]:
-        """How many clips have each defect, the most frequent first; without those that none has."""
-        return dict(Counter(name for entry in self.entries for name in _names(entry.row)).most_common())
+        """Number of clips with each defect, the most frequent first; without defects that no clip has."""
+        return dict(Counter(name for clip in self.clips for name in clip.found_names).most_common())
 
-    def places(self, row: Row) -> list[int]:
-        """Where the defects found in a clip stand among `defects`."""
+    def defect_indices(self, clip: RatedClip) -> list[int]:
+        """Indices of the clip's defects in `defects`."""
         order = list(self.defects)
-        return [order.index(name) for name in _names(row)]
+        return [order.index(name) for name in clip.found_names]
 
     @property
-    def raters(self) -> list[Row]:
-        """A row of each rater."""
-        rows = [*(entry.row for entry in self.entries), *self.failed]
-        return list({row.rater_id: row for row in reversed(rows)}.values())[::-1]
-
-    @property
-    def misses(self) -> list[Entry]:
-        """The clips that were missed most, the worst first."""
-        missed = [(abs(entry.miss), -entry.number, entry) for entry in self.entries if entry.miss is not None]
-        return [entry for *_, entry in sorted(missed, reverse=True)[:MISSES]]
+    def largest_errors(self) -> list[RatedClip]:
+        """The clips with the largest prediction errors, in decreasing order."""
+        errors = [
+            (abs(clip.prediction_error), -clip.number, clip) for clip in self.clips if clip.prediction_error is not None
+        ]
+        return [clip for *_, clip in sorted(errors, reverse=True)[:LARGEST_ERRORS]]
 
     def has(self, column: str) -> bool:
-        """Whether any clip has a value there."""
-        return any(getattr(entry.row, column) is not None for entry in self.entries)
-
-
-def _names(row: Row) -> list[str]:
-    """The defects found, each once."""
-    return list(dict.fromkeys(found.defect for found in row.present or ()))
+        """Whether any clip has a value in this column."""
+        return any(getattr(clip.row, column) is not None for clip in self.clips)
 
 
 def load(ratings: Path, labels: Sequence[Label] = (), clips: Sequence[str] = ()) -> Report:
-    """Read what the page is to show.
+    """Read the content of the page.
 
     Args:
         ratings: .jsonl, .csv or .parquet, as `lmm-qa rate` writes them.
-        labels: what people said of the clips.
-        clips: where the clips are: files, folders, globs and lists, as for rating. By default they are looked for by
-            the path that the ratings name, from here and from the folder of the ratings.
+        labels: MOS of the clips.
+        clips: the videos: files, folders, globs and lists, as for rating. By default they are looked up by the path in
+            the ratings, relative to the working directory and to the folder of the ratings.
 
     Raises:
-        UsageError: a row holds something else than ratings do; `clips` match nothing.
-        ResultsError: the ratings cannot be read, or there are none.
-        ManifestError, ScoresError: no label belongs to a rated clip; a clip is rated twice, so that no one score can
-            be compared with its label.
+        UsageError: a row is not a rating; `clips` match nothing.
+        ResultsError: the ratings cannot be read, or are empty.
+        ManifestError, ScoresError: no label belongs to a rated clip; a clip is rated twice and has a label.
     """
     rows = [Row.parse(row, f"{ratings}, row {number}") for number, row in enumerate(read_rows(ratings), 1)]
     if not rows:
-        raise ResultsError(f"{ratings} holds no ratings: there is nothing to show")
-    files = _find([row.clip for row in rows], clips, ratings.parent)
-    scored = [(row, row.score) for row in rows if row.reason is None and row.score is not None]
-    entries = [Entry(n, row, score, files.get(row.clip)) for n, (row, score) in enumerate(scored, 1)]
-    failed = tuple(row for row in rows if row.reason is not None)
-    if not labels:
-        return Report(ratings.name, tuple(entries), failed)
-    scores = read_scores(ratings)
+        raise ResultsError(f"{ratings} contains no ratings")
+    files = _find_videos([row.clip for row in rows], clips, ratings.parent)
+    scored = [(row, row.score) for row in rows if row.score is not None and not row.error]
+    rated = [RatedClip(number, row, score, files.get(row.clip)) for number, (row, score) in enumerate(scored, 1)]
+    failures = tuple((row.clip, _reason(row)) for row in rows if row.score is None or row.error)
+    raters = tuple({row.rater_id: row for row in rows}.values())
+    report = Report(ratings.name, tuple(rated), failures, raters)
+    return _with_labels(report, read_scores(ratings), labels) if labels else report
+
+
+def _reason(row: Row) -> str:
+    if isinstance(row.error, dict):
+        return ": ".join(str(part) for part in (row.error.get("class"), row.error.get("message")) if part)
+    return row.error or "the row contains no score and no error"
+
+
+def _with_labels(report: Report, scores: Sequence[Score], labels: Sequence[Label]) -> Report:
     mos = {pair.score.clip: pair.label.mos for pair in join(labels, scores).pairs}
-    evaluation, refusal = None, None
+    evaluation, undefined = None, None
     try:
         evaluation = evaluate.evaluate(scores, labels)
     except ScoresError as error:
-        refusal = str(error)
-    judged = [_judged(entry, mos.get(entry.row.clip), evaluation) for entry in entries]
-    return Report(ratings.name, tuple(judged), failed, bool(mos), evaluation, refusal)
+        undefined = str(error)
+    expected = np.array(report.scores) if evaluation is None else evaluation.logistic(np.array(report.scores))
+    clips = tuple(
+        replace(clip, mos=mos.get(clip.row.clip), expected=value)
+        for clip, value in zip(report.clips, expected.tolist(), strict=True)
+    )
+    return replace(report, clips=clips, labelled=bool(mos), evaluation=evaluation, undefined=undefined)
 
 
-def _judged(entry: Entry, mos: float | None, evaluation: Evaluation | None) -> Entry:
-    """With its label, and what the score stands for."""
-    expected = entry.score if evaluation is None else float(evaluation.logistic(np.array([entry.score]))[0])
-    return replace(entry, mos=mos, expected=expected)
-
-
-def _find(names: Sequence[str], clips: Sequence[str], beside: Path) -> dict[str, Path]:
-    """Where the clips are that rows name, as far as they can be found."""
+def _find_videos(names: Sequence[str], clips: Sequence[str], folder: Path) -> dict[str, Path]:
+    """The video of each clip name, if it is found."""
     if clips:
         given = {clip.name: clip.path for clip in expand(clips)}
         return {name: given[found] for name, found in match(list(dict.fromkeys(names)), list(given)).items()}
-    places = {name: (Path(name), beside / name) for name in names}
-    there = {name: [place for place in both if os.path.isfile(place)] for name, both in places.items()}
-    return {name: found[0] for name, found in there.items() if found}
+    candidates = ((name, path) for name in names for path in (folder / name, Path(name)))
+    return {name: path for name, path in candidates if os.path.isfile(path)}
 
 
 # --- frames ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Shot:
-    """A frame of a strip."""
+class Thumbnail:
+    """A frame of a filmstrip."""
 
     seconds: float
     width: int
@@ -396,81 +366,81 @@ class Shot:
     jpeg: str
     """Base64."""
     worst: bool
-    """Whether it shows the moment that pulls the score down most."""
+    """Whether it shows the worst moment."""
 
 
 @dataclass(frozen=True)
-class Strip:
-    """What a clip looks like."""
+class Filmstrip:
+    """The frames of a clip."""
 
-    shots: tuple[Shot, ...] = ()
+    thumbnails: tuple[Thumbnail, ...] = ()
     """In the order of time."""
-    absence: str | None = None
+    missing: str | None = None
     """Why there are none."""
 
 
-def strips(entries: Sequence[Entry], workers: int = 2, timeout: float = 60.0) -> Iterator[Strip]:
-    """Read the frames of each clip again, in order; a few clips are in memory at a time.
+def filmstrips(clips: Sequence[RatedClip], workers: int = 2, timeout: float = 60.0) -> Iterator[Filmstrip]:
+    """Decode the frames of each clip, in order; only a few clips are in memory at a time.
 
     Args:
-        entries: of a report.
+        clips: of a report.
         workers: decoding processes.
-        timeout: seconds that one clip may take.
+        timeout: limit for one clip, in seconds.
     """
     with DecoderPool(workers, timeout) as pool:
-        read = pool.imap((entry.file for entry in entries if entry.file), SAMPLING, (VIEW,), factor=2)
-        for entry in entries:
-            if entry.file is None:
-                yield Strip(absence="no clip of this name was found")
+        decoded = pool.imap((clip.file for clip in clips if clip.file), SAMPLING, (VIEW,), factor=2)
+        for clip in clips:
+            if clip.file is None:
+                yield Filmstrip(missing="no clip of this name was found")
                 continue
             try:
-                yield Strip(_shots(entry, entry.file, next(read)))
+                yield Filmstrip(_thumbnails(clip, clip.file, next(decoded)))
             except ClipError as error:
-                yield Strip(absence=str(error))
+                yield Filmstrip(missing=str(error))
 
 
-def _shots(entry: Entry, file: Path, frames: Frames | ClipError) -> tuple[Shot, ...]:
+def _thumbnails(clip: RatedClip, file: Path, frames: Frames | ClipError) -> tuple[Thumbnail, ...]:
     if isinstance(frames, ClipError):
         raise frames
-    if entry.row.content_id not in (None, content_id(file)):
-        raise ClipUnreadable(f"{file} is not the clip that was rated: its content is another")
+    if clip.row.content_id not in (None, content_id(file)):
+        raise ClipUnreadable(f"{file} is not the clip that was rated: its content differs")
     moments = np.array(frames.seconds)
-    chosen = sorted({int((share + 0.5) * len(moments) / SHOTS) for share in range(SHOTS)})
+    chosen = sorted({int((share + 0.5) * len(moments) / THUMBNAILS) for share in range(THUMBNAILS)})
     worst = None
-    if entry.row.worst is not None:
-        worst = int(np.abs(moments - entry.row.worst).argmin())
+    if clip.worst_moment is not None:  # replaces the nearest of the evenly spaced frames
+        worst = int(np.abs(moments - clip.worst_moment).argmin())
         chosen[int(np.abs(moments[chosen] - moments[worst]).argmin())] = worst
-    return tuple(_shot(frames.views[0][index], frames.seconds[index], index == worst) for index in chosen)
+    return tuple(_thumbnail(frames.views[0][index], frames.seconds[index], index == worst) for index in chosen)
 
 
-def _shot(picture: Picture, seconds: float, worst: bool) -> Shot:
+def _thumbnail(picture: Picture, seconds: float, worst: bool) -> Thumbnail:
     jpeg = io.BytesIO()
     Image.fromarray(picture).save(jpeg, "JPEG", quality=JPEG_QUALITY, optimize=True)
     height, width = picture.shape[:2]
-    return Shot(seconds, width, height, base64.b64encode(jpeg.getvalue()).decode("ascii"), worst)
+    return Thumbnail(seconds, width, height, base64.b64encode(jpeg.getvalue()).decode("ascii"), worst)
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Size:
-    """What has been written so far."""
+class PageSize:
+    """The size of the page, counted while it is written."""
 
     page: int = 0
     """Bytes."""
-    shots: int = 0
-    """Bytes of frames, as they stand in the page."""
+    frames: int = 0
+    """Bytes of the frames, in base64."""
     clips: int = 0
-    """With frames."""
+    """Number of clips with frames."""
 
 
 def check_output(path: Path) -> None:
-    """Find out before the clips are read, not after.
+    """Check the output path before the clips are decoded.
 
     Raises:
-        UsageError: the suffix is not .html: a page in the place of ratings would be a loss.
-        ResultsError: a folder is there.
+        UsageError: the suffix is not .html (this protects ratings from being overwritten).
+        ResultsError: the path is a folder.
     """
     if path.suffix.lower() not in (".html", ".htm"):
         raise UsageError(f"a report is an HTML file: name it .html, received {str(path)!r}")
@@ -478,33 +448,31 @@ def check_output(path: Path) -> None:
         raise ResultsError(f"cannot write {path}: it is a folder")
 
 
-def write(report: Report, strips: Iterable[Strip], path: Path) -> Size:
-    """Write the page, strip by strip; it is there whole or not at all. The same ratings and clips give the same page.
+def write(report: Report, filmstrips: Iterable[Filmstrip], path: Path) -> PageSize:
+    """Write the page atomically, filmstrip by filmstrip. The same ratings and clips give the same page.
 
     Args:
-        report: what it shows.
-        strips: one for each entry of the report, in order.
-        path: the page; missing folders are made.
+        report: the content.
+        filmstrips: one for each clip of the report, in order.
+        path: the page; missing folders are created.
 
     Raises:
-        UsageError, ResultsError: it cannot be written there.
+        UsageError, ResultsError: the page cannot be written there.
     """
     check_output(path)
-    size = Size()
+    size = PageSize()
     script = _asset("report.js")
-    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     pieces = _template().generate(
         report=report,
-        details=_counted(zip(report.entries, strips, strict=True), size),
+        details=_counted(zip(report.clips, filmstrips, strict=True), size),
         size=size,
         style=_asset("report.css"),
         script=script,
-        allowed=allowed,
-        titles=evaluate.TITLES,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as beside, open(beside, "wb") as file:
+        with replacing(path) as temporary, open(temporary, "wb") as file:
             for piece in pieces:
                 size.page += file.write(NOT_HTML.sub("\ufffd", piece).encode())
     except OSError as error:
@@ -512,11 +480,11 @@ def write(report: Report, strips: Iterable[Strip], path: Path) -> Size:
     return size
 
 
-def _counted(details: Iterable[tuple[Entry, Strip]], size: Size) -> Iterator[tuple[Entry, Strip]]:
-    for entry, strip in details:
-        size.shots += sum(len(shot.jpeg) for shot in strip.shots)
-        size.clips += bool(strip.shots)
-        yield entry, strip
+def _counted(details: Iterable[tuple[RatedClip, Filmstrip]], size: PageSize) -> Iterator[tuple[RatedClip, Filmstrip]]:
+    for clip, filmstrip in details:
+        size.frames += sum(len(thumbnail.jpeg) for thumbnail in filmstrip.thumbnails)
+        size.clips += bool(filmstrip.thumbnails)
+        yield clip, filmstrip
 
 
 def _asset(name: str) -> str:
@@ -525,9 +493,9 @@ def _asset(name: str) -> str:
 
 def _template() -> jinja2.Template:
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters |= {"term": _term, "definition": _definition, "bytes": readable}
+    page.filters |= {"term": _term, "definition": _definition, "bytes": format_bytes}
     page.filters |= {"percent": _percent, "signed": _signed, "span": _span}
-    page.globals |= {"Axis": Axis, "names": _names}
+    page.globals |= {"Axis": Axis, "titles": evaluate.TITLES, "unmatched": evaluate.unmatched}
     return page.from_string(_asset("report.html"))
 
 
@@ -551,6 +519,6 @@ def _span(seconds: Seconds) -> str:
     return f"{seconds[0]:.1f} to {seconds[1]:.1f} s"
 
 
-def readable(number: int) -> str:
-    """A number of bytes, for people."""
+def format_bytes(number: int) -> str:
+    """A number of bytes in kB or MB."""
     return f"{number / 1e6:.1f} MB" if number >= 1e6 else f"{number / 1e3:.0f} kB"

@@ -31,7 +31,7 @@ from lmm_qa.defects.vocabulary import DEFECTS
 from lmm_qa.errors import ManifestError, ResultsError, ScoresError, UsageError
 from lmm_qa.evaluation import evaluate
 from lmm_qa.evaluation import html_report as report
-from lmm_qa.evaluation.html_report import Axis, Strip
+from lmm_qa.evaluation.html_report import Axis, Filmstrip
 from lmm_qa.evaluation.labels import Label, read_scores
 from lmm_qa.manifest import content_id
 from lmm_qa.ratings_io import write_rows
@@ -102,7 +102,7 @@ def save(folder: Path, rows: list[Row]) -> Path:
 def page_of(folder: Path, rows: list[Row], labels: list[Label] | None = None, clips: list[str] | None = None) -> Path:
     """The page of these rows."""
     loaded = report.load(save(folder, rows), labels or (), clips or ())
-    report.write(loaded, report.strips(loaded.entries, 1), folder / "report.html")
+    report.write(loaded, report.filmstrips(loaded.clips, 1), folder / "report.html")
     return folder / "report.html"
 
 
@@ -241,7 +241,7 @@ def test_what_html_cannot_hold_is_replaced(tmp_path: Path) -> None:
     ratings = tmp_path / "ratings.jsonl"
     ratings.write_text(json.dumps(rating("a\x00\x1b[31m\udcff\ufffe.mp4")) + "\n", encoding="utf-8")
     loaded = report.load(ratings)
-    report.write(loaded, [Strip()], tmp_path / "report.html")
+    report.write(loaded, [Filmstrip()], tmp_path / "report.html")
     assert "a��[31m��.mp4" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -250,8 +250,8 @@ def test_flat_tables_say_the_same(suffix: str, tmp_path: Path) -> None:
     rows = [explained("a.mp4", 2.0, interval=[1.5, 2.5]), rating("b.mp4"), failure("c.mp4")]
     write_rows(tmp_path / f"ratings{suffix}", rows)
     flat, plain = report.load(tmp_path / f"ratings{suffix}"), report.load(save(tmp_path, rows))
-    assert flat.entries[0].row == plain.entries[0].row
-    assert [row.reason for row in flat.failed] == [row.reason for row in plain.failed]
+    assert flat.clips[0].row == plain.clips[0].row
+    assert flat.failures == plain.failures
 
 
 def test_the_same_ratings_give_the_same_page(tmp_path: Path) -> None:
@@ -292,7 +292,7 @@ def test_the_worst_moment_is_shown_and_marked(tmp_path: Path) -> None:
     write_clip(tmp_path / "a.mp4", frames=100)  # 4 s
     shots = pictures(page_of(tmp_path, [explained("a.mp4")], clips=[str(tmp_path)]))
     numbers = [read_number(picture) for _, picture in shots]
-    assert numbers == sorted(set(numbers)) and len(numbers) == report.SHOTS
+    assert numbers == sorted(set(numbers)) and len(numbers) == report.THUMBNAILS
     (worst,) = [number for number, (marked, _) in zip(numbers, shots, strict=True) if marked]
     assert abs(worst / 25 - 2.0) <= 0.125  # the lowest score is at 2 s
 
@@ -310,14 +310,15 @@ def test_the_worst_moment_is_shown_and_marked(tmp_path: Path) -> None:
     ],
 )
 def test_which_moment_is_the_worst(more: Row, worst: float | None) -> None:
-    found = report.Row.parse(explained("a.mp4", **more), "here").worst
+    row = report.Row.parse(explained("a.mp4", **more), "here")
+    found = report.RatedClip(1, row, 3.0, None).worst_moment
     assert found == (None if worst is None else pytest.approx(worst))
 
 
 def test_a_clip_in_which_nothing_is_bad_has_no_worst_moment(tmp_path: Path) -> None:
     write_clip(tmp_path / "a.mp4", frames=100)
     shots = pictures(page_of(tmp_path, [rating("a.mp4")], clips=[str(tmp_path)]))
-    assert len(shots) == report.SHOTS and not any(marked for marked, _ in shots)
+    assert len(shots) == report.THUMBNAILS and not any(marked for marked, _ in shots)
 
 
 def test_a_short_clip_has_fewer_frames(tmp_path: Path) -> None:
@@ -334,7 +335,7 @@ def test_clips_are_looked_for_beside_the_ratings_and_by_their_path(
     write_clip(tmp_path / "here" / "near.mp4", frames=2)
     write_clip(tmp_path / "far.mp4", frames=2)
     rows = [rating("beside.mp4"), rating("near.mp4"), rating(str(tmp_path / "far.mp4")), rating("x" * 5000)]
-    assert [entry.file is not None for entry in report.load(save(tmp_path, rows)).entries] == [True, True, True, False]
+    assert [clip.file is not None for clip in report.load(save(tmp_path, rows)).clips] == [True, True, True, False]
 
 
 def test_what_cannot_be_shown_is_said_and_nothing_else_is_lost(tmp_path: Path) -> None:
@@ -352,7 +353,7 @@ def test_what_cannot_be_shown_is_said_and_nothing_else_is_lost(tmp_path: Path) -
     assert "changed.mp4 is not the clip that was rated" in said[0]
     assert "stream breaks" in said[1]
     assert "no clip of this name" in said[2]
-    assert len(pictures(page)) == 2 * report.SHOTS
+    assert len(pictures(page)) == 2 * report.THUMBNAILS
 
 
 def test_the_foot_says_how_large_the_page_is(tmp_path: Path) -> None:
@@ -377,7 +378,7 @@ def labelled(number: int = 40) -> tuple[list[Row], list[Label]]:
     return rows, [Label(f"clip_{n}.mp4", value, n) for n, value in enumerate(mos.tolist())]
 
 
-def test_labels_bring_dots_a_curve_metrics_and_misses(tmp_path: Path) -> None:
+def test_labels_bring_a_scatter_plot_metrics_and_the_largest_errors(tmp_path: Path) -> None:
     rows, labels = labelled()
     path = page_of(tmp_path, rows, labels)
     page, text = Reader(path), path.read_text(encoding="utf-8")
@@ -386,22 +387,22 @@ def test_labels_bring_dots_a_curve_metrics_and_misses(tmp_path: Path) -> None:
     (curve,) = re.findall(r'<polyline points="([^"]+)"', text)
     srcc = stats.spearmanr([row["score"] for row in rows], [label.mos for label in labels]).statistic
     assert f"<td>{srcc:.3f}</td>" in text
-    misses = re.findall(
+    errors = re.findall(
         r'<a href="#c(\d+)">clip_(\d+)\.mp4</a></th><td>[\d.]+</td><td>[\d.]+</td><td>([+-][\d.]+)<', text
     )
-    assert len(misses) == report.MISSES
-    assert misses[0][:2] == ("4", "3") and float(misses[0][2]) < -1.5
-    sizes = [abs(float(miss)) for *_, miss in misses]
+    assert len(errors) == report.LARGEST_ERRORS
+    assert errors[0][:2] == ("4", "3") and float(errors[0][2]) < -1.5
+    sizes = [abs(float(error)) for *_, error in errors]
     assert sizes == sorted(sizes, reverse=True)
     assert len(curve.split()) == 100
 
 
-def test_a_miss_is_measured_from_the_fitted_curve(tmp_path: Path) -> None:
+def test_an_error_is_measured_from_the_fitted_curve(tmp_path: Path) -> None:
     rows, labels = labelled()
     loaded = report.load(save(tmp_path, rows), labels)
-    misses = np.array([entry.miss for entry in loaded.entries], float)
+    errors = np.array([clip.prediction_error for clip in loaded.clips], float)
     fitted = evaluate.evaluate(read_scores(tmp_path / "ratings.jsonl"), labels)
-    assert np.sqrt(np.mean(misses**2)) == pytest.approx(fitted.metrics["rmse_fit"].value, rel=1e-6)
+    assert np.sqrt(np.mean(errors**2)) == pytest.approx(fitted.metrics["rmse_fit"].value, rel=1e-6)
 
 
 def test_labels_of_some_clips_leave_the_others_in(tmp_path: Path) -> None:
@@ -428,7 +429,7 @@ def test_where_there_can_be_no_metrics_the_page_says_why(rows: list[Row], why: s
     page = Reader(path)
     assert not page.wrong
     assert re.search(f"No metrics: [^<]*{why}", path.read_text(encoding="utf-8"))
-    assert len(page.all("circle")) == len(rows) and "Largest misses" in page.text
+    assert len(page.all("circle")) == len(rows) and "Largest errors" in page.text
 
 
 def test_labels_of_other_clips_are_refused(tmp_path: Path) -> None:
@@ -457,7 +458,7 @@ def test_a_row_that_is_no_rating_is_refused(row: Row, message: str, tmp_path: Pa
 
 def test_no_ratings_no_page(tmp_path: Path) -> None:
     (tmp_path / "ratings.jsonl").touch()
-    with pytest.raises(ResultsError, match="holds no ratings"):
+    with pytest.raises(ResultsError, match="contains no ratings"):
         report.load(tmp_path / "ratings.jsonl")
 
 
@@ -471,19 +472,19 @@ def test_only_pages_are_written(tmp_path: Path) -> None:
     ratings = save(tmp_path, [rating("a.mp4")])
     before = ratings.read_bytes()
     with pytest.raises(UsageError, match=r"name it \.html"):
-        report.write(report.load(ratings), [Strip()], ratings)
+        report.write(report.load(ratings), [Filmstrip()], ratings)
     assert ratings.read_bytes() == before
     (tmp_path / "folder.html").mkdir()
     with pytest.raises(ResultsError, match="it is a folder"):
-        report.write(report.load(ratings), [Strip()], tmp_path / "folder.html")
+        report.write(report.load(ratings), [Filmstrip()], tmp_path / "folder.html")
 
 
 def test_a_page_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     page = page_of(tmp_path, [rating("a.mp4"), rating("b.mp4")])
     before = page.read_bytes()
 
-    def breaks() -> Iterator[Strip]:
-        yield Strip()
+    def breaks() -> Iterator[Filmstrip]:
+        yield Filmstrip()
         raise KeyboardInterrupt
 
     loaded = report.load(tmp_path / "ratings.jsonl")
@@ -521,7 +522,7 @@ def test_the_command_makes_a_page(command: Callable[..., tuple[int, str]], tmp_p
     )
     assert code == 0
     assert "of 5 clips there are no frames" in said and re.search(rf"6 clips, \d\d kB -> {page}", said)
-    assert len(pictures(page)) == report.SHOTS and "Largest misses" in page.read_text(encoding="utf-8")
+    assert len(pictures(page)) == report.THUMBNAILS and "Largest errors" in page.read_text(encoding="utf-8")
 
 
 def test_the_command_says_how_to_find_the_clips(command: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
@@ -587,7 +588,7 @@ def column(browser: Browser, name: str) -> list[str]:
 
 def header(name: str) -> str:
     """The selector of a column's button; `name` is its place."""
-    places = ["clip", "score", "std", "level", "defects", "lowest", "MOS", "miss", "size", "length"]
+    places = ["clip", "score", "std", "level", "defects", "lowest", "MOS", "error", "size", "length"]
     return f"#clips thead th:nth-child({places.index(name) + 1}) button"
 
 
@@ -661,7 +662,7 @@ def test_opening_and_closing(browser: Browser) -> None:
     browser.click("#c2 .number")
     assert browser.run("document.querySelector('#c2 button').ariaExpanded") == "true"
     browser.run("Promise.all([...document.querySelectorAll('#c2 .strip img')].map(i => i.decode()))")
-    assert browser.run("document.querySelectorAll('#c2 .strip img').length") == report.SHOTS
+    assert browser.run("document.querySelectorAll('#c2 .strip img').length") == report.THUMBNAILS
     assert browser.run("document.querySelector('#c2 .strip img').naturalWidth") == 166
     assert browser.run("document.querySelectorAll('#c2 .strip .worst').length") == 1
     assert "stands still" in browser.run("document.querySelector('#c2 .words').innerText")

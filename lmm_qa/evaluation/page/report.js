@@ -1,9 +1,9 @@
 "use strict";
-// Opens, sorts and filters the table of clips. All text is in the page already; nothing here makes markup.
+// Opens, sorts and filters the table of clips. All text is already in the page; this script creates no markup.
 
 const table = document.getElementById("clips");
 const clips = table ? [...table.tBodies] : [];
-const words = new Map(clips.map((clip) => [clip, clip.dataset.text.toLowerCase()]));
+const searchText = new Map(clips.map((clip) => [clip, clip.dataset.search.toLowerCase()]));
 const filter = document.getElementById("filter");
 const opener = (clip) => clip.querySelector("button");
 
@@ -22,7 +22,7 @@ function toggle(clip, open) {
 function reveal(clip) {
   if (clip.hidden) {
     filter.reset();
-    narrow();
+    applyFilter();
   }
   toggle(clip, true);
   clip.scrollIntoView({ block: "start" });
@@ -44,19 +44,19 @@ function sort(header) {
   const keys = new Map(clips.map((clip) => [clip, value(clip, column)]));
   clips.sort((one, other) => {
     const [a, b] = [keys.get(one), keys.get(other)];
-    if (a === null || b === null) return (a === null) - (b === null); // what is not known comes last, either way
+    if (a === null || b === null) return (a === null) - (b === null); // missing values come last in both directions
     return sign * (typeof a === "number" ? a - b : byName(a, b));
   });
   table.append(...clips);
 }
 
-function narrow() {
-  const wanted = filter.text.value.toLowerCase().split(/\s+/);
+function applyFilter() {
+  const words = filter.text.value.toLowerCase().split(/\s+/);
   const defect = filter.defect?.value ?? "";
   let shown = 0;
   for (const clip of clips) {
-    const has = wanted.every((word) => words.get(clip).includes(word));
-    clip.hidden = !has || (defect !== "" && !clip.dataset.found.split(" ").includes(defect));
+    const has = words.every((word) => searchText.get(clip).includes(word));
+    clip.hidden = !has || (defect !== "" && !clip.dataset.defects.split(" ").includes(defect));
     shown += !clip.hidden;
   }
   filter.count.value = `${shown} of ${clips.length}`;
@@ -64,22 +64,22 @@ function narrow() {
   for (const button of document.querySelectorAll("#defects button")) button.ariaPressed = button.value === defect;
 }
 
-// A row shows the frame of its worst moment, or one of the middle, when it comes into view.
-const thumbs = new IntersectionObserver((seen) => {
-  for (const { isIntersecting, target } of seen) {
+// A row shows its worst moment, or its middle frame, once it is scrolled into view.
+const observer = new IntersectionObserver((changes) => {
+  for (const { isIntersecting, target } of changes) {
     if (!isIntersecting) continue;
-    thumbs.unobserve(target);
+    observer.unobserve(target);
     const { content } = document.getElementById("d" + target.closest("tbody").id.slice(1));
-    const shots = content.querySelectorAll("img");
-    const shot = content.querySelector(".worst img") ?? shots[shots.length >> 1];
-    if (!shot) continue;
-    const image = shot.cloneNode();
+    const frames = content.querySelectorAll("img");
+    const frame = content.querySelector(".worst img") ?? frames[frames.length >> 1];
+    if (!frame) continue;
+    const image = frame.cloneNode();
     image.alt = "";
     target.append(image);
   }
 }, { rootMargin: "200px" });
 
-function follow() {
+function openLinkedClip() {
   const clip = document.getElementById(location.hash.slice(1));
   if (clips.includes(clip)) reveal(clip);
 }
@@ -94,13 +94,13 @@ if (table) {
       toggle(clip, opener(clip).ariaExpanded !== "true");
     }
   });
-  filter.addEventListener("input", narrow);
+  filter.addEventListener("input", applyFilter);
   filter.addEventListener("submit", (event) => event.preventDefault());
   document.getElementById("defects")?.addEventListener("click", ({ target }) => {
     const button = target.closest("button");
     if (!button) return;
     filter.defect.value = button.ariaPressed === "true" ? "" : button.value;
-    narrow();
+    applyFilter();
     document.getElementById("title").scrollIntoView();
   });
   document.addEventListener("click", (event) => {
@@ -108,12 +108,12 @@ if (table) {
     if (!link) return;
     event.preventDefault();
     history.replaceState(null, "", link.hash ?? link.getAttribute("href"));
-    follow();
+    openLinkedClip();
   });
-  addEventListener("hashchange", follow);
+  addEventListener("hashchange", openLinkedClip);
   document.addEventListener("DOMContentLoaded", () => {
-    narrow();
-    for (const thumb of table.querySelectorAll(".thumb")) thumbs.observe(thumb);
-    follow();
+    applyFilter();
+    for (const thumb of table.querySelectorAll(".thumb")) observer.observe(thumb);
+    openLinkedClip();
   });
 }
