@@ -24,30 +24,31 @@ from damaged_files import SAMPLES
 
 from lmm_qa.manifest import content_id
 from lmm_qa.model.backbone import Backbone
-from lmm_qa.training.adapters import tunable
-from lmm_qa.training.collate import Batch, Clip, Collate, Samples
-from lmm_qa.training.config import Recipe
+from lmm_qa.training.adapters import trainable_model
+from lmm_qa.training.collate import Batch, LabelledClip, RatingCollator, RatingDataset
+from lmm_qa.training.config import TrainingConfig
 from lmm_qa.training.dataset import Example
-from lmm_qa.training.run import read_level_logits, weighted_loss
+from lmm_qa.training.trainer import level_logits, weighted_loss
 from lmm_qa.training.vision_cache import VisionCache
 
 
-def bench(recipe: Recipe, backbone: Backbone, clips: list[Path], steps: int) -> dict[str, Any]:
+def bench(recipe: TrainingConfig, backbone: Backbone, clips: list[Path], steps: int) -> dict[str, Any]:
     """Seconds a step on both ways, and peak memory on a GPU."""
-    settings, processor = recipe.rater(), backbone.processor
+    settings, processor = recipe.rater_config(), backbone.processor
     with tempfile.TemporaryDirectory() as folder:
         store = VisionCache(Path(folder), "bench", settings)
         examples = [
-            Clip(Example(p.name, p, 1 + n % 5, None, None, p, (1, 5)), content_id(p)) for n, p in enumerate(clips)
+            LabelledClip(Example(p.name, p, 1 + n % 5, None, None, p, (1, 5)), content_id(p))
+            for n, p in enumerate(clips)
         ]
         ways = {
-            "pixels": Samples(examples, settings, processor, 1 << 31, None),
-            "kept": Samples(examples, settings, processor, 1 << 31, store),
+            "pixels": RatingDataset(examples, settings, processor, 1 << 31, None),
+            "kept": RatingDataset(examples, settings, processor, 1 << 31, store),
         }
         began = now()
-        store.fill(ways["kept"].looks(), backbone, 2, lambda *_: None)
+        store.fill(ways["kept"].sampled_clips(), backbone, 2, lambda *_: None)
         filled = (now() - began) / len(clips)
-        model = tunable(backbone.model, recipe)
+        model = trainable_model(backbone.model, recipe)
         step = stepper(model, recipe, backbone)
         report: dict[str, Any] = {way: {"samples": [], "step": [], "loss": []} for way in ways}
         for number in range(steps + 1):
@@ -55,7 +56,7 @@ def bench(recipe: Recipe, backbone: Backbone, clips: list[Path], steps: int) -> 
                 size = recipe.training.batch_size
                 chosen = [(number * size + place) % len(clips) for place in range(size)]
                 began = now()
-                batch = Collate(processor)([samples[place] for place in chosen])
+                batch = RatingCollator(processor)([samples[place] for place in chosen])
                 made = now() - began
                 if backbone.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
@@ -77,9 +78,9 @@ def bench(recipe: Recipe, backbone: Backbone, clips: list[Path], steps: int) -> 
             "runs": report}  # fmt: skip
 
 
-def stepper(model: Any, recipe: Recipe, backbone: Backbone) -> Callable[[Batch], float]:
+def stepper(model: Any, recipe: TrainingConfig, backbone: Backbone) -> Callable[[Batch], float]:
     """Loss, backward pass and optimizer step of a batch."""
-    settings = recipe.rater()
+    settings = recipe.rater_config()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
     anchors = torch.tensor(settings.declared_scale().anchors())
@@ -88,10 +89,10 @@ def stepper(model: Any, recipe: Recipe, backbone: Backbone) -> Callable[[Batch],
     model.train()
 
     def step(batch: Batch) -> float:
-        for part in (batch["inputs"], batch["features"]):
+        for part in (batch["inputs"], batch["vision_features"]):
             part |= {name: value.to(backbone.device, non_blocking=True) for name, value in part.items()}
         with autocast:
-            read = read_level_logits(model, batch, tokens)
+            read = level_logits(model, batch, tokens)
         opinions = (torch.tensor(batch[name], device=backbone.device) for name in ("mos", "std"))
         loss, _ = weighted_loss(recipe.loss, anchors, *read, *opinions)
         loss.backward()
@@ -127,11 +128,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
-    recipe = Recipe.parse(
+    recipe = TrainingConfig.parse(
         {
             "model": {"backbone": str(args.config or "embedded")},
             "data": {"train": [{"path": "none.csv", "scale": [1, 5]}]},
-            "training": {"output": "none", "batch_size": args.batch_size,
+            "training": {"output_dir": "none", "batch_size": args.batch_size,
                          "gradient_checkpointing": args.gradient_checkpointing},
         },
         "the benchmark",
@@ -139,7 +140,7 @@ def main() -> None:
     if args.random_weights:
         backbone = random_rater(args.config, None, None, None).backbone
     else:
-        backbone = Backbone.load(str(recipe.rater().backbone))
+        backbone = Backbone.load(str(recipe.rater_config().backbone))
     report = bench(recipe, backbone, args.clips, args.steps)
     print(table(report))
     if args.output:

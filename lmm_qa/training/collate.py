@@ -1,11 +1,11 @@
-"""What a training step gets to see: clips drawn, looked at, asked about, and joined into batches.
+"""Training samples and batches: the dataset, its sampler and its collator.
 
-Beside its score, a clip may be asked for defects, and to be explained: a `Record` for each. Where the family of models
-allows it, a clip's records share what comes before them, as in rating: one row of tokens, in which each record sees the
-clip and itself. Else each has a row of its own.
+Besides the rating prompt, a clip can have auxiliary examples: closed questions about defects, and a request to explain
+its rating. If the model family allows it, they share one row of tokens with the rating prompt, as in rating: each
+attends to the clip and to itself only. Otherwise each gets its own row.
 
-A sample depends on the seed, the pass over the data and the clip alone: not on the process that makes it, nor on what
-came before, so that a run that was interrupted, or is shared by several processes, sees what an undisturbed one would.
+A sample depends on the seed, the epoch and the clip only, not on the process that makes it or on earlier samples: a
+resumed or distributed run sees exactly what an uninterrupted one would.
 """
 
 from __future__ import annotations
@@ -21,247 +21,246 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from lmm_qa.config import Sampling
-from lmm_qa.defects.explanation import Finding, explanation_prompt, mentions, opening
+from lmm_qa.defects.explanation import Finding, explanation_prompt, is_good, mentioned_defects, opening, template_text
 from lmm_qa.defects.questions import questions
-from lmm_qa.defects.vocabulary import VISIBLE
+from lmm_qa.defects.vocabulary import TIMED_DEFECTS, VISIBLE, reference_defects
 from lmm_qa.errors import ClipError, TrainingError
 from lmm_qa.model.inputs import (
-    SEQUENCES,
-    join_inputs,
+    TOKEN_INPUTS,
+    append_question,
+    append_tokens,
+    collate_inputs,
     level_tokens,
     patch_factor,
     prepare_inputs,
     question_tokens,
-    with_question,
-    with_tokens,
 )
 from lmm_qa.model.prompt import Prompt
 from lmm_qa.model.rater_config import RaterConfig
 from lmm_qa.rater import clip_input
-from lmm_qa.training.config import Augmentation, Words
+from lmm_qa.training.config import AugmentationConfig, AuxiliaryConfig
 from lmm_qa.training.dataset import Example
-from lmm_qa.training.vision_cache import Look, Tensors, VisionCache
+from lmm_qa.training.vision_cache import SampledClip, Tensors, VisionCache
 from lmm_qa.video.decode import read_frames
 
-Key = int | tuple[int, int]
+AUXILIARY_TASKS = ("defect_questions", "explanations")
+"""Names of the auxiliary losses in `lmm_qa.training.config.LossConfig` and in metrics.jsonl."""
+
+TOO_LONG_ADVICE = "use fewer frames (rating.sampling) or smaller views (rating.views); nothing is truncated"
+
+SampleKey = int | tuple[int, int]
+"""Index of a clip; for training (epoch, index)."""
 
 
-"""A clip's number; in training, with the pass before it."""
-
-
-class Clip(NamedTuple):
-    """A labelled clip that can be read."""
+class LabelledClip(NamedTuple):
+    """A readable clip with its label."""
 
     example: Example
-    """With MOS and std on the rater's scale."""
+    """MOS and std are on the rater's scale."""
     content_id: str
 
 
-KINDS = ("defects", "explanations")
+class AuxiliaryExample(NamedTuple):
+    """A prompt about a clip besides its rating, with the expected answer."""
 
-
-"""Of records, as `lmm_qa.training.config.Loss` weighs them."""
-
-
-class Record(NamedTuple):
-    """Something that a clip is asked beside its score."""
-
-    kind: int
-    """Number in `KINDS`."""
-    question: list[int]
-    """Tokens after the last video, to where the answer begins."""
-    answer: list[int]
-    """Tokens that should follow."""
+    task: int
+    """Index into `AUXILIARY_TASKS`."""
+    prompt_ids: list[int]
+    """Tokens from the end of the last video up to the answer."""
+    answer_ids: list[int]
 
     @property
-    def tokens(self) -> list[int]:
-        """What the model reads, to say the answer word by word."""
-        return [*self.question, *self.answer[:-1]]
+    def input_ids(self) -> list[int]:
+        """What the model reads under teacher forcing."""
+        return [*self.prompt_ids, *self.answer_ids[:-1]]
 
 
 class Sample(TypedDict):
-    """One clip as the model gets it, and what people said of it."""
+    """One clip as model inputs, with its label."""
 
     name: str
     inputs: Tensors
-    begun: int
-    """Tokens before the question."""
-    features: Tensors
-    """What was kept of the vision tower; empty where the inputs hold pixels."""
+    prefix_length: int
+    """Tokens up to the end of the last video."""
+    vision_features: Tensors
+    """Cached output of the vision tower; empty if the inputs hold pixels."""
     mos: float
     std: float
-    """NaN where it is not known."""
-    records: list[Record]
+    """NaN if unknown."""
+    auxiliary: list[AuxiliaryExample]
 
 
-class Answers(TypedDict):
-    """The answers of a batch that has records: n tokens."""
+class AuxiliaryBatch(TypedDict):
+    """Where the n answer tokens of a batch are predicted, and what they should be."""
 
     columns: torch.Tensor
-    """(K,) columns of the inputs whose next token matters; in the first one, the first B rows say the rating."""
-    places: torch.Tensor
-    """(n, 2) row, and number in `columns`, of each token's prediction."""
-    tokens: torch.Tensor
-    """(n,) what should be said there."""
-    shares: list[float]
-    """(n,) 1 / tokens of its answer."""
-    kinds: torch.Tensor
-    """(n,) number in `KINDS`."""
-    segments: torch.Tensor | None
-    """Of inputs in which records share a row, (B, L): 0 what all of a row see, -1 padding, else a part that sees itself
-    and what all see. None where each record has its own row."""
-    back: torch.Tensor | None
-    """(B, L) by how much a token's position is lower than if all parts of the row followed each other."""
+    """(K,) int64 columns of the inputs for which logits are needed; in the first one, the first B rows predict the
+    rating."""
+    positions: torch.Tensor
+    """(n, 2) int64 row, and index into `columns`, where each token is predicted."""
+    target_ids: torch.Tensor
+    """(n,) int64."""
+    weights: list[float]
+    """(n,) 1 / number of tokens of the answer."""
+    tasks: torch.Tensor
+    """(n,) int64 index into `AUXILIARY_TASKS`."""
+    segment_ids: torch.Tensor | None
+    """(B, L) int64 if examples share rows: 0 the prefix that all segments of the row see, -1 padding, else a segment
+    that sees itself and the prefix. None if each example has its own row."""
+    position_offsets: torch.Tensor | None
+    """(B, L) int64: how much lower a token's position is than if the segments of its row followed each other."""
 
 
 class Batch(TypedDict):
-    """Samples joined: B clips."""
+    """B samples."""
 
     names: list[str]
     inputs: Tensors
-    features: Tensors
+    vision_features: Tensors
     mos: list[float]
     std: list[float]
-    """Lists, for DeepSpeed rounds all tensors that it moves."""
-    answers: Answers | None
-    """None where no clip has records."""
+    """Lists, because DeepSpeed casts every floating-point tensor of a batch to half precision."""
+    auxiliary: AuxiliaryBatch | None
+    """None if no clip has auxiliary examples."""
 
 
-class Samples(Dataset[Sample]):
-    """Clips as they are rated; in training, with its variations.
-
-    A key is (pass, clip) in training, a clip's number else.
-    """
+class RatingDataset(Dataset[Sample]):
+    """Clips as the rater sees them; for training, with augmentation and auxiliary examples."""
 
     def __init__(
         self,
-        clips: Sequence[Clip],
+        clips: Sequence[LabelledClip],
         settings: RaterConfig,
         processor: Any,
-        limit: int,
-        store: VisionCache | None,
-        augmentation: Augmentation | None = None,
+        max_tokens: int,
+        vision_cache: VisionCache | None,
+        augmentation: AugmentationConfig | None = None,
         seed: int = 0,
-        words: Words | None = None,
+        auxiliary: AuxiliaryConfig | None = None,
     ) -> None:
         """
         Args:
-            clips: in an order that does not change from run to run.
-            settings: how the rater asks, and what it looks at.
+            clips: in an order that is the same in every run.
+            settings: prompt, sampling and views of the rater.
             processor: of the backbone.
-            limit: tokens that the model can take.
-            store: kept vision features; without one, frames are read from the clips.
-            augmentation: for training alone.
-            seed: of the augmentation, and of what is asked.
-            words: what clips are asked beside their score, for training alone.
+            max_tokens: context length of the model.
+            vision_cache: filled cache of vision features; without one, frames are decoded.
+            augmentation: for training only; keys are then (epoch, index).
+            seed: of augmentation and auxiliary examples.
+            auxiliary: for training only.
         """
         self.clips = clips
         self.settings = settings
         self.processor = processor
         self.factor = patch_factor(processor) or 1
-        self.limit = limit
-        self.store = store
+        self.max_tokens = max_tokens
+        self.vision_cache = vision_cache
         self.augmentation = augmentation
         self.seed = seed
-        self.words = words
+        self.auxiliary = auxiliary
 
     def __len__(self) -> int:
         return len(self.clips)
 
-    def __getitem__(self, key: Key) -> Sample:
-        clip, sampling, prompt = self._draw(key)
-        try:
-            inputs, features, slots = self._look(Look(clip.example.path, clip.content_id, sampling), prompt)
-        except ClipError as error:
-            raise TrainingError(f"{clip.example.path} cannot be read: {error}") from error
-        records = [] if self.words is None or isinstance(key, int) else self._records(clip, key[0], slots)
-        tokens = inputs["input_ids"].shape[1]
-        begun = tokens - len(self._question(prompt, slots))
-        tokens = max([tokens, *(begun + len(record.tokens) for record in records)])
-        if tokens > self.limit:
-            raise TrainingError(f"{clip.example.path} takes {tokens} tokens, the model {self.limit}: {ADVICE}")
+    def __getitem__(self, key: SampleKey) -> Sample:
+        clip, sampling, prompt = self._augment(key)
         example = clip.example
-        std = math.nan if example.std is None else example.std
+        try:
+            inputs, features, slots = self._inputs(SampledClip(example.path, clip.content_id, sampling), prompt)
+        except ClipError as error:
+            raise TrainingError(f"{example.path} cannot be read: {error}") from error
+        auxiliary = [] if self.auxiliary is None or isinstance(key, int) else self._auxiliary(clip, key[0], slots)
+        tokens = inputs["input_ids"].shape[1]
+        prefix_length = tokens - len(self._prompt_ids(prompt, slots))
+        tokens = max([tokens, *(prefix_length + len(one.input_ids) for one in auxiliary)])
+        if tokens > self.max_tokens:
+            raise TrainingError(
+                f"{example.path} takes {tokens} tokens, the model's context holds {self.max_tokens}: {TOO_LONG_ADVICE}"
+            )
         return Sample(
             name=example.name,
             inputs=inputs,
-            begun=begun,
-            features=features,
+            prefix_length=prefix_length,
+            vision_features=features,
             mos=example.mos,
-            std=std,
-            records=records,
+            std=math.nan if example.std is None else example.std,
+            auxiliary=auxiliary,
         )
 
-    def looks(self) -> list[Look]:
-        """All that will be looked at."""
+    def sampled_clips(self) -> list[SampledClip]:
+        """Every clip with every frame selection that the dataset can draw."""
         return [
-            Look(clip.example.path, clip.content_id, sampling) for clip in self.clips for sampling in self._samplings()
+            SampledClip(clip.example.path, clip.content_id, sampling)
+            for clip in self.clips
+            for sampling in self._samplings()
         ]
 
     def _samplings(self) -> list[Sampling]:
-        if self.augmentation is None or self.augmentation.offsets == 1:
+        if self.augmentation is None or self.augmentation.temporal_offsets == 1:
             return [self.settings.sampling]
-        count = self.augmentation.offsets
+        count = self.augmentation.temporal_offsets
         return [self.settings.sampling.model_copy(update={"phase": (k + 0.5) / count}) for k in range(count)]
 
-    def _draw(self, key: Key) -> tuple[Clip, Sampling, Prompt]:
+    def _augment(self, key: SampleKey) -> tuple[LabelledClip, Sampling, Prompt]:
         prompt = self.settings.prompt
         if self.augmentation is None or isinstance(key, int):
-            assert self.augmentation is None and isinstance(key, int), f"{key!r} is a key of the other kind"
+            assert self.augmentation is None and isinstance(key, int), f"{key!r} does not fit the dataset's mode"
             return self.clips[key], self.settings.sampling, prompt
-        number, index = key
+        epoch, index = key
         clip = self.clips[index]
-        draw = random.Random(f"{self.seed} {number} {clip.content_id}")
-        sampling = draw.choice(self._samplings())
-        if prompt.paraphrases and draw.random() < self.augmentation.paraphrases:
-            prompt = prompt.model_copy(update={"question": draw.choice(prompt.paraphrases)})
+        rng = random.Random(f"{self.seed} {epoch} {clip.content_id}")
+        sampling = rng.choice(self._samplings())
+        if prompt.paraphrases and rng.random() < self.augmentation.paraphrase_probability:
+            prompt = prompt.model_copy(update={"question": rng.choice(prompt.paraphrases)})
         return clip, sampling, prompt
 
-    def _look(self, look: Look, prompt: Prompt) -> tuple[Tensors, Tensors, dict[str, float]]:
-        """The model's inputs; where they are kept, the vision features; and values for the slots of questions."""
-        if self.store is not None:
-            kept = self.store.load(look)
-            views = len(self.settings.views)
-            return with_question(self.processor, kept.inputs, prompt, views, kept.slots), kept.features, kept.slots
-        clip = clip_input(read_frames(look.path, look.sampling, self.settings.views, self.factor))
+    def _inputs(self, sampled: SampledClip, prompt: Prompt) -> tuple[Tensors, Tensors, dict[str, float]]:
+        """Model inputs, vision features if they are cached, and the values of the prompt's slots."""
+        views = self.settings.views
+        if self.vision_cache is not None:
+            cached = self.vision_cache.load(sampled)
+            inputs = append_question(self.processor, cached.inputs, prompt, len(views), cached.slots)
+            return inputs, cached.features, cached.slots
+        clip = clip_input(read_frames(sampled.path, sampled.sampling, views, self.factor))
         return dict(prepare_inputs(self.processor, [clip], prompt)), {}, clip.slots
 
-    def _records(self, clip: Clip, number: int, slots: dict[str, float]) -> list[Record]:
-        """What a clip is asked in a pass. The same in all passes but for the choice."""
-        assert self.words is not None
-        example, views = clip.example, len(self.settings.views)
-        draw = random.Random(f"words {self.seed} {number} {clip.content_id}")
-        records = []
-        for name, there in ask(example, self.words.defects, draw).items():
-            prompt = questions()[name]
-            words = level_tokens(self.processor, prompt, views)
-            records.append(Record(0, self._question(prompt, slots), [words[there]]))
-        if example.explanation is not None and draw.random() < self.words.explanations:
-            prompt, said = explained(example, self.settings.prompt)
+    def _auxiliary(self, clip: LabelledClip, epoch: int, slots: dict[str, float]) -> list[AuxiliaryExample]:
+        assert self.auxiliary is not None
+        config, prompt = self.auxiliary, self.settings.prompt
+        rng = random.Random(f"words {self.seed} {epoch} {clip.content_id}")
+        found = []
+        for name, present in sample_defect_questions(clip.example, config.defect_questions, rng).items():
+            answers = level_tokens(self.processor, questions()[name], len(self.settings.views))
+            found.append(AuxiliaryExample(0, self._prompt_ids(questions()[name], slots), [answers[present]]))
+        if clip.example.explanation is not None and rng.random() < config.explanation_probability:
+            if config.random_defects_probability and rng.random() < config.random_defects_probability:
+                question, answer = random_explanation(prompt, rng)
+            else:
+                question, answer = explanation_target(clip.example, prompt)
             tokenizer = self.processor.tokenizer
-            answer = [*tokenizer(said, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-            records.append(Record(1, self._question(prompt, slots), answer))
-        return records
+            answer_ids = [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+            found.append(AuxiliaryExample(1, self._prompt_ids(question, slots), answer_ids))
+        return found
 
-    def _question(self, prompt: Prompt, slots: dict[str, float]) -> list[int]:
-        """The tokens that come after the last video."""
+    def _prompt_ids(self, prompt: Prompt, slots: dict[str, float]) -> list[int]:
+        """Tokens after the last video."""
         return question_tokens(self.processor, prompt, len(self.settings.views), slots)
 
 
-def ask(example: Example, count: int, draw: random.Random) -> dict[str, bool]:
-    """Defects that a clip is asked for, and whether they are there: half and half, as far as there are such."""
-    there = [one.defect for one in example.found or () if one.defect in questions()]
+def sample_defect_questions(example: Example, count: int, rng: random.Random) -> dict[str, bool]:
+    """Names of `count` defects to ask about, and whether the clip has them: half present, half absent if possible."""
+    present = [one.defect for one in example.found or () if one.defect in questions()]
     absent = [name for name in example.absent if name in questions()]
-    half = count // 2 + draw.randrange(2) * (count % 2)
-    first = draw.sample(there, min(len(there), max(half, count - len(absent))))
-    rest = draw.sample(absent, min(len(absent), count - len(first)))
-    return dict.fromkeys(first, True) | dict.fromkeys(rest, False)
+    half = count // 2 + rng.randrange(2) * (count % 2)
+    chosen = rng.sample(present, min(len(present), max(half, count - len(absent))))
+    rest = rng.sample(absent, min(len(absent), count - len(chosen)))
+    return dict.fromkeys(chosen, True) | dict.fromkeys(rest, False)
 
 
-def explained(example: Example, prompt: Prompt) -> tuple[Prompt, str]:
-    """How a clip's explanation is asked for, its answer begun as far as the level word; and what follows.
+def explanation_target(example: Example, prompt: Prompt) -> tuple[Prompt, str]:
+    """The prompt that asks for a clip's explanation, its stem ending in the level word, and the text that follows.
 
-    The model is told the defects of the clip's row; without any, those that the text names.
+    The prompt lists the defects of the clip's row; if they are unknown, those that the text mentions.
 
     Raises:
         TrainingError: the text has no level word.
@@ -271,20 +270,35 @@ def explained(example: Example, prompt: Prompt) -> tuple[Prompt, str]:
     if not (level := re.search(rf"\b(?:{words})\b", text)):
         raise TrainingError(
             f"the explanation of {example.name!r} has none of the words {', '.join(prompt.levels)}: write it like "
-            f"{opening(prompt, prompt.levels[-1])!r}, and why; received {text!r}"
+            f"{opening(prompt, prompt.levels[-1])!r}, followed by the reason; received {text!r}"
         )
     found = example.found
     if found is None:
-        found = tuple(Finding(name, 1.0) for name in VISIBLE if name in mentions(text))
-    asked = explanation_prompt(prompt, found).model_copy(update={"stem": opening(prompt, level[0])})
-    return asked, text[level.end() :].rstrip()
+        found = tuple(Finding(name, 1.0) for name in VISIBLE if name in mentioned_defects(text))
+    return _begun(prompt, found, level[0]), text[level.end() :].rstrip()
 
 
-ADVICE = "look at fewer frames (rating.sampling) or at smaller views (rating.views); nothing is cut off"
+def random_explanation(prompt: Prompt, rng: random.Random) -> tuple[Prompt, str]:
+    """As `explanation_target`, for a level and up to three defects drawn at random, with a template sentence."""
+    known = list(reference_defects(()))
+    found = []
+    for name in rng.sample(known, rng.choice((0, 1, 1, 1, 2, 2, 3))):
+        start = 0.0 if name == "buffering" else round(rng.uniform(0, 9), 2)
+        spans = [(start, start + rng.uniform(0.3, 5))]
+        if rng.random() < 0.15:
+            spans.append((spans[0][1] + rng.uniform(0.3, 2), spans[0][1] + rng.uniform(2.3, 4)))
+        found.append(Finding(name, 1.0, tuple(spans) if name in TIMED_DEFECTS and rng.random() < 0.85 else ()))
+    absent = set(known) - {one.defect for one in found}
+    level = rng.choice(prompt.levels)
+    return _begun(prompt, found, level), template_text(found, absent, rng, good=is_good(level, prompt.levels))
 
 
-class Passes(Sampler[tuple[int, int]]):
-    """Keys of `samples` training samples: pass after pass over the clips, each in its own random order."""
+def _begun(prompt: Prompt, found: Sequence[Finding], level: str) -> Prompt:
+    return explanation_prompt(prompt, found).model_copy(update={"stem": opening(prompt, level)})
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Keys (epoch, index) of `samples` training samples; every epoch has its own random order."""
 
     def __init__(self, clips: int, samples: int, seed: int) -> None:
         self.clips, self.samples, self.seed = clips, samples, seed
@@ -294,96 +308,107 @@ class Passes(Sampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for start in range(0, self.samples, self.clips):
-            number = start // self.clips
-            order = torch.randperm(self.clips, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + number))
-            yield from ((number, index) for index in order.tolist()[: self.samples - start])
+            epoch = start // self.clips
+            order = torch.randperm(self.clips, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+            yield from ((epoch, index) for index in order.tolist()[: self.samples - start])
 
 
 @dataclass(frozen=True)
-class Collate:
+class RatingCollator:
     """Joins samples into a batch."""
 
     processor: Any
-    shares: bool = False
-    """Whether records share a row with their clip: see `lmm_qa.backbone.Backbone.shares_prefills`."""
+    share_prefix: bool = False
+    """Whether auxiliary examples share a row with their clip: see `lmm_qa.model.backbone.Backbone.can_share_prefill`."""
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        rows, answers, asked = list(samples), None, any(sample["records"] for sample in samples)
-        if asked and not self.shares:
-            rows += [_alone(sample, record) for sample in samples for record in sample["records"]]
-        inputs = join_inputs(self.processor, [row["inputs"] for row in rows])
-        if asked:
-            inputs, answers = (_together if self.shares else _apart)(inputs, samples)
+        rows, auxiliary, any_auxiliary = list(samples), None, any(sample["auxiliary"] for sample in samples)
+        if any_auxiliary and not self.share_prefix:
+            rows += [_own_row(sample, example) for sample in samples for example in sample["auxiliary"]]
+        inputs = collate_inputs(self.processor, [row["inputs"] for row in rows])
+        if any_auxiliary:
+            inputs, auxiliary = (_shared_rows if self.share_prefix else _separate_rows)(inputs, samples)
         features: Tensors = {}
-        for name in samples[0]["features"]:
-            features[name] = torch.cat([row["features"][name] for row in rows], dim=-2)
+        for name in samples[0]["vision_features"]:
+            features[name] = torch.cat([row["vision_features"][name] for row in rows], dim=-2)
         return Batch(
             names=[sample["name"] for sample in samples],
             inputs=inputs,
-            features=features,
+            vision_features=features,
             mos=[sample["mos"] for sample in samples],
             std=[sample["std"] for sample in samples],
-            answers=answers,
+            auxiliary=auxiliary,
         )
 
 
-def _alone(sample: Sample, record: Record) -> Sample:
-    """A clip with a record in place of the rating prompt."""
-    inputs, ids = sample["inputs"], torch.tensor([record.tokens])
-    before = {name: each[:, : sample["begun"]] if name in SEQUENCES else each for name, each in inputs.items()}
-    return {**sample, "inputs": with_tokens(before, ids, torch.ones_like(ids))}
+def _own_row(sample: Sample, example: AuxiliaryExample) -> Sample:
+    """The sample's clip with an auxiliary example in place of the rating prompt."""
+    inputs, ids, length = sample["inputs"], torch.tensor([example.input_ids]), sample["prefix_length"]
+    prefix = {name: each[:, :length] if name in TOKEN_INPUTS else each for name, each in inputs.items()}
+    return {**sample, "inputs": append_tokens(prefix, ids, torch.ones_like(ids))}
 
 
-def _together(inputs: Tensors, samples: Sequence[Sample]) -> tuple[Tensors, Answers]:
-    """Records come after the rating prompt of their clip; those that are first in their rows are as wide as the widest
-    of them, and so on: padded on the left, all end in one column."""
-    records, real = [sample["records"] for sample in samples], inputs["attention_mask"].bool()
+def _shared_rows(inputs: Tensors, samples: Sequence[Sample]) -> tuple[Tensors, AuxiliaryBatch]:
+    """Append the auxiliary examples behind the rating prompt of their clip: the first of every row in one block, then
+    the second, and so on. A block is as wide as its longest example and padded on the left, so all end in one column.
+    """
+    examples, real = [sample["auxiliary"] for sample in samples], inputs["attention_mask"].bool()
     width = real.shape[1]
-    questions = torch.tensor([sample["inputs"]["input_ids"].shape[1] - sample["begun"] for sample in samples])
-    segments = torch.where(real, (torch.arange(width) >= width - questions[:, None]).long(), -1)
-    parts, back = [segments], [torch.zeros_like(segments)]
-    ids, passed = list[torch.Tensor](), questions
-    columns, at = [width - 1], list[tuple[Record, int, range]]()
-    for number in range(max(map(len, records))):
-        line = [(row, each[number]) for row, each in enumerate(records) if number < len(each)]
-        wide = max(len(record.tokens) for _, record in line)
-        first, most = len(columns), max(len(record.answer) for _, record in line)
-        width += wide
-        columns += range(width - most, width)
-        tokens = torch.full((len(records), wide), -1)
-        for row, record in line:
-            tokens[row, wide - len(record.tokens) :] = torch.tensor(record.tokens)
-            at.append((record, row, range(first + most - len(record.answer), first + most)))
-        ids.append(tokens)
-        parts.append(torch.where(tokens >= 0, number + 2, -1))
-        back.append(passed[:, None].expand_as(tokens))
-        passed = passed + (tokens >= 0).sum(1)
-    added = torch.cat(ids, dim=1)
-    answers = _answers(columns, at, torch.cat(parts, dim=1), torch.cat(back, dim=1))
-    return with_tokens(inputs, added.clamp(min=0), added >= 0), answers
+    prompt_lengths = torch.tensor(
+        [len(sample["inputs"]["input_ids"][0]) - sample["prefix_length"] for sample in samples]
+    )
+    segment_ids = [torch.where(real, (torch.arange(width) >= width - prompt_lengths[:, None]).long(), -1)]
+    offsets, offset = [torch.zeros_like(segment_ids[0])], prompt_lengths
+    blocks, columns = list[torch.Tensor](), [width - 1]
+    answers = list[tuple[AuxiliaryExample, int, range]]()
+    for number in range(max(map(len, examples))):
+        block = [(row, each[number]) for row, each in enumerate(examples) if number < len(each)]
+        block_width = max(len(example.input_ids) for _, example in block)
+        first, longest = len(columns), max(len(example.answer_ids) for _, example in block)
+        width += block_width
+        columns += range(width - longest, width)
+        tokens = torch.full((len(examples), block_width), -1)
+        for row, example in block:
+            tokens[row, block_width - len(example.input_ids) :] = torch.tensor(example.input_ids)
+            answers.append((example, row, range(first + longest - len(example.answer_ids), first + longest)))
+        blocks.append(tokens)
+        segment_ids.append(torch.where(tokens >= 0, number + 2, -1))
+        offsets.append(offset[:, None].expand_as(tokens))
+        offset = offset + (tokens >= 0).sum(1)
+    added = torch.cat(blocks, dim=1)
+    auxiliary = _auxiliary_batch(columns, answers, torch.cat(segment_ids, dim=1), torch.cat(offsets, dim=1))
+    return append_tokens(inputs, added.clamp(min=0), added >= 0), auxiliary
 
 
-def _apart(inputs: Tensors, samples: Sequence[Sample]) -> tuple[Tensors, Answers]:
-    """Each record has a row of its own, behind those of the ratings, that ends where its last word is to be said."""
-    listed = [record for sample in samples for record in sample["records"]]
-    last, most = inputs["input_ids"].shape[1] - 1, max(len(record.answer) for record in listed)
-    at = [(record, row, range(len(record.answer) - 1, -1, -1)) for row, record in enumerate(listed, start=len(samples))]
-    return inputs, _answers(range(last, last - most, -1), at, None, None)
+def _separate_rows(inputs: Tensors, samples: Sequence[Sample]) -> tuple[Tensors, AuxiliaryBatch]:
+    """Auxiliary examples in rows of their own, behind those of the ratings; each ends where its last token is
+    predicted."""
+    examples = [example for sample in samples for example in sample["auxiliary"]]
+    last, longest = inputs["input_ids"].shape[1] - 1, max(len(example.answer_ids) for example in examples)
+    answers = [
+        (example, row, range(len(example.answer_ids) - 1, -1, -1))
+        for row, example in enumerate(examples, start=len(samples))
+    ]
+    return inputs, _auxiliary_batch(range(last, last - longest, -1), answers, None, None)
 
 
-def _answers(
+def _auxiliary_batch(
     columns: Sequence[int],
-    at: Sequence[tuple[Record, int, range]],
-    segments: torch.Tensor | None,
-    back: torch.Tensor | None,
-) -> Answers:
-    """From records, their rows, and the numbers of the columns in which their answers are predicted."""
-    return Answers(
+    answers: Sequence[tuple[AuxiliaryExample, int, range]],
+    segment_ids: torch.Tensor | None,
+    position_offsets: torch.Tensor | None,
+) -> AuxiliaryBatch:
+    """
+    Args:
+        columns: as in the result.
+        answers: examples, each with its row and the indices into `columns` at which its answer is predicted.
+    """
+    return AuxiliaryBatch(
         columns=torch.tensor(list(columns)),
-        places=torch.tensor([(row, number) for _, row, numbers in at for number in numbers]),
-        tokens=torch.tensor([token for record, _, _ in at for token in record.answer]),
-        shares=[1 / len(record.answer) for record, _, _ in at for _ in record.answer],
-        kinds=torch.tensor([record.kind for record, _, _ in at for _ in record.answer]),
-        segments=segments,
-        back=back,
+        positions=torch.tensor([(row, index) for _, row, indices in answers for index in indices]),
+        target_ids=torch.tensor([token for example, _, _ in answers for token in example.answer_ids]),
+        weights=[1 / len(example.answer_ids) for example, _, _ in answers for _ in example.answer_ids],
+        tasks=torch.tensor([example.task for example, _, _ in answers for _ in example.answer_ids]),
+        segment_ids=segment_ids,
+        position_offsets=position_offsets,
     )

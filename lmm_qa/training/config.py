@@ -1,12 +1,12 @@
-"""The training recipe: one YAML file that says what is tuned, on which clips, towards what, and how long.
+"""The training configuration: a YAML file with the model, the data, the loss and the hyper-parameters of a run.
 
-Single values can be changed without editing the file, as `training.learning_rate=2e-4`. Knows nothing of torch.
+Single values can be overridden without editing the file, e.g. `training.learning_rate=2e-4`. Does not import torch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -20,11 +20,31 @@ from lmm_qa.model.prompt import Prompt, load_prompt
 from lmm_qa.model.rater_config import EMBEDDED_NAME, RaterConfig, resolve_model
 from lmm_qa.training.dataset import Data
 
-CACHE = Path("~/.cache/lmm_qa")
+DEFAULT_CACHE_DIR = Path("~/.cache/lmm_qa")
 
 
-class Model(Settings):
-    """What is tuned."""
+RENAMED_KEYS = {
+    "tuning.alpha": "tuning.lora_alpha",
+    "tuning.dropout": "tuning.lora_dropout",
+    "augmentation.paraphrases": "augmentation.paraphrase_probability",
+    "augmentation.offsets": "augmentation.temporal_offsets",
+    "words.defects": "auxiliary.defect_questions",
+    "words.explanations": "auxiliary.explanation_probability",
+    "loss.defects": "loss.defect_questions",
+    "training.output": "training.output_dir",
+    "training.passes": "training.epochs",
+    "training.accumulation": "training.gradient_accumulation_steps",
+    "training.warmup": "training.warmup_ratio",
+    "training.every": "training.eval_steps",
+    "training.keep_vision": "training.cache_vision_features",
+    "training.cache": "training.cache_dir",
+    "training.workers": "training.num_workers",
+}
+"""Keys of version 0.1 and their present names. Old keys are refused; the table goes away with the next release."""
+
+
+class ModelConfig(Settings):
+    """The model to tune."""
 
     backbone: str
     """Directory or hub id of a transformers image-text-to-text model; `embedded`: the base of the model that ships
@@ -32,28 +52,28 @@ class Model(Settings):
     revision: str | None = None
     """Branch, tag or commit of the backbone on the hub."""
     quantization: Literal["4bit", "8bit"] | None = None
-    """Keep the frozen weights of the language model in 4 (QLoRA, NF4) or 8 bits: less memory, not less time."""
+    """Load the frozen weights of the language model in 4 bits (QLoRA, NF4) or 8 bits: less memory, not less time."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Number format; by default the one that suits the device. Trained weights are always float32."""
+    """Number format of the frozen weights; the default depends on the device. Trained weights are always float32."""
     trust_remote_code: bool = False
-    """Run Python that comes with the backbone. Only for authors whom you trust."""
+    """Run Python code that comes with the backbone. Only enable it for authors you trust."""
 
 
-class Rating(Settings):
-    """How the tuned rater asks, and what it looks at; goes into its rater.json. What is left out is as the backbone's
-    own rater.json says, or by default as for any model."""
+class RatingConfig(Settings):
+    """How the tuned rater prompts the model and what it shows it; becomes part of its rater.json. Keys left out keep
+    the value of the backbone's own rater.json, or the general default."""
 
     prompt: str | Prompt | None = None
     """Name in `prompts/`, a YAML file, or the prompt itself."""
     scale: ScaleEnds | None = None
-    """MOS of the worst and of the best level; by default that of the training tables, which must then agree."""
+    """MOS of the worst and best level; by default the scale of the training tables, which must then agree."""
     sampling: Sampling | None = None
     """Which frames."""
     views: tuple[View, ...] | None = Field(None, min_length=1)
-    """What is made of them."""
+    """The videos made from the frames."""
 
-    def settings(self, backbone: RaterConfig, scale: tuple[float, float]) -> RaterConfig:
-        """The content of rater.json, save the backbone.
+    def rater_config(self, backbone: RaterConfig, scale: tuple[float, float]) -> RaterConfig:
+        """The content of rater.json, except for the backbone.
 
         Raises:
             ConfigError: there is no such prompt.
@@ -66,195 +86,219 @@ class Rating(Settings):
         )
 
 
-class Augmentation(Settings):
-    """How a clip varies from pass to pass. Rating has no such chance in it."""
+class AugmentationConfig(Settings):
+    """How a clip varies from epoch to epoch. Rating itself is deterministic."""
 
-    paraphrases: float = Field(0.5, ge=0, le=1)
-    """Share of the samples that put the question in other words, where the prompt has `paraphrases`."""
-    offsets: int = Field(4, ge=1, le=64)
-    """In how many ways the frames are chosen, each shifted in time against the others; 1: as in rating. With kept
-    vision features each costs disk space and one more run of the vision tower."""
-
-
-class Words(Settings):
-    """What a clip is asked beside its score in each pass, where its table has the columns `defects` and
-    `explanation`; so that one rater rates and explains. All of it shares one look at the clip, where the family can."""
-
-    defects: int = Field(2, ge=0)
-    """Closed questions on defects: half of them on what is there, as far as that goes, the rest on what is not."""
-    explanations: float = Field(1.0, ge=0, le=1)
-    """Share of the passes in which it is explained."""
+    paraphrase_probability: float = Field(0.5, ge=0, le=1)
+    """Probability of asking a paraphrased question, for prompts that have `paraphrases`."""
+    temporal_offsets: int = Field(4, ge=1, le=64)
+    """Number of frame selections per clip, shifted in time against each other; 1: the selection used for rating. With
+    cached vision features, each selection costs disk space and one run of the vision tower."""
 
 
-class Tuning(Settings):
+class AuxiliaryConfig(Settings):
+    """Tasks besides the score, for clips whose table has the columns `defects` and `explanation`: one adapter then
+    rates, answers and explains. In model families that support it, all tasks share one prefill of the clip."""
+
+    defect_questions: int = Field(2, ge=0)
+    """Closed questions about defects per clip and epoch: half about defects that are present, if there are enough, the
+    rest about absent ones."""
+    explanation_probability: float = Field(1.0, ge=0, le=1)
+    """Probability that a clip is explained in an epoch."""
+    random_defects_probability: float = Field(0.0, ge=0, le=1)
+    """Probability that an explanation is about a level and defects drawn at random, with a template sentence as the
+    answer. It teaches a small model to phrase the defect list in its prompt instead of recalling training sentences."""
+
+
+class TuningConfig(Settings):
     """Which weights are trained."""
 
     method: Literal["lora", "full"] = "lora"
-    """`lora`: low-rank adapters on the language model, the rest frozen (Hu et al., 2021). `full`: all weights of the
-    language model."""
+    """`lora`: low-rank adapters on the language model, everything else frozen (Hu et al., 2021). `full`: all weights of
+    the language model."""
     r: int = Field(16, ge=1)
     """`lora`: rank."""
-    alpha: int = Field(32, ge=1)
-    """`lora`: what the adapter adds is scaled by alpha / r."""
-    dropout: float = Field(0.05, ge=0, lt=1)
-    """`lora`: dropout before the adapter."""
+    lora_alpha: int = Field(32, ge=1)
+    """`lora`: the adapter's output is scaled by lora_alpha / r."""
+    lora_dropout: float = Field(0.05, ge=0, lt=1)
+    """`lora`: dropout in front of the adapter."""
     vision: bool = False
-    """Train the vision tower too: by adapters for `lora`, else all its weights."""
+    """Also train the vision tower: with adapters for `lora`, all its weights for `full`."""
     merger: bool = False
-    """Train what carries vision tokens into the language model too."""
+    """Also train the projector between vision tower and language model."""
 
 
-class Loss(Settings):
-    """What is minimised: a weighted sum, see `lmm_qa.training.losses`."""
+class LossConfig(Settings):
+    """The weighted sum to minimise, see `lmm_qa.training.losses`."""
 
     target: Literal["two_hot", "gaussian", "one_hot"] = "two_hot"
-    """Distribution over the levels that stands for a MOS. `gaussian` needs the standard deviation of the opinions."""
+    """Target distribution over the levels for a MOS. `gaussian` needs the standard deviation of the opinions."""
     cross_entropy: float = Field(1.0, ge=0)
     """Weight of the soft cross-entropy on the level words."""
     level_mass: float = Field(0.1, ge=0)
-    """Weight of -log(probability that any level word follows): keeps the answer a level."""
+    """Weight of -log(probability that the next token is any level word): keeps the answer a level."""
     fidelity: float = Field(1.0, ge=0)
-    """Weight of the fidelity loss over all pairs of the batch: the order of clips."""
+    """Weight of the fidelity loss over all pairs of clips in the batch: the ranking."""
     plcc: float = Field(0.0, ge=0)
     """Weight of 1 - PLCC over the batch."""
-    defects: float = Field(1.0, ge=0)
-    """Weight of the cross-entropy on the answers to closed questions; clips that are asked none count as 0."""
+    defect_questions: float = Field(1.0, ge=0)
+    """Weight of the cross-entropy on the answers to closed questions; clips without questions count as 0."""
     explanations: float = Field(0.3, ge=0)
-    """Weight of the cross-entropy on the words of explanations; clips that have none count as 0."""
+    """Weight of the cross-entropy on the tokens of explanations; clips without one count as 0."""
 
     @model_validator(mode="after")
-    def _some_weight(self) -> Self:
+    def _check_weights(self) -> Self:
         if not self.cross_entropy + self.fidelity + self.plcc:
             raise ValueError("one of cross_entropy, fidelity and plcc must have a weight above 0")
         return self
 
 
-class Training(Settings):
-    """How long, how fast, and where to."""
+class RunConfig(Settings):
+    """Optimisation, checkpoints and where they are written."""
 
-    output: Path
-    """Run directory: becomes a rater directory. Run again, training goes on from its last checkpoint."""
-    passes: float = Field(3.0, gt=0)
-    """Times that each clip is seen."""
+    output_dir: Path
+    """Run directory; becomes a rater directory. Running the same command again resumes from the last checkpoint."""
+    epochs: float = Field(3.0, gt=0)
+    """How often each clip is seen."""
     batch_size: int = Field(8, ge=1)
-    """Clips that go through the model together on one device. Pairwise losses compare the clips of all devices."""
-    accumulation: int = Field(1, ge=1)
-    """Batches before each step."""
+    """Clips per forward pass on one device. Pairwise losses compare the clips of all devices."""
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    """Forward passes per optimizer step."""
     learning_rate: float = Field(1e-4, gt=0)
-    """Of AdamW, at its highest."""
-    warmup: float = Field(0.05, ge=0, lt=1)
-    """Share of the steps in which the learning rate rises; then it falls as half a cosine."""
+    """Peak learning rate of AdamW."""
+    warmup_ratio: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps with a rising learning rate; a cosine decay follows."""
     weight_decay: float = Field(0.0, ge=0)
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     max_grad_norm: float = Field(1.0, gt=0)
-    """Longer gradients are scaled down to this."""
+    """Gradients are clipped to this norm."""
     gradient_checkpointing: bool = False
-    """Calculate activations again instead of keeping them: much less memory, a third more time."""
-    every: int = Field(200, ge=1)
-    """Steps from one checkpoint and evaluation on the validation clips to the next. The best one is kept."""
-    keep_vision: bool | None = None
-    """Run the frozen vision tower once a clip and keep what it says on disk; by default wherever that can be done."""
-    cache: Path = CACHE
-    """Folder for what is kept between runs: vision features, and which clips are readable."""
-    workers: int = Field(4, ge=1)
-    """Processes that read clips, on each device."""
+    """Recompute activations in the backward pass: much less memory, a third more time."""
+    eval_steps: int = Field(200, ge=1)
+    """Steps between checkpoints, each evaluated on the validation clips. The best one is kept."""
+    cache_vision_features: bool | None = None
+    """Run the frozen vision tower once per clip and cache its output on disk; by default wherever that is possible."""
+    cache_dir: Path = DEFAULT_CACHE_DIR
+    """Folder shared by all runs: vision features, and which clips are known to decode."""
+    num_workers: int = Field(4, ge=1)
+    """Processes that decode clips, per device."""
     skip_unreadable: bool = False
-    """Train without clips that are missing or cannot be read, instead of refusing to begin."""
+    """Train without clips that are missing or cannot be decoded, instead of refusing to start."""
     report_to: tuple[str, ...] = ()
-    """Where else the curves go: tensorboard, trackio, wandb, mlflow. They always go to metrics.jsonl."""
+    """Further destinations of the metrics: tensorboard, trackio, wandb, mlflow. metrics.jsonl is always written."""
     seed: int = 0
-    """Of the split, the order, the augmentation and the first adapter weights."""
+    """Seed of the split, the order, the augmentation and the initial adapter weights."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Further `transformers.TrainingArguments`, by their own names."""
 
-    def clips_a_step(self, processes: int) -> int:
-        """On all devices."""
-        return self.batch_size * self.accumulation * processes
+    def clips_per_step(self, processes: int) -> int:
+        """Clips of one optimizer step on all devices."""
+        return self.batch_size * self.gradient_accumulation_steps * processes
 
     def steps(self, clips: int, processes: int) -> int:
-        """Of a run over so many training clips."""
-        return math.ceil(self.passes * clips / self.clips_a_step(processes))
+        """Optimizer steps of a run over this number of training clips."""
+        return math.ceil(self.epochs * clips / self.clips_per_step(processes))
 
 
-class Recipe(Settings):
-    """A training run, whole."""
+class TrainingConfig(Settings):
+    """Everything that defines a training run."""
 
-    model: Model
+    model: ModelConfig
     data: Data
-    rating: Rating = Rating()
-    tuning: Tuning = Tuning()
-    augmentation: Augmentation = Augmentation()
-    words: Words = Words()
-    loss: Loss = Loss()
-    training: Training
+    rating: RatingConfig = RatingConfig()
+    tuning: TuningConfig = TuningConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()
+    auxiliary: AuxiliaryConfig = AuxiliaryConfig()
+    loss: LossConfig = LossConfig()
+    training: RunConfig
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _check_combinations(self) -> Self:
         if self.tuning.method == "full" and self.model.quantization:
             raise ValueError("quantized weights cannot be trained: use tuning.method lora, or no model.quantization")
-        if self.training.keep_vision and (self.tuning.vision or self.tuning.merger):
-            raise ValueError("what a vision tower says can only be kept while tower and merger are frozen")
+        if self.training.cache_vision_features and (self.tuning.vision or self.tuning.merger):
+            raise ValueError("vision features can only be cached while the vision tower and the merger are frozen")
         return self
 
     @classmethod
-    def load(cls, path: Path, changes: Sequence[str] = ()) -> Self:
-        """Read a recipe and change single values.
-
-        Args:
-            path: YAML file; paths in it are relative to the working directory. Or the name of one in `configs/`. A file
-                that `extends` another one, named in the same way or relative to itself, holds only what differs.
-            changes: each `section.key=value`, the value in YAML, as `training.learning_rate=2e-4`.
+    def parse(cls, values: object, where: str) -> Self:
+        """Validate plain data; names that were changed since version 0.1 get an error that gives the new name.
 
         Raises:
-            ConfigError: the file or a change cannot be used.
+            ConfigError: with one line for each thing that is wrong.
+        """
+        if old := [f"  {key} was renamed to {RENAMED_KEYS[key]}" for key in _keys(values) if key in RENAMED_KEYS]:
+            raise ConfigError("\n".join([f"{where} cannot be used:", *old]))
+        return super().parse(values, where)
+
+    @classmethod
+    def load(cls, path: Path, overrides: Sequence[str] = ()) -> Self:
+        """Read a YAML file and override single values.
+
+        Args:
+            path: YAML file, in which paths are relative to the working directory; or the name of a file in `configs/`.
+                A file that `extends` another one, named in the same way or relative to itself, holds only what differs.
+            overrides: each `section.key=value` with the value in YAML, e.g. `training.learning_rate=2e-4`.
+
+        Raises:
+            ConfigError: the file or an override is invalid.
         """
         values = _read(path)
-        for change in changes:
-            _change(values, change)
+        for override in overrides:
+            _apply(values, override)
         return cls.parse(values, str(path))
 
-    def keeps_vision(self, patch_grid: bool) -> bool:
-        """Whether vision features are kept.
+    def uses_vision_cache(self, patch_grid: bool) -> bool:
+        """Whether vision features are cached.
 
         Args:
-            patch_grid: whether the backbone is of a family with one, see `lmm_qa.model.inputs.patch_factor`.
+            patch_grid: whether the backbone's family has a patch grid, see `lmm_qa.model.inputs.patch_factor`.
 
         Raises:
-            ConfigError: they are asked for, and the family has none.
+            ConfigError: caching is requested for a family without a patch grid.
         """
-        if self.training.keep_vision and not patch_grid:
-            raise ConfigError("training.keep_vision: this family of models has no patch grid; leave the key out")
+        if self.training.cache_vision_features and not patch_grid:
+            raise ConfigError(
+                "training.cache_vision_features: this model family has no patch grid, so its vision features cannot "
+                "be cached; leave the key out"
+            )
         frozen = not (self.tuning.vision or self.tuning.merger)
-        return frozen and patch_grid and self.training.keep_vision is not False
+        return frozen and patch_grid and self.training.cache_vision_features is not False
 
     @property
     def scale(self) -> tuple[float, float]:
-        """Of the rater.
+        """The scale of the rater: MOS of the worst and the best level.
 
         Raises:
-            ConfigError: the tables have different ones, and `rating.scale` chooses none.
+            ConfigError: the tables have different scales and `rating.scale` is not set.
         """
         scales = {table.scale for table in self.data.train}
         if self.rating.scale is None and len(scales) > 1:
             raise ConfigError(f"the training tables have the scales {sorted(scales)}: choose with rating.scale")
         return self.rating.scale or scales.pop()
 
-    def rater(self) -> RaterConfig:
-        """The content of the run's rater.json, without what training adds.
+    def rater_config(self) -> RaterConfig:
+        """The content of the run's rater.json, without what training adds to it.
 
         Raises:
             UsageError, ModelError: there is no such backbone.
-            ConfigError: scale or prompt cannot be decided.
+            ConfigError: scale or prompt cannot be determined.
         """
         source = resolve_model(self.model.backbone, self.model.revision)
         if source.adapter is not None and source.name != EMBEDDED_NAME:
             raise ConfigError(f"model.backbone {self.model.backbone!r} is an adapter: merge it first (lmm-qa merge)")
-        settings = self.rating.settings(source.settings, self.scale)
+        settings = self.rating.rater_config(source.settings, self.scale)
         return settings.override(backbone=source.backbone, revision=source.revision)
 
 
+def _keys(values: object) -> Iterator[str]:
+    """`section.key` of all keys in plain data, as far as it is well-formed."""
+    for section, keys in values.items() if isinstance(values, dict) else ():
+        yield from (f"{section}.{key}" for key in (keys if isinstance(keys, dict) else ()))
+
+
 def _read(path: Path) -> Any:
-    """Plain data of a recipe, laid over that of the one that it extends."""
+    """Plain data of a configuration, merged over the one that it extends."""
     packaged = resources.files("lmm_qa.config_files") / f"{path}.yaml"
     try:
         text = (path if path.suffix or not packaged.is_file() else packaged).read_text(encoding="utf-8")
@@ -269,32 +313,32 @@ def _read(path: Path) -> Any:
         return values
     base = Path(str(values.pop("extends")))
     try:
-        return _over(_read(path.parent / base if base.suffix else base), values)
+        return _merge(_read(path.parent / base if base.suffix else base), values)
     except RecursionError:
         raise ConfigError(f"{path} extends itself, by way of {base}") from None
 
 
-def _over(base: Any, values: Any) -> Any:
-    """`values` laid over `base`, mapping by mapping; a list is replaced whole."""
+def _merge(base: Any, values: Any) -> Any:
+    """`values` merged over `base`, mapping by mapping; a list is replaced as a whole."""
     if not (isinstance(base, dict) and isinstance(values, dict)):
         return values
-    return base | {key: _over(base.get(key), value) for key, value in values.items()}
+    return base | {key: _merge(base.get(key), value) for key, value in values.items()}
 
 
-def _change(values: Any, change: str) -> None:
+def _apply(values: Any, override: str) -> None:
     """Apply `section.key=value` to plain data."""
-    where, equals, text = change.partition("=")
+    where, equals, text = override.partition("=")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         equals = ""
     if not equals or not where:
-        raise ConfigError(f"a change is of the form section.key=value, received {change!r}")
+        raise ConfigError(f"an override has the form section.key=value, received {override!r}")
     for name in where.split("."):
         parent = values
         try:
             place = int(name) if isinstance(values, list) else name
             values = values.setdefault(place, {}) if isinstance(values, dict) else values[place]
         except (TypeError, ValueError, IndexError):
-            raise ConfigError(f"{change!r}: there is no {name!r} to change") from None
+            raise ConfigError(f"{override!r}: there is no {name!r} to change") from None
     parent[place] = value

@@ -1,33 +1,145 @@
-"""Give a tuned rater away: as a plain transformers model, or on the Hugging Face hub."""
+"""Publish a tuned rater: model card, merging the adapter into the weights, upload to the Hugging Face hub."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from lmm_qa.errors import ModelError, UsageError
 from lmm_qa.model.backbone import Backbone
-from lmm_qa.model.rater_config import EMBEDDED_NAME, FILE_NAME, resolve_model
-from lmm_qa.rater import plan_rater
-from lmm_qa.training.model_card import retitled
+from lmm_qa.model.calibration import Calibration
+from lmm_qa.model.rater_config import EMBEDDED_NAME, FILE_NAME, RaterConfig, resolve_model
+from lmm_qa.model.rater_plan import plan_rater
+from lmm_qa.training.config import TrainingConfig
 
-FILES = ("README.md", "metrics.jsonl", "*.safetensors", "*.json", "*.jinja", "*.txt")
+PUBLISHED_FILES = ("README.md", "metrics.jsonl", "*.safetensors", "*.json", "*.jinja", "*.txt")
+
+CARD = """\
+---
+{front}---
+
+# {name}
+
+A video quality rater for talking heads: {backbone}, tuned ({method}) to mean opinion scores with lmm_qa.
+
+    lmm-qa rate clips/ --model {name} -o ratings.jsonl
+
+## How it works
+
+It sees {frames} frames of a clip. The score is computed from the probabilities of {levels} after "{stem}".
+Scores are on [{low:g}, {high:g}]. The sound is not used: lip-sync is not judged.
+
+## Data
+
+{data}
+Splits are by person (group), never by clip. {left_out}
+Fingerprint of clips and labels: `{fingerprint}`.
+
+## Results
+
+{metrics}
+{calibration}
+## Training
+
+    {tuning}
+    {loss}
+    {training}
+
+Made with {versions}.
+
+## Intended use and limits
+
+To rank and rate clips like those that it was tuned on. For other generators, persons, resolutions or codecs, its scores
+may be wrong without any sign of it: compare with opinions of your own first (`lmm-qa evaluate`). It must not be used to
+judge people.
+"""
 
 
-"""What of a run directory is given away: no checkpoints."""
+def model_card(
+    name: str, rater: RaterConfig, config: TrainingConfig, record: dict[str, Any], calibration: Calibration | None
+) -> str:
+    """Markdown with the front matter of the Hugging Face hub.
+
+    Args:
+        name: of the rater.
+        rater: its rater.json.
+        config: of its training.
+        record: content of its run.json, with `metrics`.
+        calibration: its calibration.json.
+    """
+    backbone, bits = config.model.backbone, config.model.quantization
+    adapter = config.tuning.method == "lora"
+    tables = ", ".join(f"`{table.path}`" for table in config.data.train)
+    counts = "; ".join(
+        f"{split}: {count} clips of {record['groups'][split]} groups" for split, count in record["clips"].items()
+    )
+    metrics = _metrics_table(record["metrics"], record["clips"]["validation"])
+    if bits:
+        metrics += f"\nMeasured with the backbone in {bits}: rate with `--quantization {bits}`.\n"
+    summary = calibration.summary() if calibration else ""
+    return CARD.format(
+        front=_front_matter(backbone, adapter),
+        name=name,
+        backbone=backbone,
+        method=f"LoRA of rank {config.tuning.r}{f', backbone in {bits}' if bits else ''}" if adapter else "all weights",
+        frames=rater.sampling.frames,
+        levels=", ".join(rater.prompt.levels),
+        stem=rater.prompt.stem,
+        low=rater.scale[0],
+        high=rater.scale[1],
+        data=f"Labels: {tables}.\n{counts}.",
+        left_out=" ".join(f"{one}." for one in record["left_out"]),
+        fingerprint=record["data"],
+        metrics=metrics,
+        calibration="\nScores are calibrated:\n\n" + "".join(f"    {line}\n" for line in summary.splitlines())
+        if summary
+        else "",
+        tuning=f"tuning    {config.tuning}",
+        loss=f"loss      {config.loss}",
+        training=f"training  {config.training.epochs:g} epochs, batch size {config.training.batch_size}, "
+        f"learning rate {config.training.learning_rate:g}, seed {config.training.seed}",
+        versions=", ".join(f"{package} {number}" for package, number in record["versions"].items()),
+    )
+
+
+def _front_matter(backbone: str | None, adapter: bool) -> str:
+    """Names the backbone only if it is a hub id: a local directory means nothing to others."""
+    public = {"base_model": backbone} if backbone and re.fullmatch(r"[\w.-]+/[\w.-]+", backbone) else {}
+    front = {
+        **public,
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "video-text-to-text",
+        "tags": ["lmm_qa", "video-quality-assessment", "talking-head", *(["lora"] if adapter else [])],
+    }
+    return yaml.safe_dump(front, sort_keys=False)
+
+
+def _metrics_table(metrics: dict[str, list[float]], clips: int) -> str:
+    if not metrics:
+        return "Not measured: there were no validation clips, or too few."
+    rows = [f"| {name} | {value:.4f} | {low:.4f} to {high:.4f} |" for name, (value, low, high) in metrics.items()]
+    head = (
+        f"On the {clips} validation clips, with 95% bootstrap intervals. These clips also selected the checkpoint, so "
+        "expect a little less on new clips."
+    )
+    return "\n".join([head, "", "| | value | 95% |", "| --- | --- | --- |", *rows, ""])
 
 
 def merge(rater: Path, folder: Path) -> None:
-    """Write a rater as a plain transformers model: its adapter calculated into the weights, in float32.
+    """Write a rater as a plain transformers model, with its adapter merged into the float32 weights.
 
-    The folder is a rater directory too: same question, same frames, same calibration, same scores but for rounding.
+    The folder is a rater directory too: same prompt, frames and calibration; the same scores up to rounding.
 
     Raises:
-        UsageError: `folder` is there and not empty, or `rater` is no directory.
+        UsageError: `folder` exists and is not empty, or `rater` is not a directory.
         ModelError: the rater cannot be loaded, or has no adapter.
     """
     source = resolve_model(rater)
     if source.adapter is None:
-        raise ModelError(f"{rater} has no adapter to merge: it is a whole model already")
+        raise ModelError(f"{rater} has no adapter to merge: it is a complete model already")
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} is not empty: name a new folder")
     backbone = Backbone.load(source.backbone, revision=source.revision, adapter=source.adapter, device="cpu",
@@ -38,25 +150,27 @@ def merge(rater: Path, folder: Path) -> None:
     settings = source.settings.model_copy(update={"backbone": None, "revision": None, "backbone_weights": None})
     (folder / FILE_NAME).write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
     if (rater / "README.md").is_file():
-        text = (rater / "README.md").read_text(encoding="utf-8")
-        (folder / "README.md").write_text(retitled(text), encoding="utf-8")
+        _, front, body = (rater / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+        front = _front_matter(yaml.safe_load(front).get("base_model"), adapter=False)
+        (folder / "README.md").write_text(f"---\n{front}---\n{body}", encoding="utf-8")
     if calibration := plan_rater(rater, device="cpu").calibration:
-        same = {"rater_id": plan_rater(folder, device="cpu").raw_rater_id}  # other weights, the same scores
-        calibration.model_copy(update=same).write(folder)
+        # The scores are the same, so the calibration holds for the merged weights as well.
+        rater_id = plan_rater(folder, device="cpu").raw_rater_id
+        calibration.model_copy(update={"rater_id": rater_id}).write(folder)
 
 
 def push(rater: Path, repository: str, *, private: bool = False) -> str:
-    """Upload a rater directory to the hub, without its checkpoints.
+    """Upload a rater directory to the hub, without checkpoints.
 
     Args:
-        repository: `user/name`; made where it is missing.
-        private: only you can see it.
+        repository: `user/name`; created if missing.
+        private: visible to you only.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        UsageError: `rater` is no directory, or others could not load it, since its backbone lies on this machine.
+        UsageError: `rater` is not a directory, or others could not load it because its backbone is a local directory.
         ModelError: the hub refuses.
     """
     from huggingface_hub import HfApi
@@ -64,7 +178,7 @@ def push(rater: Path, repository: str, *, private: bool = False) -> str:
 
     source = resolve_model(rater)
     if not rater.is_dir():
-        raise UsageError(f"{rater} is no directory")
+        raise UsageError(f"{rater} is not a directory")
     if source.adapter and source.settings.backbone != EMBEDDED_NAME and Path(source.backbone).is_dir():
         raise UsageError(
             f"the backbone of {rater} is a directory of this machine, {source.backbone}: nobody else could load the "
@@ -73,10 +187,10 @@ def push(rater: Path, repository: str, *, private: bool = False) -> str:
     try:
         hub = HfApi()
         hub.create_repo(repository, private=private, exist_ok=True)
-        done = hub.upload_folder(repo_id=repository, folder_path=rater, allow_patterns=list(FILES),
-                                 ignore_patterns=["checkpoints/*", "run.json"])  # fmt: skip
+        commit = hub.upload_folder(repo_id=repository, folder_path=rater, allow_patterns=list(PUBLISHED_FILES),
+                                   ignore_patterns=["checkpoints/*", "run.json"])  # fmt: skip
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         raise ModelError(
             f"cannot upload {rater} to {repository!r}: {error}; are you logged in (hf auth login)?"
         ) from None
-    return str(done)
+    return str(commit)

@@ -1,7 +1,8 @@
-"""What a frozen vision tower says of each clip: computed once, kept on disk, read by every training step after that.
+"""Disk cache of the frozen vision tower's output: computed once per clip, read by every training step after that.
 
-A file a clip and choice of frames, named by all that determines its content (the clip's bytes, the frames, the views,
-the weights, the number format), so that runs and processes share a folder. Files are written whole or not at all.
+There is one file per clip and frame selection. Its name is a hash of everything that determines the content (the clip's
+bytes, the frames, the views, the weights, the number format), so runs and processes can share a folder. Files are
+written atomically.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from lmm_qa.atomic import replacing
 from lmm_qa.config import Sampling
 from lmm_qa.errors import ClipError, TrainingError
 from lmm_qa.model.backbone import Backbone
-from lmm_qa.model.inputs import ClipInput, patch_factor, prepare_inputs, vision_features, without_question
+from lmm_qa.model.inputs import ClipInput, patch_factor, prepare_inputs, remove_question, vision_features
 from lmm_qa.model.prompt import SLOTS
 from lmm_qa.model.rater_config import RaterConfig
 from lmm_qa.rater import clip_input
@@ -31,50 +32,46 @@ from lmm_qa.video.decoder_pool import DecoderPool
 
 Tensors = dict[str, torch.Tensor]
 
-
 FEATURES = ("tokens", "deepstack")
 
-
 FORMAT = 1
+"""Increase it when the content of the files, or the decoding of clips, changes."""
 
 
-"""To be raised when what is kept, or how clips are decoded, changes."""
-
-
-class Look(NamedTuple):
-    """One clip, looked at in one way."""
+class SampledClip(NamedTuple):
+    """A clip with a frame selection."""
 
     path: Path
     content_id: str
     sampling: Sampling
 
 
-class Kept(NamedTuple):
-    """What stands for a clip's pixels."""
+class CachedClip(NamedTuple):
+    """What is stored of a sampled clip."""
 
     inputs: Tensors
-    """The model's inputs, without pixels and without a question: see `lmm_qa.model.inputs.with_question`."""
+    """Model inputs without pixels and without a question: see `lmm_qa.model.inputs.append_question`."""
     features: Tensors
     """See `lmm_qa.model.inputs.vision_features`."""
     slots: dict[str, float]
-    """Values for the prompt's slots."""
+    """Values of the prompt's slots."""
 
 
 @dataclass(frozen=True)
 class VisionCache:
-    """The folder, and what all its files for one backbone and one way of rating have in common."""
+    """Cached vision features of one backbone under one rater configuration."""
 
     folder: Path
     weights: str
     """Fingerprint of the backbone and its number format."""
     settings: RaterConfig
-    """Views, and the prompt's system message."""
+    """For the views and the prompt's system message."""
 
-    def path(self, look: Look) -> Path:
-        """Where a look is kept."""
+    def path(self, clip: SampledClip) -> Path:
+        """The file of a sampled clip, whether it exists or not."""
         parts = {
-            "content": look.content_id,
-            "sampling": look.sampling.model_dump(),
+            "content": clip.content_id,
+            "sampling": clip.sampling.model_dump(),
             "views": [view.model_dump() for view in self.settings.views],
             "system": self.settings.prompt.system,
             "weights": self.weights,
@@ -83,75 +80,75 @@ class VisionCache:
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
         return self.folder / key[:2] / f"{key}.safetensors"
 
-    def load(self, look: Look) -> Kept:
-        """What is kept of a look.
+    def load(self, clip: SampledClip) -> CachedClip:
+        """Read the file of a sampled clip.
 
         Raises:
-            TrainingError: they are not there any more.
+            TrainingError: it is missing or damaged; a damaged file is removed.
         """
-        path = self.path(look)
+        path = self.path(clip)
         try:
-            kept = load_file(path)
+            stored = load_file(path)
         except (OSError, SafetensorError) as error:
             with suppress(OSError):
-                path.unlink()  # torn by a machine that was lost
+                path.unlink()  # cut off by a machine crash
             raise TrainingError(
-                f"the vision features of {look.path} cannot be read from {path} ({error}): start again, and what is "
-                "missing is made anew"
+                f"the vision features of {clip.path} cannot be read from {path} ({error}): run the command again to "
+                "compute what is missing"
             ) from None
-        slots = dict(zip(SLOTS, kept.pop("slots").tolist(), strict=True))
-        features = {name: kept.pop(name) for name in FEATURES if name in kept}
-        return Kept(kept, features, slots)
+        slots = dict(zip(SLOTS, stored.pop("slots").tolist(), strict=True))
+        features = {name: stored.pop(name) for name in FEATURES if name in stored}
+        return CachedClip(stored, features, slots)
 
-    def missing(self, looks: Sequence[Look]) -> list[Look]:
-        """Those that are not kept yet, each once, in order."""
-        return list({self.path(look): look for look in looks if not self.path(look).exists()}.values())
+    def missing(self, clips: Sequence[SampledClip]) -> list[SampledClip]:
+        """Those that are not in the cache, each once, in order."""
+        return list({self.path(clip): clip for clip in clips if not self.path(clip).exists()}.values())
 
     def fill(
         self,
-        looks: Sequence[Look],
+        clips: Sequence[SampledClip],
         backbone: Backbone,
         workers: int,
         progress: Callable[[int, int], object],
     ) -> None:
-        """Run the vision tower over looks that are missing.
+        """Run the vision tower on clips and store its output.
 
         Args:
             backbone: loaded, on its device.
             workers: decoding processes.
-            progress: called after each look with the number done, and that of all.
+            progress: called after each clip with the number done and the total.
 
         Raises:
-            TrainingError: a clip cannot be read, or the folder cannot be written to.
+            TrainingError: a clip cannot be decoded, or the folder is not writable.
         """
-        by_sampling: dict[Sampling, list[Look]] = {}
-        for look in looks:
-            by_sampling.setdefault(look.sampling, []).append(look)
+        by_sampling: dict[Sampling, list[SampledClip]] = {}
+        for clip in clips:
+            by_sampling.setdefault(clip.sampling, []).append(clip)
         factor, done = patch_factor(backbone.processor) or 1, 0
         with DecoderPool(workers) as pool:
             for sampling, group in by_sampling.items():
-                read = pool.imap((look.path for look in group), sampling, self.settings.views, factor)
-                for look, frames in zip(group, read, strict=True):
+                decoded = pool.imap((clip.path for clip in group), sampling, self.settings.views, factor)
+                for clip, frames in zip(group, decoded, strict=True):
                     if isinstance(frames, ClipError):
-                        raise TrainingError(f"{look.path} cannot be read any more: {frames}") from frames
-                    self._keep(look, backbone, clip_input(frames))
+                        raise TrainingError(f"{clip.path} could be decoded before, but not now: {frames}") from frames
+                    self._store(clip, backbone, clip_input(frames))
                     done += 1
-                    progress(done, len(looks))
+                    progress(done, len(clips))
 
     @torch.inference_mode()
-    def _keep(self, look: Look, backbone: Backbone, clip: ClipInput) -> None:
+    def _store(self, clip: SampledClip, backbone: Backbone, pixels: ClipInput) -> None:
         prompt, processor = self.settings.prompt, backbone.processor
-        inputs = without_question(
-            processor, prepare_inputs(processor, [clip], prompt), prompt, len(clip.views), clip.slots
+        inputs = remove_question(
+            processor, prepare_inputs(processor, [pixels], prompt), prompt, len(pixels.views), pixels.slots
         )
-        seen = vision_features(backbone.model, {name: value.to(backbone.device) for name, value in inputs.items()})
+        features = vision_features(backbone.model, {name: value.to(backbone.device) for name, value in inputs.items()})
         del inputs["pixel_values_videos"]
-        inputs["slots"] = torch.tensor([clip.slots[name] for name in SLOTS], dtype=torch.float64)
-        kept = {name: value.cpu().contiguous() for name, value in {**inputs, **seen}.items()}
-        path = self.path(look)
+        inputs["slots"] = torch.tensor([pixels.slots[name] for name in SLOTS], dtype=torch.float64)
+        tensors = {name: value.cpu().contiguous() for name, value in {**inputs, **features}.items()}
+        path = self.path(clip)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as beside:
-                save_file(kept, beside)
+            with replacing(path) as temporary:
+                save_file(tensors, temporary)
         except (OSError, SafetensorError) as error:
-            raise TrainingError(f"cannot keep vision features in {self.folder}: {error}") from None
+            raise TrainingError(f"cannot write vision features to {self.folder}: {error}") from None

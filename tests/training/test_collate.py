@@ -18,26 +18,33 @@ from lmm_qa.config import Sampling, View
 from lmm_qa.defects.explanation import Finding, explanation_prompt, opening
 from lmm_qa.defects.questions import questions
 from lmm_qa.errors import TrainingError
+from lmm_qa.model import compat
 from lmm_qa.model.backbone import Backbone
 from lmm_qa.model.inputs import (
     ClipInput,
-    as_seen,
-    join_inputs,
+    append_question,
+    collate_inputs,
     patch_factor,
     prepare_inputs,
+    remove_question,
     vision_features,
-    with_question,
-    without_question,
 )
 from lmm_qa.model.loading import load_processor
 from lmm_qa.model.prompt import Prompt
 from lmm_qa.model.rater_config import RaterConfig
 from lmm_qa.rater import clip_input
-from lmm_qa.training.collate import Clip, Collate, Passes, Samples, ask, explained
-from lmm_qa.training.config import Augmentation, Words
+from lmm_qa.training.collate import (
+    EpochSampler,
+    LabelledClip,
+    RatingCollator,
+    RatingDataset,
+    explanation_target,
+    sample_defect_questions,
+)
+from lmm_qa.training.config import AugmentationConfig, AuxiliaryConfig
 from lmm_qa.training.dataset import Example
-from lmm_qa.training.run import next_words
-from lmm_qa.training.vision_cache import Look, VisionCache
+from lmm_qa.training.trainer import next_token_logits
+from lmm_qa.training.vision_cache import SampledClip, VisionCache
 from lmm_qa.video.decode import read_frames
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -64,10 +71,10 @@ def test_another_question_costs_no_work_on_pixels_and_changes_nothing(
 ) -> None:
     processor = load_processor(str(family_dir(family)))
     seen = clip(0, patch_factor(processor) or 1)
-    first = without_question(processor, prepare_inputs(processor, [seen], PROMPT), PROMPT, 2, SLOTS)
+    first = remove_question(processor, prepare_inputs(processor, [seen], PROMPT), PROMPT, 2, SLOTS)
     for question in (PROMPT.question, *PROMPT.paraphrases):
         other = PROMPT.model_copy(update={"question": question})
-        equal(with_question(processor, first, other, 2, SLOTS), dict(prepare_inputs(processor, [seen], other)))
+        equal(append_question(processor, first, other, 2, SLOTS), dict(prepare_inputs(processor, [seen], other)))
 
 
 @pytest.mark.parametrize("family", [*QWEN, "llava_onevision"])
@@ -76,7 +83,7 @@ def test_clips_prepared_singly_make_the_batch_of_all(family: str, family_dir: Ca
     factor = patch_factor(processor)
     clips = [clip(0, factor or 14), clip(1, factor or 14, (4, 2))]
     single = [dict(prepare_inputs(processor, [one], PROMPT)) for one in clips]
-    equal(join_inputs(processor, single), dict(prepare_inputs(processor, clips, PROMPT)))
+    equal(collate_inputs(processor, single), dict(prepare_inputs(processor, clips, PROMPT)))
 
 
 @pytest.mark.parametrize("family", QWEN)
@@ -85,15 +92,15 @@ def test_vision_features_stand_for_the_pixels(family: str, family_dir: Callable[
     clips = [clip(0, patch_factor(backbone.processor) or 1), clip(1, patch_factor(backbone.processor) or 1, (4, 2))]
     single = [dict(prepare_inputs(backbone.processor, [one], PROMPT)) for one in clips]
     with torch.no_grad():
-        expected = backbone.model(**join_inputs(backbone.processor, single), logits_to_keep=1).logits
+        expected = backbone.model(**collate_inputs(backbone.processor, single), logits_to_keep=1).logits
         features = [vision_features(backbone.model, inputs) for inputs in single]
         joined = {name: torch.cat([each[name] for each in features], dim=-2) for name in features[0]}
         for inputs in single:
             del inputs["pixel_values_videos"]
-        batch = join_inputs(backbone.processor, single)
-        given = backbone.model(**batch, **as_seen(joined), logits_to_keep=1).logits
+        batch = collate_inputs(backbone.processor, single)
+        given = backbone.model(**batch, **compat.vision_kwargs(joined), logits_to_keep=1).logits
         swapped = {name: value.flip(-2) for name, value in joined.items()}
-        wrong = backbone.model(**batch, **as_seen(swapped), logits_to_keep=1).logits
+        wrong = backbone.model(**batch, **compat.vision_kwargs(swapped), logits_to_keep=1).logits
     assert ("deepstack" in joined) == (family == "qwen3_vl")
     torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-4)
     assert (wrong - expected).abs().max() > 1e-2, "the features matter"
@@ -101,65 +108,73 @@ def test_vision_features_stand_for_the_pixels(family: str, family_dir: Callable[
 
 @pytest.mark.parametrize(("clips", "samples"), [(5, 17), (5, 5), (7, 3)])
 def test_each_pass_sees_every_clip_once_in_another_order(clips: int, samples: int) -> None:
-    keys = list(Passes(clips, samples, seed=1))
-    assert len(keys) == len(Passes(clips, samples, seed=1)) == samples
+    keys = list(EpochSampler(clips, samples, seed=1))
+    assert len(keys) == len(EpochSampler(clips, samples, seed=1)) == samples
     assert max(Counter(keys).values()) == 1
     orders = [[index for number, index in keys if number == wanted] for wanted in range(-(-samples // clips))]
     assert all(sorted(order) == list(range(clips)) for order in orders if len(order) == clips)
-    assert list(Passes(clips, samples, seed=1)) == keys
+    assert list(EpochSampler(clips, samples, seed=1)) == keys
     if samples > 2 * clips:
-        assert orders[0] != orders[1] and keys != list(Passes(clips, samples, seed=2))
+        assert orders[0] != orders[1] and keys != list(EpochSampler(clips, samples, seed=2))
 
 
 @pytest.fixture
-def samples(family_dir: Callable[[str], Path], clips_dir: Path) -> Samples:
+def samples(family_dir: Callable[[str], Path], clips_dir: Path) -> RatingDataset:
     processor = load_processor(str(family_dir("qwen2_vl")))
     settings = RaterConfig(prompt=PROMPT, sampling=Sampling(frames=4), views=(View(max_pixels=56 * 56),))
     files = sorted(clips_dir.glob("*.mp4"))[:3]
-    clips = [Clip(Example(file.name, file, 3.0, None, None, file, (1, 5)), file.name) for file in files]
-    return Samples(clips, settings, processor, 10_000, None, Augmentation(paraphrases=0.5, offsets=3), seed=4)
+    clips = [LabelledClip(Example(file.name, file, 3.0, None, None, file, (1, 5)), file.name) for file in files]
+    return RatingDataset(
+        clips,
+        settings,
+        processor,
+        10_000,
+        None,
+        AugmentationConfig(paraphrase_probability=0.5, temporal_offsets=3),
+        seed=4,
+    )
 
 
-def test_a_sample_depends_on_seed_pass_and_clip_alone(samples: Samples) -> None:
-    draws = {(number, index): samples._draw((number, index)) for number in range(40) for index in range(3)}
-    assert all(samples._draw(key) == drawn for key, drawn in reversed(draws.items()))
+def test_a_sample_depends_on_seed_pass_and_clip_alone(samples: RatingDataset) -> None:
+    draws = {(number, index): samples._augment((number, index)) for number in range(40) for index in range(3)}
+    assert all(samples._augment(key) == drawn for key, drawn in reversed(draws.items()))
     phases = Counter(sampling.phase for _, sampling, _ in draws.values())
     questions = Counter(prompt.question for _, _, prompt in draws.values())
     assert sorted(phases) == pytest.approx([1 / 6, 0.5, 5 / 6]) and min(phases.values()) > 20
     assert 40 < questions[PROMPT.question] < 80 and min(questions[question] for question in PROMPT.paraphrases) > 12
-    assert {(look.content_id, look.sampling) for look in samples.looks()} == {
+    assert {(look.content_id, look.sampling) for look in samples.sampled_clips()} == {
         (clip.content_id, sampling) for clip, sampling, _ in draws.values()
     }, "what is kept is what is drawn"
 
 
-def test_without_augmentation_it_is_what_rating_sees(samples: Samples) -> None:
+def test_without_augmentation_it_is_what_rating_sees(samples: RatingDataset) -> None:
     samples.augmentation = None
-    assert [look.sampling for look in samples.looks()] == [samples.settings.sampling] * 3
+    assert [look.sampling for look in samples.sampled_clips()] == [samples.settings.sampling] * 3
     rated = samples[1]
     frames = read_frames(samples.clips[1].example.path, samples.settings.sampling, samples.settings.views, 28)
     equal(rated["inputs"], dict(prepare_inputs(samples.processor, [clip_input(frames)], PROMPT)))
 
 
-def test_a_clip_of_too_many_tokens_is_refused_by_name(samples: Samples) -> None:
-    samples.limit = 10
-    with pytest.raises(TrainingError, match=r"\.mp4 takes \d+ tokens, the model 10: look at fewer frames"):
+def test_a_clip_of_too_many_tokens_is_refused_by_name(samples: RatingDataset) -> None:
+    samples.max_tokens = 10
+    with pytest.raises(TrainingError, match=r"\.mp4 takes \d+ tokens, the model's context holds 10: use fewer frames"):
         samples[0, 0]
 
 
-def test_batches_hold_what_their_samples_hold(samples: Samples) -> None:
+def test_batches_hold_what_their_samples_hold(samples: RatingDataset) -> None:
     first = samples.clips[0]
     samples.clips = [first._replace(example=replace(first.example, std=0.5)), *samples.clips[1:]]
     parts = [samples[0, index] for index in range(3)]
-    batch = Collate(samples.processor)(parts)
+    batch = RatingCollator(samples.processor)(parts)
     assert batch["names"] == [clip.example.name for clip in samples.clips]
     assert batch["mos"] == [3.0] * 3 and [math.isnan(std) for std in batch["std"]] == [False, True, True]
-    equal(batch["inputs"], join_inputs(samples.processor, [part["inputs"] for part in parts]))
-    assert batch["features"] == {}
+    equal(batch["inputs"], collate_inputs(samples.processor, [part["inputs"] for part in parts]))
+    assert batch["vision_features"] == {}
 
 
 def test_what_is_kept_is_named_by_all_that_determines_it(tmp_path: Path) -> None:
     settings = RaterConfig()
-    store, look = VisionCache(tmp_path, "weights", settings), Look(Path("a.mp4"), "content", Sampling())
+    store, look = VisionCache(tmp_path, "weights", settings), SampledClip(Path("a.mp4"), "content", Sampling())
     others = [
         store.path(look._replace(content_id="other")),
         store.path(look._replace(sampling=Sampling(phase=0.25))),
@@ -186,12 +201,12 @@ FOUND = (Finding("stall", 1.0, ((1.2, 2.0),)), Finding("blur", 1.0))
 SAID = "The quality is fair: it freezes from 1.2 to 2.0 s. "
 
 
-def described(clip: Clip, **more: Any) -> Clip:
+def described(clip: LabelledClip, **more: Any) -> LabelledClip:
     return clip._replace(example=replace(clip.example, **more))
 
 
 @pytest.fixture
-def asked(samples: Samples) -> Samples:
+def asked(samples: RatingDataset) -> RatingDataset:
     """Clips with much, nothing, and little to be asked."""
     first, second, third = samples.clips
     samples.clips = [
@@ -199,11 +214,11 @@ def asked(samples: Samples) -> Samples:
         second,
         described(third, found=(), absent=("noise",)),
     ]
-    samples.words = Words(defects=3)
+    samples.auxiliary = AuxiliaryConfig(defect_questions=3)
     return samples
 
 
-def alone(backbone: Backbone, samples: Samples, index: int, prompt: Prompt, more: list[int]) -> torch.Tensor:
+def alone(backbone: Backbone, samples: RatingDataset, index: int, prompt: Prompt, more: list[int]) -> torch.Tensor:
     """Logits after each of the last 1 + len(more) tokens, of one clip and one prompt, as transformers prepares them."""
     path, settings = samples.clips[index].example.path, samples.settings
     frames = clip_input(read_frames(path, settings.sampling, settings.views, samples.factor))
@@ -218,36 +233,38 @@ def alone(backbone: Backbone, samples: Samples, index: int, prompt: Prompt, more
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", [*QWEN, "llava_onevision"])
-def test_records_know_nothing_of_each_other(family: str, family_dir: Callable[[str], Path], asked: Samples) -> None:
+def test_records_know_nothing_of_each_other(
+    family: str, family_dir: Callable[[str], Path], asked: RatingDataset
+) -> None:
     backbone = Backbone.load(str(family_dir(family)), device="cpu")
     asked.processor, asked.factor = backbone.processor, patch_factor(backbone.processor) or 1
-    asked.augmentation = Augmentation(paraphrases=0, offsets=1)
+    asked.augmentation = AugmentationConfig(paraphrase_probability=0, temporal_offsets=1)
     tokenizer = backbone.processor.tokenizer
     spoken = explanation_prompt(PROMPT, FOUND).model_copy(update={"stem": opening(PROMPT, "fair")})
     tokens = [*tokenizer(": it freezes from 1.2 to 2.0 s.")["input_ids"], tokenizer.eos_token_id]
     logits = [alone(backbone, asked, 0, spoken, tokens[:-1])]
     for index in (0, 2):
-        for name, there in ask(asked.clips[index].example, 3, chance(asked, index)).items():
+        for name, there in sample_defect_questions(asked.clips[index].example, 3, chance(asked, index)).items():
             logits.append(alone(backbone, asked, index, questions()[name], []))
             tokens += tokenizer(" yes" if there else " no")["input_ids"]
     ratings = torch.cat([alone(backbone, asked, index, PROMPT, []) for index in range(3)])
     wanted = torch.cat(logits)
-    assert backbone.shares_prefills == (family != "llava_onevision")
-    for shares in {False, backbone.shares_prefills}:
-        batch = Collate(backbone.processor, shares)([asked[0, index] for index in range(3)])
-        found, answers = next_words(backbone.model, batch)
+    assert backbone.can_share_prefill == (family != "llava_onevision")
+    for shares in {False, backbone.can_share_prefill}:
+        batch = RatingCollator(backbone.processor, shares)([asked[0, index] for index in range(3)])
+        found, answers = next_token_logits(backbone.model, batch)
         torch.testing.assert_close(found, ratings, atol=1e-4, rtol=1e-4)
-        assert batch["answers"] is not None and len(answers) == len(wanted) == len(tokens)
+        assert batch["auxiliary"] is not None and len(answers) == len(wanted) == len(tokens)
         nearest = torch.cdist(answers, wanted).argmin(dim=0)
         assert len(set(nearest.tolist())) == len(tokens)
         torch.testing.assert_close(answers[nearest], wanted, atol=1e-4, rtol=1e-4)
-        assert batch["answers"]["tokens"][nearest].tolist() == tokens
-        kinds, weights = batch["answers"]["kinds"][nearest], torch.tensor(batch["answers"]["shares"])[nearest]
+        assert batch["auxiliary"]["target_ids"][nearest].tolist() == tokens
+        kinds, weights = batch["auxiliary"]["tasks"][nearest], torch.tensor(batch["auxiliary"]["weights"])[nearest]
         assert kinds.tolist() == [1] * (len(tokens) - 4) + [0] * 4
         assert weights.tolist() == pytest.approx([1 / (len(tokens) - 4)] * (len(tokens) - 4) + [1] * 4)
 
 
-def chance(samples: Samples, index: int) -> random.Random:
+def chance(samples: RatingDataset, index: int) -> random.Random:
     """What a clip has in pass 0."""
     return random.Random(f"words {samples.seed} 0 {samples.clips[index].content_id}")
 
@@ -255,45 +272,45 @@ def chance(samples: Samples, index: int) -> random.Random:
 def test_what_is_there_is_asked_as_often_as_what_is_not() -> None:
     example = Example("a", Path("a"), 3.0, None, None, "g", (1, 5), FOUND, ("noise", "seam", "flicker"))
     for count in (1, 2, 3, 4):
-        draws = [ask(example, count, random.Random(number)) for number in range(200)]
+        draws = [sample_defect_questions(example, count, random.Random(number)) for number in range(200)]
         assert all(len(drawn) == count for drawn in draws)
         assert sum(sum(drawn.values()) for drawn in draws) == pytest.approx(100 * count, abs=30)
         assert {name for drawn in draws for name in drawn} == {"stall", "blur", "noise", "seam", "flicker"}
-    everything = ask(example, 9, random.Random(0))
+    everything = sample_defect_questions(example, 9, random.Random(0))
     assert everything == {"stall": True, "blur": True, "noise": False, "seam": False, "flicker": False}
-    assert list(ask(replace(example, absent=()), 2, random.Random(0)).values()) == [True, True]
-    assert list(ask(replace(example, found=()), 2, random.Random(0)).values()) == [False, False]
-    assert ask(replace(example, found=None, absent=()), 2, random.Random(0)) == {}
+    assert list(sample_defect_questions(replace(example, absent=()), 2, random.Random(0)).values()) == [True, True]
+    assert list(sample_defect_questions(replace(example, found=()), 2, random.Random(0)).values()) == [False, False]
+    assert sample_defect_questions(replace(example, found=None, absent=()), 2, random.Random(0)) == {}
 
 
 def test_an_explanation_is_asked_as_in_rating() -> None:
     example = Example("a", Path("a"), 3.0, None, None, "g", (1, 5), FOUND, (), SAID)
-    prompt, said = explained(example, PROMPT)
+    prompt, said = explanation_target(example, PROMPT)
     assert (prompt.stem, said) == ("It is fair", ": it freezes from 1.2 to 2.0 s.")
     assert "stall from 1.2 to 2.0 s; blur" in prompt.question
-    told, _ = explained(replace(example, found=None), PROMPT)
+    told, _ = explanation_target(replace(example, found=None), PROMPT)
     assert "Defects found: stall." in told.question, "what the text names"
-    none, _ = explained(replace(example, found=()), PROMPT)
+    none, _ = explanation_target(replace(example, found=()), PROMPT)
     assert "Defects found: none." in none.question
     with pytest.raises(TrainingError, match=r"the explanation of 'a' has none of the words bad, poor, .*'It is exc"):
-        explained(replace(example, explanation="Blurred."), PROMPT)
+        explanation_target(replace(example, explanation="Blurred."), PROMPT)
 
 
-def test_records_depend_on_seed_pass_and_clip_alone(asked: Samples) -> None:
-    asked.words = Words(defects=1, explanations=0.5)
-    draws = [asked._records(asked.clips[0], number, SLOTS) for number in range(20)]
-    assert draws[::-1] == [asked._records(asked.clips[0], number, SLOTS) for number in reversed(range(20))]
+def test_records_depend_on_seed_pass_and_clip_alone(asked: RatingDataset) -> None:
+    asked.auxiliary = AuxiliaryConfig(defect_questions=1, explanation_probability=0.5)
+    draws = [asked._auxiliary(asked.clips[0], number, SLOTS) for number in range(20)]
+    assert draws[::-1] == [asked._auxiliary(asked.clips[0], number, SLOTS) for number in reversed(range(20))]
     assert 2 < sum(len(records) == 2 for records in draws) < 18
-    assert len({tuple(records[0].question) for records in draws}) == 4
+    assert len({tuple(records[0].prompt_ids) for records in draws}) == 4
     asked.seed += 1
-    assert draws != [asked._records(asked.clips[0], number, SLOTS) for number in range(20)]
-    drawn = asked._draw((0, 0))
-    asked.words = None
-    assert asked._draw((0, 0)) == drawn, "what is looked at does not hang on what is asked"
+    assert draws != [asked._auxiliary(asked.clips[0], number, SLOTS) for number in range(20)]
+    drawn = asked._augment((0, 0))
+    asked.auxiliary = None
+    assert asked._augment((0, 0)) == drawn, "what is looked at does not hang on what is asked"
 
 
-def test_a_record_of_too_many_tokens_is_refused(asked: Samples) -> None:
-    asked.limit = asked[0, 1]["inputs"]["input_ids"].shape[1] + 12
+def test_a_record_of_too_many_tokens_is_refused(asked: RatingDataset) -> None:
+    asked.max_tokens = asked[0, 1]["inputs"]["input_ids"].shape[1] + 12
     asked[0, 1]
-    with pytest.raises(TrainingError, match=r"takes \d+ tokens, the model"):
+    with pytest.raises(TrainingError, match=r"takes \d+ tokens, the model's context holds"):
         asked[0, 0]

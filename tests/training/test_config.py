@@ -16,7 +16,7 @@ from lmm_qa.config import Sampling, Settings, View
 from lmm_qa.errors import ConfigError, ModelError, UsageError
 from lmm_qa.model.prompt import Prompt, load_prompt
 from lmm_qa.model.rater_config import resolve_model
-from lmm_qa.training.config import Recipe
+from lmm_qa.training.config import TrainingConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "embedded.yaml")  # that one is a script's
@@ -34,14 +34,14 @@ HUB = {
 SMALL: dict[str, Any] = {
     "model": {"backbone": "some/model"},
     "data": {"train": [{"path": "a.csv", "scale": [0, 5]}]},
-    "training": {"output": "runs/a"},
+    "training": {"output_dir": "runs/a"},
 }
 
 Place = tuple[str, ...]
 
 
-def small(**sections: Any) -> Recipe:
-    return Recipe.parse({**SMALL, **sections}, "test")
+def small(**sections: Any) -> TrainingConfig:
+    return TrainingConfig.parse({**SMALL, **sections}, "test")
 
 
 def write(path: Path, values: Any) -> Path:
@@ -96,7 +96,7 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-FIELDS = dict(fields(Recipe))
+FIELDS = dict(fields(TrainingConfig))
 TOLD = re.compile(r"\((?P<kind>[^();]+); (?:(?P<required>required)|default (?P<default>[^()]+))\)$")
 
 
@@ -104,10 +104,10 @@ TOLD = re.compile(r"\((?P<kind>[^();]+); (?:(?P<required>required)|default (?P<d
 def test_a_shipped_recipe_loads_by_path_and_by_name(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = Recipe.load(path, ["data.root=/videos"])
+    recipe = TrainingConfig.load(path, ["data.root=/videos"])
     assert recipe.data.root == Path("/videos")
     monkeypatch.chdir(tmp_path)
-    assert Recipe.load(Path(path.stem), ["data.root=/videos"]) == recipe
+    assert TrainingConfig.load(Path(path.stem), ["data.root=/videos"]) == recipe
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -155,12 +155,12 @@ def test_each_backbone_has_a_recipe_for_each_card() -> None:
     assert {path.stem for path in RECIPES} == named | bases
     for backbone, hub in HUB.items():
         for card, quantization in cards.items():
-            recipe = Recipe.load(Path(f"thqa_{backbone}_{card}"))
+            recipe = TrainingConfig.load(Path(f"thqa_{backbone}_{card}"))
             assert (recipe.model.backbone, recipe.model.quantization) == (hub, quantization)
-            assert recipe.training.output == Path(f"runs/thqa_{backbone}_{card}")
+            assert recipe.training.output_dir == Path(f"runs/thqa_{backbone}_{card}")
             assert recipe.scale == (0, 5)
             processes = 4 if card == "fsdp" else 1
-            assert recipe.training.batch_size * recipe.training.accumulation * processes == 16
+            assert recipe.training.batch_size * recipe.training.gradient_accumulation_steps * processes == 16
 
 
 def test_the_published_tables_are_read_as_the_recipe_says(shared_dir: Path, tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_the_published_tables_are_read_as_the_recipe_says(shared_dir: Path, tmp_
         (tmp_path / name).mkdir()
         table = f"thqa_ntire_{name}.csv"
         (tmp_path / table).write_bytes((shared_dir / "thqa" / table).read_bytes())
-    splits = load(Recipe.load(Path("thqa"), [f"data.root={tmp_path}"]).data, seed=0)
+    splits = load(TrainingConfig.load(Path("thqa"), [f"data.root={tmp_path}"]).data, seed=0)
     assert len(splits.validation) == 1714
     assert len(splits.train) + len(splits.calibration) == 8927 - 55
     assert splits.validation[0].path.parent == tmp_path / "val"
@@ -185,7 +185,7 @@ def test_the_second_layout_is_read_as_its_recipe_says(tmp_path: Path) -> None:
         (tmp_path / f"KoNViD_1k_videos/{3339962800 + number}.mp4").touch()
     rows = [f"{3339962800 + number},{1 + number / 10}" for number in range(40)]
     write(tmp_path / "KoNViD_1k_mos.csv", "\n".join(['"flickr_id","mos"', *rows]))
-    recipe = Recipe.load(Path("konvid"), [f"data.root={tmp_path}"])
+    recipe = TrainingConfig.load(Path("konvid"), [f"data.root={tmp_path}"])
     splits = load(recipe.data, seed=0)
     assert [len(splits.train), len(splits.validation), len(splits.calibration)] == [32, 4, 4]
     assert all(example.path.is_file() for example in splits.train)
@@ -259,17 +259,17 @@ def test_a_recipe_holds_what_differs_from_the_one_that_it_extends(tmp_path: Path
     table = {"path": "b.csv", "scale": [1, 5]}
     last = {"extends": "middle.yaml", "data": {"train": [table]}, "model": {"quantization": None}}
     path = write(tmp_path / "inner/last.yaml", last)
-    recipe = Recipe.load(path, ["loss.fidelity=0.75"])
+    recipe = TrainingConfig.load(path, ["loss.fidelity=0.75"])
     assert (recipe.loss.plcc, recipe.loss.fidelity) == (0.0, 0.75)
     assert (recipe.model.backbone, recipe.model.quantization) == ("a/b", None)
     assert [table.path for table in recipe.data.train] == ["b.csv"]
-    assert Recipe.load(tmp_path / "inner/middle.yaml").model.quantization == "4bit"
+    assert TrainingConfig.load(tmp_path / "inner/middle.yaml").model.quantization == "4bit"
 
 
 def test_a_recipe_of_ones_own_extends_a_shipped_one_by_name(tmp_path: Path) -> None:
-    recipe = Recipe.load(write(tmp_path / "mine.yaml", {"extends": "thqa_qlora", "training": {"passes": 1}}))
-    shipped = Recipe.load(CONFIGS / "thqa_qlora.yaml")
-    assert recipe.training.passes == 1
+    recipe = TrainingConfig.load(write(tmp_path / "mine.yaml", {"extends": "thqa_qlora", "training": {"epochs": 1}}))
+    shipped = TrainingConfig.load(CONFIGS / "thqa_qlora.yaml")
+    assert recipe.training.epochs == 1
     assert recipe.model_copy(update={"training": shipped.training}) == shipped
 
 
@@ -277,9 +277,9 @@ def test_a_recipe_cannot_extend_itself_or_what_is_not_there(tmp_path: Path) -> N
     write(tmp_path / "a.yaml", {"extends": "b.yaml"})
     write(tmp_path / "b.yaml", {"extends": "a.yaml"})
     with pytest.raises(ConfigError, match=r"[ab]\.yaml extends itself, by way of [ab]\.yaml"):
-        Recipe.load(tmp_path / "a.yaml")
+        TrainingConfig.load(tmp_path / "a.yaml")
     with pytest.raises(ConfigError, match=r"cannot read .*gone\.yaml: No such file"):
-        Recipe.load(write(tmp_path / "c.yaml", {"extends": "gone.yaml"}))
+        TrainingConfig.load(write(tmp_path / "c.yaml", {"extends": "gone.yaml"}))
 
 
 # --- reading and changing --------------------------------------------------------------------------------------------
@@ -294,13 +294,13 @@ def test_a_recipe_cannot_extend_itself_or_what_is_not_there(tmp_path: Path) -> N
         ("rating.sampling.frames=4", "rating.sampling.frames", 4),
         ("model.quantization=4bit", "model.quantization", "4bit"),
         ("model.revision=a=b", "model.revision", "a=b"),
-        ("training.keep_vision=null", "training.keep_vision", None),
+        ("training.cache_vision_features=null", "training.cache_vision_features", None),
         ("training.arguments.logging_steps=1", "training.arguments", {"logging_steps": 1}),
         ("data.root=/a b", "data.root", Path("/a b")),
     ],
 )
 def test_a_change_has_its_effect(tmp_path: Path, change: str, place: str, value: object) -> None:
-    found: Any = Recipe.load(write(tmp_path / "a.yaml", SMALL), [change])
+    found: Any = TrainingConfig.load(write(tmp_path / "a.yaml", SMALL), [change])
     for name in place.split("."):
         found = getattr(found, name)
     assert found == value
@@ -308,7 +308,9 @@ def test_a_change_has_its_effect(tmp_path: Path, change: str, place: str, value:
 
 def test_a_change_reaches_into_a_list_and_the_last_one_counts(tmp_path: Path) -> None:
     path = write(tmp_path / "a.yaml", SMALL)
-    recipe = Recipe.load(path, ["data.train.0.path=b.csv", "data.train.0.path=c.csv", "data.train.0.std=spread"])
+    recipe = TrainingConfig.load(
+        path, ["data.train.0.path=b.csv", "data.train.0.path=c.csv", "data.train.0.std=spread"]
+    )
     (table,) = recipe.data.train
     assert (table.path, table.std, table.scale) == ("c.csv", "spread", (0, 5))
 
@@ -316,7 +318,7 @@ def test_a_change_reaches_into_a_list_and_the_last_one_counts(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ("data.root", "a change is of the form section.key=value, received 'data.root'"),
+        ("data.root", "an override has the form section.key=value, received 'data.root'"),
         ("=3", "received '=3'"),
         ("loss.plcc=[1", r"received 'loss.plcc=\[1'"),
         ("data.train.1.path=b.csv", "'data.train.1.path=b.csv': there is no '1' to change"),
@@ -325,13 +327,13 @@ def test_a_change_reaches_into_a_list_and_the_last_one_counts(tmp_path: Path) ->
         ("loss.plc=1", r"loss.plc: Extra inputs are not permitted \(received 1\)"),
         ("losses.plcc=1", r"losses: Extra inputs are not permitted"),
         ("loss.plcc=much", r"loss.plcc: .* \(received 'much'\)"),
-        ("training.passes=0", r"training.passes: Input should be greater than 0 \(received 0\)"),
+        ("training.epochs=0", r"training.epochs: Input should be greater than 0 \(received 0\)"),
         ("data.train=[]", r"data.train: .* at least 1 item"),
     ],
 )
 def test_a_change_that_cannot_be_made_is_named(tmp_path: Path, change: str, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
-        Recipe.load(write(tmp_path / "a.yaml", SMALL), [change])
+        TrainingConfig.load(write(tmp_path / "a.yaml", SMALL), [change])
 
 
 @pytest.mark.parametrize(
@@ -346,23 +348,29 @@ def test_a_change_that_cannot_be_made_is_named(tmp_path: Path, change: str, comp
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, complaint: str) -> None:
     path = write(tmp_path / "a.yaml", text)
     with pytest.raises(ConfigError, match=complaint) as refused:
-        Recipe.load(path)
+        TrainingConfig.load(path)
     assert str(path) in str(refused.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read .*nothing\.yaml: No such file"):
-        Recipe.load(tmp_path / "nothing.yaml")
+        TrainingConfig.load(tmp_path / "nothing.yaml")
     with pytest.raises(ConfigError, match="cannot read no_such_recipe"):
-        Recipe.load(Path("no_such_recipe"))
+        TrainingConfig.load(Path("no_such_recipe"))
 
 
 @pytest.mark.parametrize(
     ("sections", "complaint"),
     [
         ({"model": {"backbone": "a/b", "quantization": "8bit"}, "tuning": {"method": "full"}}, "cannot be trained"),
-        ({"training": {"output": "a", "keep_vision": True}, "tuning": {"vision": True}}, "tower and merger are frozen"),
-        ({"training": {"output": "a", "keep_vision": True}, "tuning": {"merger": True}}, "tower and merger are frozen"),
+        (
+            {"training": {"output_dir": "a", "cache_vision_features": True}, "tuning": {"vision": True}},
+            "tower and the merger are frozen",
+        ),
+        (
+            {"training": {"output_dir": "a", "cache_vision_features": True}, "tuning": {"merger": True}},
+            "tower and the merger are frozen",
+        ),
         ({"loss": {"cross_entropy": 0, "fidelity": 0}}, "must have a weight above 0"),
     ],
 )
@@ -386,7 +394,7 @@ def test_the_scale_is_that_of_the_tables_unless_one_is_chosen() -> None:
 
 def test_a_plain_backbone_is_asked_as_any_model(family_dir: Callable[[str], Path]) -> None:
     folder = family_dir("qwen2_vl")
-    rater = small(model={"backbone": str(folder)}).rater()
+    rater = small(model={"backbone": str(folder)}).rater_config()
     assert rater.backbone == str(folder)
     assert rater.scale == (0, 5)
     assert (rater.prompt, rater.sampling, rater.views) == (load_prompt("talking_head"), Sampling(), (View(),))
@@ -394,19 +402,19 @@ def test_a_plain_backbone_is_asked_as_any_model(family_dir: Callable[[str], Path
 
 def test_the_recipe_decides_how_a_backbone_is_asked(family_dir: Callable[[str], Path]) -> None:
     rating = {"prompt": "qalign", "sampling": {"frames": 4}, "views": [{"kind": "crop"}], "scale": [1, 9]}
-    rater = small(model={"backbone": str(family_dir("qwen2_vl"))}, rating=rating).rater()
+    rater = small(model={"backbone": str(family_dir("qwen2_vl"))}, rating=rating).rater_config()
     assert rater.prompt == load_prompt("qalign")
     assert (rater.sampling, rater.views, rater.scale) == (Sampling(frames=4), (View(kind="crop"),), (1, 9))
     own = {"question": "Is it sharp?", "stem": "It is"}
-    rater = small(model={"backbone": str(family_dir("qwen2_vl"))}, rating={"prompt": own}).rater()
+    rater = small(model={"backbone": str(family_dir("qwen2_vl"))}, rating={"prompt": own}).rater_config()
     assert rater.prompt == Prompt.parse(own, "test")
     with pytest.raises(ConfigError, match="no_such_prompt"):
-        small(model={"backbone": str(family_dir("qwen2_vl"))}, rating={"prompt": "no_such_prompt"}).rater()
+        small(model={"backbone": str(family_dir("qwen2_vl"))}, rating={"prompt": "no_such_prompt"}).rater_config()
 
 
 def test_the_embedded_base_keeps_its_way_of_looking() -> None:
     embedded = resolve_model(None)
-    rater = small(model={"backbone": "embedded"}).rater()
+    rater = small(model={"backbone": "embedded"}).rater_config()
     assert rater.backbone == embedded.backbone
     assert (Path(str(rater.backbone)) / "model.safetensors").is_file()
     assert (rater.sampling, rater.views) == (embedded.settings.sampling, embedded.settings.views)
@@ -420,9 +428,9 @@ def test_what_is_no_backbone_is_refused(family_dir: Callable[[str], Path], tmp_p
         tmp_path / "adapter/adapter_config.json", json.dumps({"base_model_name_or_path": str(family_dir("qwen2_vl"))})
     )
     with pytest.raises(ConfigError, match="is an adapter: merge it first"):
-        small(model={"backbone": str(tmp_path / "adapter")}).rater()
+        small(model={"backbone": str(tmp_path / "adapter")}).rater_config()
     with pytest.raises(UsageError, match="no model directory"):
-        small(model={"backbone": str(tmp_path / "nowhere")}).rater()
+        small(model={"backbone": str(tmp_path / "nowhere")}).rater_config()
     with pytest.raises(ModelError, match="is no model"):
         (tmp_path / "empty").mkdir()
-        small(model={"backbone": str(tmp_path / "empty")}).rater()
+        small(model={"backbone": str(tmp_path / "empty")}).rater_config()
