@@ -35,7 +35,7 @@ from lmm_qa.manifest import Clip, content_id
 from lmm_qa.model.backbone import Backbone
 from lmm_qa.model.inputs import ClipInput, patch_factor
 from lmm_qa.model.levels import LevelReading, read_levels
-from lmm_qa.model.prefill import Prefill
+from lmm_qa.model.prefill import SharedPrefill
 from lmm_qa.model.rater_plan import RaterOptions, RaterPlan, plan_rater
 from lmm_qa.ratings import STEP, WINDOW, CalibrationUse, Details, Failure, Rating, Timeline, read_timeline
 from lmm_qa.video.decode import Frames, Windows, read_frames, read_windows
@@ -239,7 +239,7 @@ class Rater:
         scale = self.settings.declared_scale()
         return [
             read_levels(each.logits, each.log_normalizer, scale)
-            for each in self.backbone.read(inputs, self.settings.prompt)
+            for each in self.backbone.level_logits(inputs, self.settings.prompt)
         ]
 
     def _answers_from_base(self, details: Details) -> bool:
@@ -256,7 +256,7 @@ class Rater:
         base = self._answers_from_base(details)
         readings = self._read(inputs) if base else None
         with self.backbone.without_adapter() if base else nullcontext():
-            prefill = Prefill(self.backbone, inputs, prompt.system)
+            prefill = SharedPrefill(self.backbone, inputs, prompt.system)
             calibration = UNCALIBRATED if base else self.defect_calibration
             profiles, logits = ask_profiles(prefill, prompt, calibration, [clip.frames for clip in clips])
             readings = readings or [read_levels(each.logits, each.log_normalizer, scale) for each in logits]

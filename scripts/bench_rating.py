@@ -48,7 +48,7 @@ from lmm_qa.model.backbone import Backbone
 from lmm_qa.model.inputs import ClipInput, prepare_inputs
 from lmm_qa.model.levels import LevelLogits, read_levels
 from lmm_qa.model.loading import choose_attention, choose_device, choose_dtype, load_processor
-from lmm_qa.model.prefill import Prefill
+from lmm_qa.model.prefill import SharedPrefill
 from lmm_qa.model.prompt import Prompt
 from lmm_qa.model.rater_plan import plan_rater
 from lmm_qa.rater import clip_input
@@ -137,13 +137,13 @@ def prepared(rater: Rater, clips: Sequence[Path], batch_size: int) -> list[Any]:
     return [
         inputs
         for start in starts
-        for _, inputs in backbone.prepared(frames[start : start + batch_size], settings.prompt)
+        for _, inputs in backbone.prepare_batches(frames[start : start + batch_size], settings.prompt)
     ]
 
 
 def bare_forward(rater: Rater, batches: Sequence[Any]) -> None:
     for inputs in batches:
-        rater.backbone.last_logits(inputs)
+        rater.backbone.next_token_logits(inputs)
 
 
 # What they take
@@ -232,7 +232,7 @@ def stages(rater: Rater, clips: Sequence[Path], batch_size: int) -> dict[str, fl
             inputs = inputs.to(backbone.device)
             spent["transfer"] += (moved := now()) - ready
             inside = spent["vision"] + spent["readout"]
-            logits = backbone.last_logits(inputs)
+            logits = backbone.next_token_logits(inputs)
             spent["prefill"] += (passed := now()) - moved - (spent["vision"] + spent["readout"] - inside)
             normalizers = torch.logsumexp(logits, -1).tolist()
             for row, normalizer in zip(logits[:, tokens].cpu().numpy(), normalizers, strict=True):
@@ -273,16 +273,16 @@ def cost_of_questions(rater: Rater, clips: Sequence[Path], runs: int) -> dict[st
         return [clip_input(each) for each in frames]
 
     def answers(clips: Sequence[ClipInput]) -> list[list[LevelLogits]]:
-        return Prefill(backbone, clips, score.system).ask(asked)
+        return SharedPrefill(backbone, clips, score.system).level_logits(asked)
 
     ready = decoded()
     together = answers(ready)  # this and the next also warm up
-    one_by_one = zip(*(backbone.read(ready, prompt) for prompt in asked), strict=True)
+    one_by_one = zip(*(backbone.level_logits(ready, prompt) for prompt in asked), strict=True)
     pairs = [pair for rows in zip(together, one_by_one, strict=True) for pair in zip(*rows, strict=True)]
     paths: dict[str, Way] = {
-        "score": lambda: backbone.read(ready, score),
+        "score": lambda: backbone.level_logits(ready, score),
         "score + questions": lambda: answers(ready),
-        "decoding + score": lambda: backbone.read(decoded(), score),
+        "decoding + score": lambda: backbone.level_logits(decoded(), score),
         "decoding + score + questions": lambda: answers(decoded()),
         "rating": lambda: [rater.rate(clip) for clip in clips],
         "rating + questions": lambda: [rater.rate(clip, Details(defects=True)) for clip in clips],

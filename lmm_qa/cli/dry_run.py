@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from lmm_qa.cli.terminal import make_console, message, plural
 from lmm_qa.errors import ClipError
 from lmm_qa.model.inputs import count_tokens, patch_factor
-from lmm_qa.model.loading import estimate_memory, load_processor
+from lmm_qa.model.loading import LoadOptions, estimate_memory, load_processor
 from lmm_qa.video.probe import ClipInfo, probe
 from lmm_qa.video.sampling import sample_indices
 from lmm_qa.video.views import view_size
@@ -23,11 +23,8 @@ if TYPE_CHECKING:
 
 def print_rating_plan(plan: RaterPlan, clips: Sequence[Clip], workers: int) -> None:
     """Print a table of the clips to stdout, and a summary to stderr."""
-    remote: dict[str, Any] = {
-        "revision": plan.source.revision,
-        "trust_remote_code": plan.load_options.get("trust_remote_code", False),
-    }
-    processor = load_processor(plan.source.backbone, **remote)
+    options: LoadOptions = {**plan.load_options, "revision": plan.source.revision}
+    processor = load_processor(plan.source.backbone, **options)
     factor = patch_factor(processor) or 1
     settings = plan.settings
     table = Table("clip", "picture", "seconds", "frames", "views", "tokens", show_edge=False, pad_edge=False)
@@ -52,7 +49,7 @@ def print_rating_plan(plan: RaterPlan, clips: Sequence[Clip], workers: int) -> N
     if not console.is_terminal:
         console.width = 1000  # do not wrap lines in a file
     console.print(table)
-    memory = estimate_memory(plan.source.backbone, most, plan.dtype, plan.load_options.get("quantization"), **remote)
+    memory = estimate_memory(plan.source.backbone, most, **options)
     message(
         f"{plural(len(clips) - failed)} would be rated"
         + (f", {failed} could not" if failed else "")

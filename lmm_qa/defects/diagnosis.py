@@ -20,7 +20,7 @@ from lmm_qa.defects.explanation import explain, explanation_prompt, opening
 from lmm_qa.defects.profile import Profile, read_profile
 from lmm_qa.defects.questions import questions
 from lmm_qa.model.levels import LevelLogits
-from lmm_qa.model.prefill import Prefill
+from lmm_qa.model.prefill import SharedPrefill
 from lmm_qa.model.prompt import Prompt
 from lmm_qa.model.rater_config import ExplanationCheck, ModelSource
 from lmm_qa.video.decode import Frames
@@ -45,7 +45,7 @@ class Explanation:
 
 
 def ask_profiles(
-    prefill: Prefill, prompt: Prompt, calibration: DefectCalibration, frames: Sequence[Frames]
+    prefill: SharedPrefill, prompt: Prompt, calibration: DefectCalibration, frames: Sequence[Frames]
 ) -> tuple[list[Profile], list[LevelLogits]]:
     """Ask all closed questions and the rating prompt about each clip.
 
@@ -64,7 +64,7 @@ def ask_profiles(
         if calibration.asks(name)
     }
     profiles, level_logits = [], []
-    for clip, answers in zip(frames, prefill.ask([*asked.values(), prompt]), strict=True):
+    for clip, answers in zip(frames, prefill.level_logits([*asked.values(), prompt]), strict=True):
         *closed, levels = answers
         measured = classifier.defect_log_odds(clip.features) if clip.features else {}
         odds = {name: _yes_log_odds(answer) for name, answer in zip(asked, closed, strict=True)}
@@ -80,7 +80,7 @@ def _yes_log_odds(answer: LevelLogits) -> tuple[float, float]:
 
 
 def write_explanations(
-    prefill: Prefill,
+    prefill: SharedPrefill,
     prompt: Prompt,
     levels: Sequence[str],
     profiles: Sequence[Profile],
@@ -101,7 +101,7 @@ def write_explanations(
         explanation_prompt(prompt, profile.found).model_copy(update={"stem": stem})
         for profile, stem in zip(profiles, openings, strict=True)
     ]
-    texts = prefill.continue_texts(requests, MAX_TOKENS)
+    texts = prefill.generate(requests, MAX_TOKENS)
     explanations = []
     for text, level, profile, seed, stem in zip(texts, levels, profiles, content_ids, openings, strict=True):
         shown, objection = explain(text, level, prompt.levels, profile.found, profile.absent, seed, stem, check)

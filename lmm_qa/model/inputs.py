@@ -1,11 +1,13 @@
-"""TODO-DOC model.inputs."""
+"""From the views of a clip and a prompt to the tensors that a model takes, made by the model's own processor.
+
+Also the other direction: the token ids of the level words, and the text of generated tokens.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,29 +15,30 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from lmm_qa.errors import LevelTokenError
+from lmm_qa.model import compat
 from lmm_qa.model.prompt import Prompt
 
 if TYPE_CHECKING:
     from transformers.video_utils import VideoMetadata
 
-
 Pixels = NDArray[np.uint8]
 
+TOKEN_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
+"""Model inputs with one number per token, (B, tokens)."""
 
-PROMPT_TOKENS = 64
-
-
-"""About as many as come with the vision tokens of a clip."""
+NO_SPACE_AFTER = frozenset("\"'`\u2018“„«([{<-\u2013\u2014/_*#")
+"""Characters that are followed by a word without a space."""
 
 
 @dataclass(frozen=True)
 class ClipInput:
-    """What the model gets to see of one clip."""
+    """What the model sees of one clip."""
 
     views: tuple[Pixels, ...]
     """Each (T, H, W, 3) uint8 RGB."""
     seconds: tuple[float, ...]
-    """When the T frames are shown."""
+    """Presentation time of the T frames."""
     duration: float
     """Seconds."""
     slots: dict[str, float]
@@ -43,9 +46,9 @@ class ClipInput:
 
 
 def patch_factor(processor: Any) -> int | None:
-    """Pixels a side that one token of the language model covers, where a view may have any size on such a grid.
+    """Side in pixels of the square that one vision token covers, for families whose videos may have any size.
 
-    None where the family resizes every frame to one fixed size.
+    None if the family resizes every frame to one fixed size.
     """
     video = processor.video_processor
     if getattr(video, "patch_size", None) and getattr(video, "merge_size", None):
@@ -54,133 +57,30 @@ def patch_factor(processor: Any) -> int | None:
 
 
 def prompt_text(processor: Any, prompt: Prompt, videos: int, slots: dict[str, float]) -> str:
-    """The chat up to the end of the stem, with one placeholder a video."""
+    """The chat up to the end of the stem, with one placeholder per video."""
     messages = prompt.messages(videos, **slots)
     return str(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)) + prompt.stem
 
 
 def prepare_inputs(processor: Any, clips: Sequence[ClipInput], prompt: Prompt) -> Any:
-    """The model's inputs for a batch, padded on the left; made by the model's own processor.
+    """Model inputs of a batch, padded on the left, as a transformers `BatchFeature` on the CPU.
 
-    Frames are neither sampled nor, on a patch grid, resized again: the views are what the model sees.
+    Frames are not sampled again and, on a patch grid, not resized: the model sees the views as they are.
     """
     texts = [prompt_text(processor, prompt, len(clip.views), clip.slots) for clip in clips]
     videos = [torch.from_numpy(view).permute(0, 3, 1, 2) for clip in clips for view in clip.views]
     metadata = [_metadata(clip, view) for clip in clips for view in clip.views]
-    options: dict[str, Any] = {"do_sample_frames": False}
+    kwargs: dict[str, Any] = {"do_sample_frames": False}
     if patch_factor(processor) is not None:
-        options["do_resize"] = False
-        # Qwen2-VL's processor warns unless this is set; it concerns resizing, which is done already.
-        if hasattr(processor.video_processor, "cap_pixels_per_frame"):
-            options["cap_pixels_per_frame"] = False
-    return processor(text=texts, videos=videos, video_metadata=metadata, padding=True, return_tensors="pt", **options)
-
-
-def join_inputs(processor: Any, clips: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """One batch of clips whose inputs were prepared singly: the same as `prepare_inputs` of them all.
-
-    Args:
-        clips: each the inputs of one clip: (1, tokens) sequences, and pixels and sizes of its views.
-    """
-    longest = max(clip["input_ids"].shape[1] for clip in clips)
-    fill = dict.fromkeys(SEQUENCES, 0) | {"input_ids": processor.tokenizer.pad_token_id}
-    joined = {}
-    for name in clips[0]:
-        parts = [clip[name] for clip in clips]
-        if name in fill:
-            parts = [functional.pad(part, (longest - part.shape[1], 0), value=fill[name]) for part in parts]
-        joined[name] = torch.cat(parts)
-    return joined
-
-
-def without_question(
-    processor: Any, inputs: Mapping[str, torch.Tensor], prompt: Prompt, videos: int, slots: dict[str, float]
-) -> dict[str, torch.Tensor]:
-    """Prepared inputs up to the end of the last video; `with_question` adds what comes after it again.
-
-    For families with a patch grid; of several clips together, where the question has no slots.
-    """
-    tail = len(question_tokens(processor, prompt, videos, slots))
-    return {name: value[:, :-tail] if name in SEQUENCES else value for name, value in inputs.items()}
-
-
-def with_question(
-    processor: Any, inputs: Mapping[str, torch.Tensor], prompt: Prompt, videos: int, slots: dict[str, float]
-) -> dict[str, torch.Tensor]:
-    """What `prepare_inputs` gives for a clip and a prompt, from inputs without question, and without work on pixels.
-
-    Any prompt whose system message is the one that the inputs were prepared with.
-    """
-    tail = torch.tensor(question_tokens(processor, prompt, videos, slots))[None]
-    return with_tokens(inputs, tail, torch.ones_like(tail))
-
-
-def with_tokens(inputs: Mapping[str, torch.Tensor], ids: torch.Tensor, real: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Prepared inputs with further words, (B, n) token ids; `real`, of the same shape, is false at padding."""
-    added = {"input_ids": ids, "attention_mask": real, "mm_token_type_ids": torch.zeros_like(ids)}
-    return {
-        name: torch.cat((value, added[name].to(value)), dim=1) if name in SEQUENCES else value
-        for name, value in inputs.items()
-    }
-
-
-SEQUENCES = ("input_ids", "attention_mask", "mm_token_type_ids")
-
-
-"""Inputs that hold a number for each token."""
-
-
-def question_tokens(processor: Any, prompt: Prompt, videos: int, slots: dict[str, float]) -> list[int]:
-    """What comes after the last video: a special token, so that it is split into tokens by itself."""
-    text = prompt_text(processor, prompt, videos, slots).rpartition(processor.video_token)[2]
-    return list(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def text_after(tokenizer: Any, stem: str, answer: Sequence[int]) -> str:
-    """The answer in words; decoded with the stem, without which some tokenizers drop the space between."""
-    begun = tokenizer(stem, add_special_tokens=False)["input_ids"]
-    decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
-    return str(decode([*begun, *answer])).removeprefix(decode(begun))
-
-
-def vision_features(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the vision tower and the merger make of prepared pixels; for families with a patch grid.
-
-    Returns:
-        `tokens`, (N, width): the vision tokens of all views, in order. For towers that feed several layers of the
-        language model (Qwen3-VL), `deepstack`, (layers, N, width), too.
-    """
-    seen = model.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True)
-    found = {"tokens": torch.cat(tuple(seen.pooler_output))}
-    if layers := getattr(seen, "deepstack_features", None):
-        found["deepstack"] = torch.stack([torch.cat(tuple(layer)) for layer in layers])
-    return found
-
-
-def as_seen(features: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Keyword arguments that give kept `vision_features` to a model's forward, in place of pixels."""
-    layers = [(layer,) for layer in features["deepstack"]] if "deepstack" in features else None
-    return {
-        "mm_encoder_outputs": {"video": SimpleNamespace(pooler_output=(features["tokens"],), deepstack_features=layers)}
-    }
-
-
-def count_tokens(processor: Any, frames: int, sizes: Sequence[tuple[int, int]], prompt: Prompt) -> int:
-    """Tokens of one clip's prefill: `frames` frames in views of these (height, width), and the prompt.
-
-    Counted by the processor itself on black frames.
-    """
-    views = tuple(np.zeros((frames, height, width, 3), np.uint8) for height, width in sizes)
-    slots = dict.fromkeys(prompt.slots, 0.0)
-    clip = ClipInput(views, tuple(float(number) for number in range(frames)), float(frames), slots)
-    return int(prepare_inputs(processor, [clip], prompt)["input_ids"].shape[1])
+        kwargs |= compat.no_resize_kwargs(processor)
+    return processor(text=texts, videos=videos, video_metadata=metadata, padding=True, return_tensors="pt", **kwargs)
 
 
 def _metadata(clip: ClipInput, view: Pixels) -> VideoMetadata:
-    """When the frames are shown, in the form that processors with time stamps (Qwen2.5-VL, Qwen3-VL) read it."""
+    """Frame times, for processors that write them into the prompt (Qwen3-VL) or the positions (Qwen2.5-VL)."""
     from transformers.video_utils import VideoMetadata
 
-    ticks = 1000  # frame numbers at a thousand a second: exact times also where the frame rate varies
+    ticks = 1000  # frame numbers at 1000 fps: times are exact even if the frame rate varies
     return VideoMetadata(
         total_num_frames=max(round(clip.duration * ticks), 1),
         fps=float(ticks),
@@ -191,25 +91,107 @@ def _metadata(clip: ClipInput, view: Pixels) -> VideoMetadata:
     )
 
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+def collate_inputs(processor: Any, clips: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Combine the inputs of single clips into one batch: equal to `prepare_inputs` of all of them.
 
-import numpy as np
-from numpy.typing import NDArray
+    Args:
+        clips: inputs of one clip each: (1, tokens) token inputs, and pixels and sizes of its views.
+    """
+    longest = max(clip["input_ids"].shape[1] for clip in clips)
+    padding = dict.fromkeys(TOKEN_INPUTS, 0) | {"input_ids": processor.tokenizer.pad_token_id}
+    batch = {}
+    for name in clips[0]:
+        parts = [clip[name] for clip in clips]
+        if name in padding:
+            parts = [functional.pad(part, (longest - part.shape[1], 0), value=padding[name]) for part in parts]
+        batch[name] = torch.cat(parts)
+    return batch
 
-from lmm_qa.errors import LevelTokenError
 
-NO_SPACE_AFTER = frozenset("\"'`\u2018“„«([{<-\u2013\u2014/_*#")
-"""Characters that are written without a space before the next word."""
+def remove_question(
+    processor: Any, inputs: Mapping[str, torch.Tensor], prompt: Prompt, videos: int, slots: dict[str, float]
+) -> dict[str, torch.Tensor]:
+    """Prepared inputs up to the end of the last video; `append_question` is the inverse.
+
+    For families with a patch grid. A batch of several clips needs a question without slots.
+    """
+    length = len(question_tokens(processor, prompt, videos, slots))
+    return {name: value[:, :-length] if name in TOKEN_INPUTS else value for name, value in inputs.items()}
+
+
+def append_question(
+    processor: Any, inputs: Mapping[str, torch.Tensor], prompt: Prompt, videos: int, slots: dict[str, float]
+) -> dict[str, torch.Tensor]:
+    """Inputs of one clip and a prompt, equal to `prepare_inputs`, from inputs without a question: pixels are reused.
+
+    Args:
+        prompt: any that has the system message that the inputs were prepared with.
+    """
+    tokens = torch.tensor(question_tokens(processor, prompt, videos, slots))[None]
+    return append_tokens(inputs, tokens, torch.ones_like(tokens))
+
+
+def append_tokens(
+    inputs: Mapping[str, torch.Tensor], ids: torch.Tensor, attention_mask: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Prepared inputs with text tokens appended.
+
+    Args:
+        ids: (B, n) token ids.
+        attention_mask: (B, n), zero or False for padding.
+    """
+    added = {"input_ids": ids, "attention_mask": attention_mask, "mm_token_type_ids": torch.zeros_like(ids)}
+    return {
+        name: torch.cat((value, added[name].to(value)), dim=1) if name in TOKEN_INPUTS else value
+        for name, value in inputs.items()
+    }
+
+
+def question_tokens(processor: Any, prompt: Prompt, videos: int, slots: dict[str, float]) -> list[int]:
+    """Token ids of everything after the last video.
+
+    They do not depend on what comes before: the video placeholder is a special token, at which tokenizers always split.
+    """
+    text = prompt_text(processor, prompt, videos, slots).rpartition(processor.video_token)[2]
+    return list(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def count_tokens(processor: Any, frames: int, sizes: Sequence[tuple[int, int]], prompt: Prompt) -> int:
+    """Number of tokens in the prefill of a clip, as the processor makes them from black frames.
+
+    Args:
+        frames: number of frames.
+        sizes: (height, width) of each view in pixels.
+    """
+    views = tuple(np.zeros((frames, height, width, 3), np.uint8) for height, width in sizes)
+    slots = dict.fromkeys(prompt.slots, 0.0)
+    clip = ClipInput(views, tuple(float(number) for number in range(frames)), float(frames), slots)
+    return int(prepare_inputs(processor, [clip], prompt)["input_ids"].shape[1])
+
+
+def vision_features(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Output of the vision tower and merger for prepared pixels; for families with a patch grid.
+
+    `lmm_qa.model.compat.vision_kwargs` passes it to the model's forward instead of pixels.
+
+    Returns:
+        `tokens`: (N, width) vision tokens of all views, in order. `deepstack`: (layers, N, width), if the tower feeds
+        several layers of the language model (Qwen3-VL).
+    """
+    output = model.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True)
+    features = {"tokens": torch.cat(tuple(output.pooler_output))}
+    if layers := getattr(output, "deepstack_features", None):
+        features["deepstack"] = torch.stack([torch.cat(tuple(layer)) for layer in layers])
+    return features
 
 
 def level_tokens(processor: Any, prompt: Prompt, videos: int) -> tuple[int, ...]:
-    """Token ids of the level words as they come after the stem, worst first.
+    """Token ids of the level words as the continuation of the stem, worst level first.
 
-    A space comes between, save after an opening quote, a hyphen and their like: a model goes on there without one.
+    A level word follows a space, except after an opening quote, a hyphen or similar (`NO_SPACE_AFTER`).
 
     Raises:
-        LevelTokenError: a word is not exactly one token there, or two words share one. Shows the pieces.
+        LevelTokenError: a word is not exactly one token in this position, or two words have the same token.
     """
     before = prompt_text(processor, prompt, videos, dict.fromkeys(prompt.slots, 0.0))
     return _level_tokens(processor.tokenizer, before, prompt.stem, prompt.levels)
@@ -219,14 +201,14 @@ def level_tokens(processor: Any, prompt: Prompt, videos: int) -> tuple[int, ...]
 def _level_tokens(tokenizer: Any, before: str, stem: str, words: tuple[str, ...]) -> tuple[int, ...]:
     context = tokenizer(before, add_special_tokens=False)["input_ids"]
     space = "" if stem[-1] in NO_SPACE_AFTER else " "
-    found: dict[str, int] = {}
+    ids: dict[str, int] = {}
     for word in words:
         whole = tokenizer(f"{before}{space}{word}", add_special_tokens=False)["input_ids"]
         if whole[: len(context)] != context:
             pieces = tokenizer.convert_ids_to_tokens(whole[-8:])
             raise LevelTokenError(
-                f"the level {word!r} changes how the stem {stem!r} is split into tokens: it ends in {pieces}. "
-                "End the stem with a whole word, without punctuation that the tokenizer joins to the next word"
+                f"the level {word!r} changes the tokens of the stem {stem!r}: together they end in {pieces}. End the "
+                "stem with a whole word, without punctuation that the tokenizer joins to the next word"
             )
         added = whole[len(context) :]
         if len(added) != 1:
@@ -235,7 +217,17 @@ def _level_tokens(tokenizer: Any, before: str, stem: str, words: tuple[str, ...]
                 f"{tokenizer.convert_ids_to_tokens(added)}. A level must be one token: choose another word, or a stem "
                 "that ends in a word rather than in an opening quote or bracket"
             )
-        found[word] = added[0]
-    if len(set(found.values())) != len(found):
-        raise LevelTokenError(f"two levels are the same token after the stem {stem!r}: {found}")
-    return tuple(found.values())
+        ids[word] = added[0]
+    if len(set(ids.values())) != len(ids):
+        raise LevelTokenError(f"two levels are the same token after the stem {stem!r}: {ids}")
+    return tuple(ids.values())
+
+
+def decode_continuation(tokenizer: Any, stem: str, tokens: Sequence[int]) -> str:
+    """Text of tokens that follow the stem, including the space between.
+
+    They are decoded together with the stem: some tokenizers drop a space at the beginning of a text.
+    """
+    stem_tokens = tokenizer(stem, add_special_tokens=False)["input_ids"]
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=True)
+    return str(decode([*stem_tokens, *tokens])).removeprefix(decode(stem_tokens))

@@ -1,22 +1,23 @@
-"""TODO-DOC model.loading."""
+"""Load a model with its processor and adapter; choose device, dtype and attention; estimate memory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from pathlib import Path
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 
 from lmm_qa.errors import ModelError
-
-if TYPE_CHECKING:
-    pass
-
+from lmm_qa.model import compat
 
 Quantization = Literal["4bit", "8bit"]
 
-
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+UNQUANTIZED = ("visual", "vision_tower", "multi_modal_projector", "lm_head")
+"""Modules that are never quantized: small compared with the language model, and sensitive because pixels pass through
+them."""
 
 
 class LoadOptions(TypedDict, total=False):
@@ -34,15 +35,9 @@ class LoadOptions(TypedDict, total=False):
     """Run Python code that comes with the model. Only for authors you trust."""
 
 
-UNQUANTIZED = ["visual", "vision_tower", "multi_modal_projector", "lm_head"]
-
-
-"""Modules that stay in full precision: small beside the language model, and the pixels go through them."""
-
-
 @dataclass(frozen=True)
-class RuntimeChoice:
-    """Something chosen at run time, and why; printed once."""
+class Choice:
+    """A value chosen at run time, with the reason."""
 
     value: str
     reason: str
@@ -51,11 +46,88 @@ class RuntimeChoice:
         return f"{self.value} ({self.reason})"
 
 
-def choose_device(device: str | None = None) -> RuntimeChoice:
-    """The asked device, or the best one that is here.
+@dataclass(frozen=True)
+class LoadedModel:
+    """What `load_model` returns."""
+
+    model: Any
+    """A transformers model, or a PEFT model around it."""
+    processor: Any
+    choices: dict[str, Choice]
+    """Device, dtype, attention and quantization."""
+
+
+def load_model(model: str, adapter: Path | None = None, **options: Unpack[LoadOptions]) -> LoadedModel:
+    """Load weights (safetensors only) and processor from a directory or the hub.
+
+    Args:
+        model: directory or hub id of a transformers image-text-to-text model.
+        adapter: directory of a PEFT adapter for it.
+        options: see `LoadOptions`.
 
     Raises:
-        ModelError: the device that was asked for is not here.
+        ModelError: weights, processor or adapter cannot be loaded.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    device = choose_device(options.get("device"))
+    dtype = choose_dtype(device.value, options.get("dtype"))
+    attention = choose_attention(device.value, dtype.value)
+    quantization = options.get("quantization")
+    choices = {"device": device, "dtype": dtype, "attention": attention}
+    kwargs = _hub_kwargs(options)
+    if quantization:
+        choices["quantization"] = Choice(quantization, "requested")
+        kwargs["quantization_config"] = _bitsandbytes_config(quantization, getattr(torch, dtype.value))
+    processor = load_processor(model, **options)  # first, because it is fast and the weights are not
+    try:
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            model,
+            dtype=getattr(torch, dtype.value),
+            attn_implementation=attention.value,
+            device_map={"": device.value},
+            use_safetensors=True,
+            **kwargs,
+        )
+    except Exception as error:  # transformers, safetensors and the hub raise a dozen classes
+        raise ModelError(f"cannot load the model {model!r}: {_first_line(error)}") from error
+    if adapter is not None:
+        from peft import PeftModel
+
+        try:
+            with compat.ignore_peft_deprecation():
+                loaded = PeftModel.from_pretrained(loaded, str(adapter))
+        except Exception as error:
+            raise ModelError(f"cannot load the adapter {adapter} for {model!r}: {_first_line(error)}") from error
+    return LoadedModel(loaded, processor, choices)
+
+
+def load_processor(model: str, **options: Unpack[LoadOptions]) -> Any:
+    """Load the processor of a model from a directory or the hub. Its tokenizer pads on the left.
+
+    Raises:
+        ModelError: the model has none, or it does not accept videos.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        load: Any = AutoProcessor.from_pretrained
+        processor = load(model, **_hub_kwargs(options))
+    except Exception as error:
+        raise ModelError(f"cannot load the processor of {model!r}: {_first_line(error)}") from error
+    if getattr(processor, "video_processor", None) is None:
+        raise ModelError(
+            f"{model!r} does not accept videos: its processor {type(processor).__name__} has no video processor"
+        )
+    processor.tokenizer.padding_side = "left"  # the last position of every row is then the end of the stem
+    return processor
+
+
+def choose_device(device: str | None = None) -> Choice:
+    """The requested device, or else the fastest available one.
+
+    Raises:
+        ModelError: the requested device is not available.
     """
     if device is not None:
         try:
@@ -63,121 +135,120 @@ def choose_device(device: str | None = None) -> RuntimeChoice:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ModelError(f"device {device!r} cannot be used here: {reason}. Try --device cpu") from None
-        return RuntimeChoice(device, "as asked")
+        return Choice(device, "requested")
     if torch.cuda.is_available():
-        return RuntimeChoice("cuda", torch.cuda.get_device_name())
+        return Choice("cuda", torch.cuda.get_device_name())
     if torch.backends.mps.is_available():
-        return RuntimeChoice("mps", "Apple GPU")
-    return RuntimeChoice("cpu", "no GPU found")
+        return Choice("mps", "Apple GPU")
+    return Choice("cpu", "no GPU found")
 
 
-def choose_dtype(device: str, dtype: Dtype | None = None) -> RuntimeChoice:
-    """The asked number format, or the one that suits the device."""
+def choose_dtype(device: str, dtype: Dtype | None = None) -> Choice:
+    """The requested dtype, or else the one that suits the device."""
     if dtype is not None:
-        return RuntimeChoice(dtype, "as asked")
+        return Choice(dtype, "requested")
     if device.startswith("cuda"):
         if torch.cuda.get_device_capability(device)[0] >= 8:
-            return RuntimeChoice("bfloat16", "GPU of the Ampere generation or newer")
-        return RuntimeChoice("float16", "GPU older than Ampere: no bfloat16")
-    return RuntimeChoice("float32", f"exact, and what {device} does reliably")
+            return Choice("bfloat16", "Ampere GPU or newer")
+        return Choice("float16", "GPU older than Ampere: no bfloat16")
+    return Choice("float32", f"exact, and reliable on {device}")
 
 
-def choose_attention(device: str, dtype: str) -> RuntimeChoice:
+def choose_attention(device: str, dtype: str) -> Choice:
     """flash-attn where it can run, else PyTorch's scaled dot product attention; never `eager`."""
     if not device.startswith("cuda"):
-        return RuntimeChoice("sdpa", f"on {device}")
+        return Choice("sdpa", f"on {device}")
     from transformers.utils.import_utils import is_flash_attn_2_available
 
     if not is_flash_attn_2_available():
-        return RuntimeChoice("sdpa", "flash-attn is not installed")
+        return Choice("sdpa", "flash-attn is not installed")
     if dtype == "float32":
-        return RuntimeChoice("sdpa", "flash-attn does not calculate in float32")
-    return RuntimeChoice("flash_attention_2", "flash-attn is installed")
-
-
-def load_processor(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The processor of a model, from a directory or the hub, set to pad on the left.
-
-    Raises:
-        ModelError: there is none, or it takes no videos.
-    """
-    from transformers import AutoProcessor
-
-    try:
-        load: Any = AutoProcessor.from_pretrained
-        processor = load(model, revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise ModelError(f"cannot load the processor of {model!r}: {_first_line(error)}") from error
-    if getattr(processor, "video_processor", None) is None:
-        raise ModelError(f"{model!r} takes no videos: its processor {type(processor).__name__} has no video processor")
-    processor.tokenizer.padding_side = "left"  # so that the last position is the stem's end in every row
-    return processor
+        return Choice("sdpa", "flash-attn does not support float32")
+    return Choice("flash_attention_2", "flash-attn is installed")
 
 
 @dataclass(frozen=True)
-class Memory:
-    """What a model takes, in bytes; an estimate from its configuration."""
+class MemoryEstimate:
+    """Memory that a model needs, estimated from its configuration."""
 
     parameters: int
-    """Their number."""
+    """Number of parameters."""
     weights: int
     """Bytes of the weights."""
     clip: int
-    """Bytes that one more clip in a batch takes during the prefill."""
+    """Bytes for each clip of a batch during the prefill."""
 
 
-def estimate_memory(
-    model: str,
-    tokens: int,
-    dtype: str,
-    quantization: Quantization | None,
-    *,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> Memory:
-    """Estimate memory from the configuration alone: no weights are read.
+def estimate_memory(model: str, tokens: int, **options: Unpack[LoadOptions]) -> MemoryEstimate:
+    """Estimate memory without reading weights.
 
-    A clip takes what one layer of the language model holds at once (hidden states in and out, queries, keys, values,
-    and the three products of the gated MLP) and its pixels; nothing is kept for a backward pass.
+    A clip needs what one layer of the language model holds at a time (input and output, queries, keys, values, and the
+    three products of the gated MLP) and its pixels; nothing is stored for a backward pass.
 
     Args:
-        tokens: of one clip's prefill.
+        model: directory or hub id.
+        tokens: length of one clip's prefill.
+        options: see `LoadOptions`; without a dtype, the one that `choose_dtype` returns.
+
+    Raises:
+        ModelError: the configuration cannot be loaded.
+    """
+    empty = empty_model(model, **options)
+    dtype = options.get("dtype") or choose_dtype(choose_device(options.get("device")).value).value
+    itemsize = getattr(torch, dtype).itemsize
+    # NF4 stores a float32 scale per block of 64 weights.
+    linear_itemsize = {"4bit": 0.5 + 4 / 64, "8bit": 1.0, None: itemsize}[options.get("quantization")]
+    linear = sum(
+        module.weight.numel()
+        for name, module in empty.named_modules()
+        if isinstance(module, torch.nn.Linear) and not any(part in name for part in UNQUANTIZED)
+    )
+    parameters = sum(parameter.numel() for parameter in empty.parameters())
+    text = empty.config.get_text_config()
+    layer = (6 * text.hidden_size + 3 * text.intermediate_size) * itemsize
+    pixels = 28 * 28 * 2 * 3 * 4 * 2  # float32 patches of one token, and their copy on the device
+    weights = int(linear * linear_itemsize + (parameters - linear) * itemsize)
+    return MemoryEstimate(parameters, weights, tokens * (layer + pixels))
+
+
+def empty_model(model: str, **options: Unpack[LoadOptions]) -> Any:
+    """The model on the meta device: all modules and shapes, no weights.
 
     Raises:
         ModelError: the configuration cannot be loaded.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
+    kwargs = _hub_kwargs(options)
     try:
-        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(model, **kwargs)
         with torch.device("meta"):
             build: Any = AutoModelForImageTextToText.from_config
-            empty = build(config, trust_remote_code=trust_remote_code)
+            return build(config, trust_remote_code=kwargs["trust_remote_code"])
     except Exception as error:
-        raise ModelError(f"cannot read the configuration of {model!r}: {_first_line(error)}") from error
-    number = getattr(torch, dtype).itemsize
-    small = {"4bit": 0.56, "8bit": 1.0, None: number}[quantization]  # NF4 in blocks of 64 with float32 scales
-    linear = sum(part.weight.numel() for name, part in empty.named_modules()
-                 if isinstance(part, torch.nn.Linear) and not any(word in name for word in UNQUANTIZED))  # fmt: skip
-    parameters = sum(parameter.numel() for parameter in empty.parameters())
-    text = config.get_text_config()
-    layer = (6 * text.hidden_size + 3 * text.intermediate_size) * number
-    pixels = 28 * 28 * 2 * 3 * 4 * 2  # float32 patches of a token, once as made and once as moved
-    return Memory(parameters, int(linear * small + (parameters - linear) * number), tokens * (layer + pixels))
+        raise ModelError(f"cannot load the configuration of {model!r}: {_first_line(error)}") from error
 
 
-def _bitsandbytes(quantization: Quantization, dtype: torch.dtype) -> Any:
+def _hub_kwargs(options: LoadOptions) -> dict[str, Any]:
+    """The options that every `from_pretrained` of transformers takes."""
+    return {
+        "revision": options.get("revision"),
+        "trust_remote_code": options.get("trust_remote_code", False),
+    }
+
+
+def _bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     config: Any = BitsAndBytesConfig
-    kept = [rf"(?:.*\.)?{name}" for name in UNQUANTIZED]  # transformers matches from the start of a module's full name
+    skipped = compat.skip_patterns(UNQUANTIZED)
     if quantization == "8bit":
-        return config(load_in_8bit=True, llm_int8_skip_modules=kept)
+        return config(load_in_8bit=True, llm_int8_skip_modules=skipped)
     return config(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=kept,
+        llm_int8_skip_modules=skipped,
     )
 
 

@@ -1,119 +1,128 @@
-"""TODO-DOC model.prefill."""
+"""Ask several questions about the same clips while their video tokens are processed once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lmm_qa.errors import ConfigError
-from lmm_qa.model.backbone import Context, _by_place
+from lmm_qa.model.backbone import Backbone, CachedPrefix, in_clip_order
+from lmm_qa.model.inputs import ClipInput, decode_continuation, prepare_inputs, question_tokens, remove_question
+from lmm_qa.model.levels import LevelLogits
 from lmm_qa.model.prompt import Prompt
 
-if TYPE_CHECKING:
-    pass
 
-from lmm_qa.model.backbone import Backbone
-from lmm_qa.model.inputs import ClipInput, prepare_inputs, question_tokens, text_after, without_question
-from lmm_qa.model.levels import LevelLogits
+class SharedPrefill:
+    """The KV cache of clips up to the end of their videos, from which every question continues.
 
-
-class Prefill:
-    """Clips that a model has looked at, to ask it many things about each. One prefill a clip.
-
-    Nothing that is asked changes it. Where no prefill can be shared (see `Backbone.shares_prefills`), the model looks
-    anew for each question, with the same results.
+    Questions leave it unchanged. If the model cannot share a prefill (see `Backbone.can_share_prefill`), each question
+    processes the clips again, with the same results.
     """
 
     def __init__(self, backbone: Backbone, clips: Sequence[ClipInput], system: str | None = None) -> None:
+        """
+        Args:
+            system: system message of all questions that will be asked; it comes before the videos.
+        """
         self.backbone = backbone
         self.clips = clips
         self.system = system
         any_prompt = Prompt(system=system, question="?", stem="?")
-        self._begun = [
-            (
-                places,
-                backbone.begin(without_question(backbone.processor, inputs, any_prompt, len(clips[0].views), {}))[0],
-            )
-            for places, inputs in (backbone.prepared(clips, any_prompt) if backbone.shares_prefills else ())
-        ]
+        self._prefixes: list[tuple[list[int], CachedPrefix]] = []
+        for indices, inputs in backbone.prepare_batches(clips, any_prompt) if backbone.can_share_prefill else ():
+            videos = remove_question(backbone.processor, inputs, any_prompt, len(clips[0].views), {})
+            self._prefixes.append((indices, backbone.prefill(videos)[0]))
 
-    def ask(self, prompts: Sequence[Prompt]) -> list[list[LevelLogits]]:
-        """Several questions about each clip.
+    def level_logits(self, prompts: Sequence[Prompt]) -> list[list[LevelLogits]]:
+        """Ask several questions about each clip.
 
         Returns:
-            For each clip one `LevelLogits` a prompt: those that `Backbone.read` gives.
+            For each clip one `LevelLogits` per prompt, equal to those of `Backbone.level_logits`.
 
         Raises:
-            ConfigError: a prompt's system message is not the one that the clips were looked at with.
-            ModelError: see `Backbone.read`.
+            ConfigError: a prompt has another system message than this prefill.
+            ModelError: see `Backbone.level_logits`.
         """
-        self._check(prompts)
-        if not self._begun:
-            columns = [self.backbone.read(self.clips, prompt) for prompt in prompts]
-        else:
-            questions = [[self._tokens(clip, prompt) for prompt in prompts] for clip in self.clips]
-            logits = torch.stack(
-                _by_place(
-                    (places, self.backbone.go_on(deepcopy(begun), [questions[place] for place in places]))
-                    for places, begun in self._begun
-                )
+        self._check_system(prompts)
+        if self._prefixes:
+            questions = [[self._question_tokens(clip, prompt) for prompt in prompts] for clip in self.clips]
+            batches = (
+                (indices, self.backbone.extend_cache(deepcopy(prefix), [questions[index] for index in indices]))
+                for indices, prefix in self._prefixes
             )
+            logits = torch.stack(in_clip_order(batches))
             videos = len(self.clips[0].views)
-            columns = [self.backbone.level_logits(logits[:, number], prompt, videos)
-                       for number, prompt in enumerate(prompts)]  # fmt: skip
+            columns = [
+                self.backbone.select_level_logits(logits[:, column], prompt, videos)
+                for column, prompt in enumerate(prompts)
+            ]
+        else:
+            columns = [self.backbone.level_logits(self.clips, prompt) for prompt in prompts]
         return [list(row) for row in zip(*columns, strict=True)]
 
-    def continue_texts(self, prompts: Sequence[Prompt], max_tokens: int) -> list[str]:
-        """Go on from the stem of a prompt a clip, greedily, to the end of the answer or for `max_tokens`.
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+        """Continue the stem of one prompt per clip by greedy decoding, up to the end of the answer.
 
         Args:
-            prompts: one a clip; their levels play no part.
+            prompts: one per clip; their levels are ignored.
+            max_new_tokens: length limit of the answers.
 
         Returns:
-            What follows each stem, from the space between on.
+            The text after each stem, including the space between.
 
         Raises:
-            ConfigError: see `ask`.
+            ConfigError: see `level_logits`.
         """
-        self._check(prompts)
-        started = self._started(list(zip(self.clips, prompts, strict=True)))
-        answers = _by_place((places, self._write(context, logits, max_tokens)) for places, context, logits in started)
+        self._check_system(prompts)
+        started = self._ask_each(list(zip(self.clips, prompts, strict=True)))
+        answers = in_clip_order(
+            (indices, self._decode_greedily(prefix, logits, max_new_tokens)) for indices, prefix, logits in started
+        )
         tokenizer = self.backbone.processor.tokenizer
-        return [text_after(tokenizer, prompt.stem, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        return [
+            decode_continuation(tokenizer, prompt.stem, answer) for prompt, answer in zip(prompts, answers, strict=True)
+        ]
 
-    def _started(self, asked: Sequence[tuple[ClipInput, Prompt]]) -> Iterator[tuple[list[int], Context, torch.Tensor]]:
-        """Places, context and logits of the first word of each batch, one question a clip."""
-        for places, begun in self._begun:
-            context = deepcopy(begun)
-            yield places, context, self.backbone.go_on(context, [[self._tokens(*asked[each])] for each in places])[:, 0]
-        if not self._begun:
-            for place, (clip, prompt) in enumerate(asked):
+    def _ask_each(
+        self, questions: Sequence[tuple[ClipInput, Prompt]]
+    ) -> Iterator[tuple[list[int], CachedPrefix, torch.Tensor]]:
+        """Ask one question per clip: indices of each batch, its cache, (B, vocabulary) logits of the first token."""
+        for indices, prefix in self._prefixes:
+            extended = deepcopy(prefix)
+            tokens = [[self._question_tokens(*questions[index])] for index in indices]
+            yield indices, extended, self.backbone.extend_cache(extended, tokens)[:, 0]
+        if not self._prefixes:
+            for index, (clip, prompt) in enumerate(questions):
                 inputs = prepare_inputs(self.backbone.processor, [clip], prompt).to(self.backbone.device)
-                yield [place], *self.backbone.begin(inputs)
+                yield [index], *self.backbone.prefill(inputs)
 
-    def _write(self, context: Context, logits: torch.Tensor, max_tokens: int) -> list[list[int]]:
-        """The likeliest token again and again, for all clips of a context; `logits` are those of the first."""
+    def _decode_greedily(self, prefix: CachedPrefix, logits: torch.Tensor, max_new_tokens: int) -> list[list[int]]:
+        """Token ids of each answer without its end token.
+
+        Args:
+            logits: (B, vocabulary) of the first token.
+        """
         configured: Any = self.backbone.model.generation_config.eos_token_id
         ends = configured if isinstance(configured, list) else [configured]
         stops = {self.backbone.processor.tokenizer.eos_token_id, *ends}
-        written: list[list[int]] = [[token] for token in logits.argmax(dim=-1).tolist()]
-        while len(written[0]) < max_tokens and any(stops.isdisjoint(row) for row in written):
-            logits = self.backbone.go_on(context, [[row[-1:]] for row in written])[:, 0]
-            for row, token in zip(written, logits.argmax(dim=-1).tolist(), strict=True):
-                row.append(token)
-        return [list(takewhile(lambda token: token not in stops, row)) for row in written]
+        answers: list[list[int]] = [[token] for token in logits.argmax(dim=-1).tolist()]
+        while len(answers[0]) < max_new_tokens and any(stops.isdisjoint(answer) for answer in answers):
+            logits = self.backbone.extend_cache(prefix, [[answer[-1:]] for answer in answers])[:, 0]
+            for answer, token in zip(answers, logits.argmax(dim=-1).tolist(), strict=True):
+                answer.append(token)
+        return [list(takewhile(lambda token: token not in stops, answer)) for answer in answers]
 
-    def _tokens(self, clip: ClipInput, prompt: Prompt) -> list[int]:
+    def _question_tokens(self, clip: ClipInput, prompt: Prompt) -> list[int]:
         return question_tokens(self.backbone.processor, prompt, len(clip.views), clip.slots)
 
-    def _check(self, prompts: Sequence[Prompt]) -> None:
+    def _check_system(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
             if prompt.system != self.system:
                 raise ConfigError(
-                    f"the question {prompt.question!r} has the system message {prompt.system!r}, but the clips were "
-                    f"looked at with {self.system!r}: make a prefill for it"
+                    f"the question {prompt.question!r} has the system message {prompt.system!r}, but this prefill was "
+                    f"made with {self.system!r}: make another one for it"
                 )

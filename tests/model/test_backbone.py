@@ -23,10 +23,10 @@ from transformers.video_utils import VideoMetadata
 
 from lmm_qa.errors import ConfigError, LevelTokenError, ModelError
 from lmm_qa.model.backbone import Backbone
-from lmm_qa.model.inputs import ClipInput, count_tokens, level_tokens, patch_factor, prepare_inputs, text_after
+from lmm_qa.model.inputs import ClipInput, count_tokens, level_tokens, patch_factor, prepare_inputs, decode_continuation
 from lmm_qa.model.loading import choose_attention, choose_device, choose_dtype, estimate_memory, load_processor
-from lmm_qa.model.onednn import OneDNNLinear, _onednn_is_quicker
-from lmm_qa.model.prefill import Prefill
+from lmm_qa.model.onednn import OneDNNLinear, onednn_is_faster
+from lmm_qa.model.prefill import SharedPrefill
 from lmm_qa.model.prompt import Prompt, load_prompt
 from lmm_qa.model.rater_config import EMBEDDED
 
@@ -139,7 +139,7 @@ def test_a_reading_is_the_last_position_of_a_plain_forward_pass(
 ) -> None:
     family = request.node.callspec.params["backbone"]
     one = clip(backbone, (2, 3), (4, 2), frames=5)
-    (reading,) = backbone.read([one], PROMPT)
+    (reading,) = backbone.level_logits([one], PROMPT)
     plain = AutoModelForImageTextToText.from_pretrained(family_dir(family), dtype=torch.float32).eval()
     with torch.no_grad():
         logits = plain(**through_the_chat_template(backbone.processor, one, PROMPT)).logits[0, -1].double().numpy()
@@ -154,10 +154,10 @@ def test_a_reading_does_not_depend_on_the_batch(backbone: Backbone) -> None:
     clips = [clip(backbone, *views, seed=seed) for seed, views in enumerate(sizes)]
     lengths = prepare_inputs(backbone.processor, clips, PROMPT)["attention_mask"].sum(dim=1).tolist()
     assert patch_factor(backbone.processor) is None or len(set(lengths)) == 3
-    alone = [backbone.read([one], PROMPT)[0] for one in clips]
+    alone = [backbone.level_logits([one], PROMPT)[0] for one in clips]
     assert np.ptp([reading.logits for reading in alone], axis=0).max() > 0.05, "the clips look alike to the model"
     for order in ([0, 1, 2], [2, 0, 1], [1, 1]):
-        together = backbone.read([clips[i] for i in order], PROMPT)
+        together = backbone.level_logits([clips[i] for i in order], PROMPT)
         for i, reading in zip(order, together, strict=True):
             assert_same_reading(reading, alone[i])
 
@@ -165,10 +165,10 @@ def test_a_reading_does_not_depend_on_the_batch(backbone: Backbone) -> None:
 def test_what_else_is_in_a_padded_batch_changes_nothing(backbone: Backbone) -> None:
     """As on a GPU; a CPU gets the clips one by one."""
     clips = [clip(backbone, *views, seed=seed) for seed, views in enumerate([((2, 2), (2, 2)), ((6, 5), (4, 4))])]
-    together = backbone.last_logits(prepare_inputs(backbone.processor, clips, PROMPT))
+    together = backbone.next_token_logits(prepare_inputs(backbone.processor, clips, PROMPT))
     tokens = list(backbone.level_tokens(PROMPT, 2))
     for one, logits in zip(clips, together, strict=True):
-        (reading,) = backbone.read([one], PROMPT)
+        (reading,) = backbone.level_logits([one], PROMPT)
         assert logits[tokens].tolist() == pytest.approx(reading.logits, abs=1e-4)
         assert torch.logsumexp(logits, 0).item() == pytest.approx(reading.log_normalizer, abs=1e-4)
 
@@ -188,8 +188,8 @@ def test_batches_are_of_similar_lengths_and_bounded(
     load: Callable[[str], Backbone], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backbone = load("qwen2_vl")
-    monkeypatch.setattr("lmm_qa.model.inputs.PROMPT_TOKENS", 10)
-    monkeypatch.setattr("lmm_qa.model.backbone.TOKENS_AT_ONCE", 60)
+    monkeypatch.setattr("lmm_qa.model.backbone.PROMPT_TOKENS", 10)
+    monkeypatch.setattr("lmm_qa.model.backbone.MAX_BATCH_TOKENS", 60)
     clips = [clip(backbone, (1, moments), frames=2) for moments in (2, 9, 2, 10, 3, 70, 2, 2)]
     model: Any = SimpleNamespace(device="cuda", eval=lambda: model)
     # Of 12, 19, 12, 20, 13, 80, 12 and 12 tokens.
@@ -205,27 +205,27 @@ class Elsewhere(str):
 def test_a_gpu_gets_the_next_batch_while_it_works(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next is prepared in a thread; what is read is what each clip alone gives, in the order of the clips."""
     clips = [clip(backbone, (2, 3), (2, 2), frames=2 * frames, seed=frames) for frames in (3, 1, 4, 2, 1)]
-    alone = [backbone.read([one], PROMPT)[0] for one in clips]
-    monkeypatch.setattr("lmm_qa.model.backbone.TOKENS_AT_ONCE", 200)
+    alone = [backbone.level_logits([one], PROMPT)[0] for one in clips]
+    monkeypatch.setattr("lmm_qa.model.backbone.MAX_BATCH_TOKENS", 200)
     monkeypatch.setattr(Backbone, "device", Elsewhere("cpu"))
     assert 1 < len(backbone.batches(clips)) < 5
-    for reading, one in zip(backbone.read(clips, PROMPT), alone, strict=True):
+    for reading, one in zip(backbone.level_logits(clips, PROMPT), alone, strict=True):
         assert_same_reading(reading, one)
-    for (answer,), one in zip(Prefill(backbone, clips).ask([PROMPT]), alone, strict=True):
+    for (answer,), one in zip(SharedPrefill(backbone, clips).level_logits([PROMPT]), alone, strict=True):
         assert_same_reading(answer, one, 2e-5)
 
 
 def test_clips_of_different_lengths_go_together(backbone: Backbone) -> None:
     clips = [clip(backbone, (2, 3), frames=frames, seed=frames) for frames in (4, 1, 7)]
-    for one, reading in zip(clips, backbone.read(clips, PROMPT), strict=True):
-        assert_same_reading(reading, backbone.read([one], PROMPT)[0])
+    for one, reading in zip(clips, backbone.level_logits(clips, PROMPT), strict=True):
+        assert_same_reading(reading, backbone.level_logits([one], PROMPT)[0])
 
 
 def test_every_view_counts(backbone: Backbone) -> None:
     both = clip(backbone, (2, 3), (4, 2))
     other = ClipInput((both.views[0], both.views[1][:, ::-1].copy()), both.seconds, both.duration, both.slots)
     first = ClipInput(both.views[:1], both.seconds, both.duration, both.slots)
-    readings = [backbone.read([one], PROMPT)[0].logits for one in (both, other, first)]
+    readings = [backbone.level_logits([one], PROMPT)[0].logits for one in (both, other, first)]
     assert np.abs(readings[0] - readings[1]).max() > 1e-3
     assert np.abs(readings[0] - readings[2]).max() > 1e-3
 
@@ -236,7 +236,7 @@ def test_half_precision_reads_much_the_same(family: str, load: Callable[[str], B
     half = Backbone.load(str(family_dir(family)), device="cpu", dtype="bfloat16")
     assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
     one = clip(exact, (2, 3))
-    (expected,), (reading,) = exact.read([one], PROMPT), half.read([one], PROMPT)
+    (expected,), (reading,) = exact.level_logits([one], PROMPT), half.level_logits([one], PROMPT)
     assert reading.logits.dtype == np.float32
     assert reading.logits == pytest.approx(expected.logits, abs=0.1 * float(np.abs(expected.logits).max()))
 
@@ -260,7 +260,7 @@ LAYERS: dict[str, tuple[torch.nn.Module, tuple[int, ...]]] = {
 @torch.inference_mode()
 def test_a_layer_as_a_product_is_that_layer(kind: str, quicker: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "lmm_qa.model.onednn._onednn_is_quicker", lambda: quicker and torch.backends.mkldnn.is_available()
+        "lmm_qa.model.onednn.onednn_is_faster", lambda: quicker and torch.backends.mkldnn.is_available()
     )
     layer, shape = LAYERS[kind]
     values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(layer.weight.dtype)
@@ -274,13 +274,13 @@ def test_a_layer_as_a_product_is_that_layer(kind: str, quicker: bool, monkeypatc
 @pytest.mark.parametrize("family", QWEN)
 def test_a_reading_on_a_cpu_is_made_of_products(family: str, load: Callable[[str], Backbone]) -> None:
     backbone = load(family)
-    backbone.read([clip(backbone, (2, 3))], PROMPT)
+    backbone.level_logits([clip(backbone, (2, 3))], PROMPT)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        backbone.read([clip(backbone, (2, 3))], PROMPT)
+        backbone.level_logits([clip(backbone, (2, 3))], PROMPT)
     calls = {event.key: event.count for event in profile.key_averages()}
     assert not any("conv" in name for name in calls), "the patch embedding is a product"
     layers = sum(isinstance(part, torch.nn.Linear) for part in backbone.model.modules())
-    assert calls.get("mkldnn::_linear_pointwise", 0) == (layers + 1 if _onednn_is_quicker() else 0)
+    assert calls.get("mkldnn::_linear_pointwise", 0) == (layers + 1 if onednn_is_faster() else 0)
 
 
 def test_attention_is_never_the_slow_one(backbone: Backbone) -> None:
@@ -297,8 +297,8 @@ def test_numbers_that_are_not_finite_are_an_error(family_dir: Callable[[str], Pa
     backbone = Backbone.load(str(family_dir("qwen2_vl")), device="cpu", dtype="float32")
     with torch.no_grad():
         backbone.model.lm_head.weight[0] = torch.nan
-    with pytest.raises(ModelError, match="in float32, the model gives numbers that are not finite"):
-        backbone.read([clip(backbone, (2, 2))], PROMPT)
+    with pytest.raises(ModelError, match="logits are not finite in float32"):
+        backbone.level_logits([clip(backbone, (2, 2))], PROMPT)
 
 
 # --- many questions on one prefill, and words ----------------------------------------------------------------------
@@ -336,13 +336,13 @@ def unlike_clips(backbone: Backbone) -> list[ClipInput]:
 def test_questions_on_one_prefill_read_as_on_their_own(backbone: Backbone) -> None:
     clips = unlike_clips(backbone)
     for system, prompts in {None: QUESTIONS, SLOTS.system: (SLOTS, ONE_SYSTEM)}.items():
-        prefill = Prefill(backbone, clips, system)
-        answers = prefill.ask(prompts)
+        prefill = SharedPrefill(backbone, clips, system)
+        answers = prefill.level_logits(prompts)
         assert [len(row) for row in answers] == [len(prompts)] * 3
         for number, prompt in enumerate(prompts):
-            for row, alone in zip(answers, (backbone.read([one], prompt)[0] for one in clips), strict=True):
+            for row, alone in zip(answers, (backbone.level_logits([one], prompt)[0] for one in clips), strict=True):
                 assert_same_reading(row[number], alone, 2e-5)
-        for (again,), row in zip(prefill.ask(prompts[-1:]), answers, strict=True):
+        for (again,), row in zip(prefill.level_logits(prompts[-1:]), answers, strict=True):
             assert_same_reading(again, row[-1], 2e-5)
 
 
@@ -353,12 +353,12 @@ def test_the_vision_tower_runs_once_for_all_questions(family: str, load: Callabl
     tower = next(part for name, part in backbone.model.named_modules() if name.endswith(("visual", "vision_tower")))
     hook = tower.register_forward_hook(lambda *_: looks.append(1))
     try:
-        prefill = Prefill(backbone, clips)
-        prefill.ask(QUESTIONS)
-        prefill.continue_texts([PROMPT] * 3, 2)
+        prefill = SharedPrefill(backbone, clips)
+        prefill.level_logits(QUESTIONS)
+        prefill.generate([PROMPT] * 3, 2)
     finally:
         hook.remove()
-    assert backbone.shares_prefills == (family in QWEN)
+    assert backbone.can_share_prefill == (family in QWEN)
     assert len(looks) == 3 if family in QWEN else len(looks) == 3 * len(QUESTIONS) + 3
 
 
@@ -372,13 +372,13 @@ def generated(backbone: Backbone, one: ClipInput, prompt: Prompt, **options: Any
 @pytest.mark.usefixtures("grouping")
 def test_words_are_those_of_generate(backbone: Backbone) -> None:
     clips, prompts = unlike_clips(backbone), [PROMPT, QUESTIONS[2], CLOSED]
-    prefill = Prefill(backbone, clips)
-    before = prefill.ask(QUESTIONS)
-    texts = prefill.continue_texts(prompts, 12)
+    prefill = SharedPrefill(backbone, clips)
+    before = prefill.level_logits(QUESTIONS)
+    texts = prefill.generate(prompts, 12)
     written = [generated(backbone, *pair, max_new_tokens=12) for pair in zip(clips, prompts, strict=True)]
     assert len({token for row in written for token in row}) > 5, "a model that always says the same tells nothing"
     assert texts == [backbone.processor.tokenizer.decode(row) for row in written]
-    for row, again in zip(before, prefill.ask(QUESTIONS), strict=True):
+    for row, again in zip(before, prefill.level_logits(QUESTIONS), strict=True):
         for one, other in zip(row, again, strict=True):
             assert one.logits.tolist() == other.logits.tolist(), "writing changed the prefill"
 
@@ -390,7 +390,7 @@ def test_words_end_where_the_answer_does(
     backbone = load("qwen2_vl")
     clips = unlike_clips(backbone)
     monkeypatch.setattr(Backbone, "batches", lambda self, clips: [[2, 1, 0]])
-    prefill, tokenizer = Prefill(backbone, clips), backbone.processor.tokenizer
+    prefill, tokenizer = SharedPrefill(backbone, clips), backbone.processor.tokenizer
     stop = generated(backbone, clips[0], PROMPT, max_new_tokens=10)[4]
     if where == "tokenizer":
         monkeypatch.setattr(type(tokenizer), "eos_token_id", stop, raising=False)
@@ -400,7 +400,7 @@ def test_words_end_where_the_answer_does(
     written = [generated(backbone, one, PROMPT, max_new_tokens=10, eos_token_id=stop, pad_token_id=0) for one in clips]
     assert sorted(len(row) for row in written) == [5, 10, 10], "one answer ends before the others"
     assert written[0].pop() == stop
-    assert prefill.continue_texts([PROMPT] * 3, 10) == [tokenizer.decode(row) for row in written]
+    assert prefill.generate([PROMPT] * 3, 10) == [tokenizer.decode(row) for row in written]
 
 
 def test_the_space_before_the_first_word_is_kept() -> None:
@@ -414,16 +414,16 @@ def test_the_space_before_the_first_word_is_kept() -> None:
     words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     assert tokenizer.decode([2, 3]) == "blurred."
-    assert text_after(tokenizer, "It is", [2, 3]) == " blurred."
+    assert decode_continuation(tokenizer, "It is", [2, 3]) == " blurred."
 
 
 def test_a_question_with_another_system_message_is_refused(load: Callable[[str], Backbone]) -> None:
-    prefill = Prefill(load("qwen2_vl"), [clip(load("qwen2_vl"), (2, 2))], SLOTS.system)
-    message = r"'Is the picture blurred\?' has the system message None, but .* looked at with 'You are strict.'"
+    prefill = SharedPrefill(load("qwen2_vl"), [clip(load("qwen2_vl"), (2, 2))], SLOTS.system)
+    message = r"'Is the picture blurred\?' has the system message None, but this prefill was made with 'You are strict.'"
     with pytest.raises(ConfigError, match=message):
-        prefill.ask([SLOTS, CLOSED])
+        prefill.level_logits([SLOTS, CLOSED])
     with pytest.raises(ConfigError, match=message):
-        prefill.continue_texts([CLOSED], 2)
+        prefill.generate([CLOSED], 2)
 
 
 def test_a_sliding_window_shares_no_prefill(family_dir: Callable[[str], Path], tmp_path: Path) -> None:
@@ -434,19 +434,19 @@ def test_a_sliding_window_shares_no_prefill(family_dir: Callable[[str], Path], t
                               "layer_types": ["full_attention", "sliding_attention"]}  # fmt: skip
     file.write_text(json.dumps(config))
     backbone = Backbone.load(str(tmp_path / "model"), device="cpu", dtype="float32")
-    assert not backbone.shares_prefills
+    assert not backbone.can_share_prefill
     one = clip(backbone, (3, 4))
-    for prompt, answer in zip(QUESTIONS, Prefill(backbone, [one]).ask(QUESTIONS)[0], strict=True):
-        assert_same_reading(answer, backbone.read([one], prompt)[0], 2e-5)
+    for prompt, answer in zip(QUESTIONS, SharedPrefill(backbone, [one]).level_logits(QUESTIONS)[0], strict=True):
+        assert_same_reading(answer, backbone.level_logits([one], prompt)[0], 2e-5)
 
 
 def test_attention_that_knows_no_masks_is_replaced_for_the_questions(family_dir: Callable[[str], Path]) -> None:
     """Eager attention stands for flash-attn here: it adds a mask of truths to its scores."""
     backbone = Backbone.load(str(family_dir("qwen3_vl")), device="cpu", dtype="float32")
     one = clip(backbone, (2, 3))
-    expected = [backbone.read([one], prompt)[0] for prompt in QUESTIONS]
+    expected = [backbone.level_logits([one], prompt)[0] for prompt in QUESTIONS]
     backbone.model.set_attn_implementation("eager")
-    for answer, reading in zip(Prefill(backbone, [one]).ask(QUESTIONS)[0], expected, strict=True):
+    for answer, reading in zip(SharedPrefill(backbone, [one]).level_logits(QUESTIONS)[0], expected, strict=True):
         assert_same_reading(answer, reading, 2e-5)
     assert backbone.model.config._attn_implementation == "eager"
     assert backbone.model.config.text_config._attn_implementation == "eager"
@@ -456,8 +456,8 @@ def test_answers_that_are_not_finite_are_an_error(family_dir: Callable[[str], Pa
     backbone = Backbone.load(str(family_dir("qwen2_vl")), device="cpu", dtype="float32")
     with torch.no_grad():
         backbone.model.lm_head.weight[backbone.level_tokens(CLOSED, 1)[0]] = torch.inf
-    with pytest.raises(ModelError, match="in float32, the model gives numbers that are not finite"):
-        Prefill(backbone, [clip(backbone, (2, 2))]).ask(QUESTIONS)
+    with pytest.raises(ModelError, match="logits are not finite in float32"):
+        SharedPrefill(backbone, [clip(backbone, (2, 2))]).level_logits(QUESTIONS)
 
 
 # PEFT 0.21 asks transformers 5.23 by a name that it has given up.
@@ -470,15 +470,15 @@ def test_the_adapter_or_the_base_speaks(
     adapter = add_adapter(family_dir(family), tmp_path / "adapter")
     tuned = Backbone.load(str(family_dir(family)), adapter=adapter, device="cpu", dtype="float32")
     one = clip(base, (2, 3), (4, 2), step=40)
-    (ours,) = Prefill(tuned, [one]).ask(QUESTIONS)
+    (ours,) = SharedPrefill(tuned, [one]).level_logits(QUESTIONS)
     with tuned.without_adapter(), base.without_adapter():
-        within = Prefill(tuned, [one])
-        (plain,), said = within.ask(QUESTIONS), within.continue_texts([PROMPT], 12)
-        assert said == Prefill(base, [one]).continue_texts([PROMPT], 12)
-    assert Prefill(tuned, [one]).continue_texts([PROMPT], 12) != said
+        within = SharedPrefill(tuned, [one])
+        (plain,), said = within.level_logits(QUESTIONS), within.generate([PROMPT], 12)
+        assert said == SharedPrefill(base, [one]).generate([PROMPT], 12)
+    assert SharedPrefill(tuned, [one]).generate([PROMPT], 12) != said
     for prompt, adapted, unadapted in zip(QUESTIONS, ours, plain, strict=True):
-        assert_same_reading(adapted, tuned.read([one], prompt)[0], 2e-5)
-        assert_same_reading(unadapted, base.read([one], prompt)[0], 2e-5)
+        assert_same_reading(adapted, tuned.level_logits([one], prompt)[0], 2e-5)
+        assert_same_reading(unadapted, base.level_logits([one], prompt)[0], 2e-5)
         assert np.abs(adapted.logits - unadapted.logits).max() > 0.05
 
 
@@ -489,11 +489,11 @@ def test_the_embedded_model_answers_on_one_prefill_as_on_many() -> None:
 
     backbone, prompts = Rater.from_pretrained(device="cpu").backbone, (PROMPT, CLOSED)
     clips = [clip(backbone, (6, 6), (8, 8), frames=12), clip(backbone, (8, 5), (8, 8), frames=10, seed=1)]
-    prefill = Prefill(backbone, clips)
-    for one, answers in zip(clips, prefill.ask(prompts), strict=True):
+    prefill = SharedPrefill(backbone, clips)
+    for one, answers in zip(clips, prefill.level_logits(prompts), strict=True):
         for prompt, answer in zip(prompts, answers, strict=True):
-            assert_same_reading(answer, backbone.read([one], prompt)[0], 2e-5)
-    texts = prefill.continue_texts(prompts, 12)
+            assert_same_reading(answer, backbone.level_logits([one], prompt)[0], 2e-5)
+    texts = prefill.generate(prompts, 12)
     assert texts == [
         backbone.processor.tokenizer.decode(generated(backbone, *pair, max_new_tokens=12), skip_special_tokens=True)
         for pair in zip(clips, prompts, strict=True)
@@ -559,7 +559,7 @@ def test_quantized_models_read_much_the_same(
     assert {linear[name] for name in linear.keys() - quantized} == {torch.nn.Linear}
     assert any("vis" in name for name in linear.keys() - quantized)
     one = clip(exact, (2, 3))
-    (expected,), (reading,) = exact.read([one], PROMPT), small.read([one], PROMPT)
+    (expected,), (reading,) = exact.level_logits([one], PROMPT), small.level_logits([one], PROMPT)
     spread = float(np.abs(expected.logits).max())
     assert np.isfinite(reading.logits).all()
     assert reading.logits == pytest.approx(expected.logits, abs=spread * {"4bit": 0.5, "8bit": 0.15}[quantization])
@@ -571,7 +571,7 @@ def test_a_model_that_takes_no_videos_is_refused(tmp_path: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(published("qwen2.5-vl-7b-instruct"))
     LlavaProcessor(CLIPImageProcessor(), tokenizer, patch_size=14).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="takes no videos: its processor LlavaProcessor has no video processor"):
+    with pytest.raises(ModelError, match="does not accept videos: its processor LlavaProcessor has no video processor"):
         load_processor(str(tmp_path))
 
 
@@ -586,7 +586,7 @@ def test_what_cannot_be_loaded_is_named(family_dir: Callable[[str], Path], tmp_p
     with pytest.raises(ModelError, match=r"cannot load the processor of '.*empty'"):
         (tmp_path / "empty").mkdir()
         Backbone.load(str(tmp_path / "empty"), device="cpu")
-    with pytest.raises(ModelError, match=r"cannot put the adapter .*empty onto '.*qwen2_vl'"):
+    with pytest.raises(ModelError, match=r"cannot load the adapter .*empty for '.*qwen2_vl'"):
         Backbone.load(str(family_dir("qwen2_vl")), adapter=tmp_path / "empty", device="cpu")
 
 
@@ -594,23 +594,23 @@ def test_what_cannot_be_loaded_is_named(family_dir: Callable[[str], Path], tmp_p
 def test_memory_is_estimated_without_weights(family: str, load: Any, family_dir: Any, tmp_path: Path) -> None:
     shutil.copy(family_dir(family) / "config.json", tmp_path)
     model = load(family).model
-    memory = estimate_memory(str(tmp_path), 1000, "float32", None)
+    memory = estimate_memory(str(tmp_path), 1000, dtype="float32")
     assert memory.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert memory.weights == 4 * memory.parameters
     in_layers = sum(part.weight.numel() for name, part in model.named_modules()
                     if isinstance(part, torch.nn.Linear) and "language_model" in name)  # fmt: skip
-    assert estimate_memory(str(tmp_path), 1000, "float32", "8bit").weights == memory.weights - 3 * in_layers
-    assert estimate_memory(str(tmp_path), 2000, "float32", None).clip == 2 * memory.clip
-    with pytest.raises(ModelError, match="cannot read the configuration"):
-        estimate_memory(str(tmp_path / "gone"), 1000, "float32", None)
+    assert estimate_memory(str(tmp_path), 1000, dtype="float32", quantization="8bit").weights == memory.weights - 3 * in_layers
+    assert estimate_memory(str(tmp_path), 2000, dtype="float32").clip == 2 * memory.clip
+    with pytest.raises(ModelError, match="cannot load the configuration"):
+        estimate_memory(str(tmp_path / "gone"), 1000, dtype="float32")
 
 
 def test_choices_say_why() -> None:
-    assert str(choose_device("cpu")) == "cpu (as asked)"
+    assert str(choose_device("cpu")) == "cpu (requested)"
     with pytest.raises(ModelError, match=r"device 'cuda:99' cannot be used here: .*Try --device cpu"):
         choose_device("cuda:99")
     assert choose_device().value in {"cpu", "cuda", "mps"}
-    assert str(choose_dtype("cpu")) == "float32 (exact, and what cpu does reliably)"
-    assert str(choose_dtype("cpu", "bfloat16")) == "bfloat16 (as asked)"
+    assert str(choose_dtype("cpu")) == "float32 (exact, and reliable on cpu)"
+    assert str(choose_dtype("cpu", "bfloat16")) == "bfloat16 (requested)"
     assert str(choose_attention("cpu", "float32")) == "sdpa (on cpu)"
     assert choose_attention("cuda", "float32").value == "sdpa"  # flash-attn or not
