@@ -20,7 +20,9 @@ import av
 import imageio_ffmpeg
 import numpy as np
 
+from lmm_qa.config import Sampling, View
 from lmm_qa.video.decode import Frames, read_frames
+from lmm_qa.video.temporal import FrameDynamics
 
 BITS = 8
 
@@ -146,18 +148,39 @@ UNEVEN += [1020 + 40 * step for step in range(18)]
 """When the 30 frames of the clips of uneven frame rate appear, in milliseconds."""
 
 
-# Readers that misbehave, for a DecoderPool; here because a worker process must be able to import them
+FACTOR = 2
+"""Patch factor small enough for the clips (192x128) to keep their size."""
+
+
+def read(path: Path, sampling: Sampling | None = None, *views: View, factor: int = FACTOR) -> Frames:
+    """Read a clip in this process, with default arguments."""
+    return read_frames(path, sampling or Sampling(), views or (View(),), factor)
+
+
+def read_numbers(frames: Frames) -> tuple[int, ...]:
+    """The numbers that the pictures of the first view carry."""
+    return tuple(read_number(picture) for picture in frames.views[0])
+
+
+def write_damaged(original: Path, folder: Path, data: bytes) -> Path:
+    """Write other content under the name of a clip."""
+    copy = folder / original.name
+    copy.write_bytes(data)
+    return copy
+
+
+# Readers and measurements for a DecoderPool, in a module that its worker processes can import
 
 
 def read_or_hang(path: Path, *request: Any) -> Frames:
-    """Read a clip, but never come back from one that is called `hang`."""
+    """Read a clip, but never return from one called `hang`."""
     if path.stem == "hang":
         time.sleep(3600)
     return read_frames(path, *request)
 
 
 def read_or_die(path: Path, *request: Any) -> Frames:
-    """Read a clip, but die of one that is called `abort` or `killed`, and fail by a bug on `bug`."""
+    """Read a clip, but die or fail on one called after the way to do so."""
     print("decoders print what they like")
     if path.stem == "abort":
         os.abort()
@@ -165,4 +188,40 @@ def read_or_die(path: Path, *request: Any) -> Frames:
         os.kill(os.getpid(), signal.SIGKILL)
     if path.stem == "bug":
         raise ZeroDivisionError("division by zero")
+    if path.stem == "memory":
+        raise MemoryError
     return read_frames(path, *request)
+
+
+class RecordingMeasurement:
+    """A `ClipMeasurement` that returns what it received."""
+
+    sampling = Sampling(strategy="pairs", frames=4)
+
+    def __init__(self, rotation: int) -> None:
+        self.rotation = rotation
+        self.heights: list[int] = []
+        self.numbers: dict[int, int] = {}
+
+    def add_frame(self, luma: np.ndarray) -> None:
+        self.heights.append(luma.shape[0])
+
+    def add_picture(self, index: int, picture: np.ndarray) -> None:
+        self.numbers[index] = read_number(picture)
+
+    def features(self, indices: Sequence[int], dynamics: FrameDynamics) -> dict[str, float]:
+        received = {
+            "rotation": self.rotation,
+            "luma_height": self.heights[0],
+            "frames": len(self.heights),
+            "pictures": len(self.numbers),
+            "measured_frames": len(dynamics.seconds),
+        }
+        return received | {f"number_{place}": self.numbers[index] for place, index in enumerate(indices)}
+
+
+class BrokenMeasurement(RecordingMeasurement):
+    """Fails after the last frame."""
+
+    def features(self, indices: Sequence[int], dynamics: FrameDynamics) -> dict[str, float]:
+        raise KeyError("a feature")
