@@ -1,12 +1,19 @@
-"""What passes from frame to frame of a clip, for `lmm_qa.defects.features`: the rhythm of an encoder, and lips beside their face.
+"""Features of the change from each frame of a clip to the next: the rhythm of an encoder, and the motion of the lips.
 
-An encoder spends its bits unevenly, on every so many frames more, and copies what it can from the frame before: the
-share of pixels that stay the same, and the detail, then beat. Lips that stand still for a second do so between any two
-pictures that are looked at, so each frame is compared with the one before, the mouth beside the rest of the face.
+An encoder spends its bits unevenly: it refreshes every so many frames and copies what it can from the frame before. So
+the share of unchanged pixels, and the detail, rise and fall periodically. Lips that stand still for a second are found
+by comparing the motion of the mouth with that of the rest of the face in each frame.
 
-`MotionFeatureRecorder` is given every frame while it is decoded, and keeps of it numbers and, of the first `WATCHED`, a small
-picture. Time is counted in frames, so that a spell is shorter where there are more of them a second. Knows nothing of
-files, models or weights.
+| features | what they measure |
+| --- | --- |
+| `change_*` | mean change of a frame |
+| `same_*`, `copied_*` | share of unchanged pixels, and of unchanged runs of 8 pixels |
+| `fine_*` | fine detail of a frame |
+| ..., `*_beat*`, `*_turns`, `*_skew`, `*_5` to `*_95` | of these four: deviation from the running median; quantiles |
+| ..., `*_again_N`, `*_period` | of these four: autocorrelation at a lag of N frames, and its best lag |
+| `lips_*`, `chin_to_lips` | motion of the mouth relative to the face: quantiles, and over spells of 8 to 22 frames |
+
+Times are counted in frames, so they depend on the frame rate.
 """
 
 from __future__ import annotations
@@ -19,77 +26,44 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from PIL import Image
+from scipy.ndimage import median_filter
 
 from lmm_qa.video.face import Box
-from lmm_qa.video.temporal import apart, spread
+from lmm_qa.video.temporal import absolute_difference, evenly_spaced
 
 Grey = NDArray[np.uint8]
-
-
 Floats = NDArray[np.floating[Any]]
 
+MAX_FRAMES = 900
+"""Small pictures are kept of at most the first this many frames, up to a frame of another size."""
 
-WATCHED = 900
+_SMALL_SIDE = 192
+"""Approximate long side of a small picture, in pixels."""
 
-
-"""Frames of which a small picture is kept: the first ones, up to one of another size."""
-
-
-_SMALL = 192
-
-
-"""Pixels about which a small picture's long side has."""
-
-
-_PIXELS, _LEAST_LINES = 9216, 8
-
-
-"""Pixels of a frame that are compared with those of the frame before, in whole lines."""
-
+_PIXELS, _MIN_ROWS = 9216, 8
+"""Pixels of a frame that are compared with those of the frame before, in complete rows."""
 
 _RUN = 8
-
-
-"""Pixels that an encoder copies at least."""
-
+"""Pixels: encoders copy at least this many at a time."""
 
 _BATCH = 32
+"""Frames that are measured in one step, for speed."""
 
+_MEDIAN_FRAMES = 9
+"""Width of the running median."""
 
-"""Frames that are measured at once."""
+_STILL, _MIN_MOVING = 0.02, 8
+"""A frame whose mean change is below this many grey levels repeats the one before, and is ignored, unless no more than
+this many frames would remain."""
 
-
-_STEADY = 9
-
-
-"""Frames of which the median is what a frame's beat is measured from."""
-
-
-_STILL, _FEW = 0.02, 8
-
-
-"""Grey levels: a frame whose lines change by less is the one before, shown again. Where no more than so many are left,
-all of them count."""
-
-
-_BEATS = ("change", "same", "copied", "fine")
-
-
-"""What beats, of every frame: mean change of its lines, shares of pixels that stay and of runs that are copied, and
-mean bend along the lines."""
-
-
-_FLOORS = (0.05, 0.01, 0.01, 0.1)
-
+_SERIES = {"change": 0.05, "same": 0.01, "copied": 0.01, "fine": 0.1}
+"""Series that are measured in each frame, and what is added to each before its logarithm is taken."""
 
 _LAGS = (1, 2, 3, 4, 5, 8)
 
-
 _MOUTH: Box = (0.26, 0.62, 0.74, 0.98)
 
-
 _CHIN: Box = (0.30, 1.00, 0.70, 1.20)
-
 
 _REST: tuple[Box, ...] = (
     (0.08, 0.10, 0.92, 0.52),
@@ -97,167 +71,155 @@ _REST: tuple[Box, ...] = (
     (0.80, 0.50, 1.02, 0.95),
     (0.34, 0.38, 0.66, 0.60),
 )
-
-
-"""Eyes and brows, cheeks, nose."""
-
+"""Eyes and brows, both cheeks, nose."""
 
 _SPELLS = (8, 14, 22)
-
-
-"""Frames, about a third, a half and nearly one second, for which lips may stand."""
+"""Frames: about a third, a half and nearly one second."""
 
 
 class MotionFeatureRecorder:
-    """Every frame of a clip, as it passes.
+    """Receives every frame of a clip; keeps a few numbers and a small picture of each.
 
     Args:
-        turns: quarter turns to the left by which frames, as stored, become what is displayed.
+        quarter_turns: counterclockwise, by which stored frames are turned for display.
     """
 
-    def __init__(self, turns: int = 0) -> None:
-        self._turns = turns
+    def __init__(self, quarter_turns: int = 0) -> None:
+        self._quarter_turns = quarter_turns
         self._small: list[Grey] = []
-        self._waiting: list[Grey] = []
+        self._pending: list[Grey] = []
         self._measured: list[Floats] = []
         self._shape = (0, 0)
-        self._watching = True
+        self._keeps_pictures = True
 
-    def add(self, luma: Grey) -> None:
-        """Take in the next frame: its brightness, (height, width), as stored."""
+    def add_frame(self, luma: Grey) -> None:
+        """Receive the luma plane of the next frame, (height, width), as stored."""
         if luma.shape != self._shape:
             self._measure(last=True)
-            self._watching = self._shape == (0, 0)
+            self._keeps_pictures = self._shape == (0, 0)
             self._shape = luma.shape
-            self._lines = spread(luma.shape[0], max(_LEAST_LINES, _PIXELS // luma.shape[1]))
-        self._waiting.append(luma[self._lines])
-        if len(self._waiting) > _BATCH:
+            self._rows = evenly_spaced(luma.shape[0], max(_MIN_ROWS, _PIXELS // luma.shape[1]))
+        self._pending.append(luma[self._rows])
+        if len(self._pending) > _BATCH:
             self._measure()
-        if self._watching and len(self._small) < WATCHED:
-            times = max(1, round(max(luma.shape) / _SMALL))
-            small = np.asarray(Image.fromarray(np.ascontiguousarray(luma)).reduce(times))
-            self._small.append(np.rot90(small, self._turns))
+        if self._keeps_pictures and len(self._small) < MAX_FRAMES:
+            factor = max(1, round(max(luma.shape) / _SMALL_SIDE))
+            small = np.asarray(Image.fromarray(np.ascontiguousarray(luma)).reduce(factor))
+            self._small.append(np.rot90(small, self._quarter_turns))
 
-    def rhythm(self) -> dict[str, float]:
-        """How what changes, what stays and the detail of the lines beat from frame to frame."""
+    def coding_rhythm(self) -> dict[str, float]:
+        """Features of change, unchanged pixels and detail from frame to frame."""
         self._measure(last=True)
-        beats = np.concatenate(self._measured, axis=1) if self._measured else np.zeros((len(_BEATS), 0))
-        moving = beats[0] > _STILL
-        passing = beats[:, moving if moving.sum() > _FEW else slice(None)]
-        if passing.shape[1] < 2:
-            passing = np.zeros((len(_BEATS), 2))
+        series = np.concatenate(self._measured, axis=1) if self._measured else np.zeros((len(_SERIES), 0))
+        moving = series[0] > _STILL
+        used = series[:, moving] if moving.sum() > _MIN_MOVING else series
+        if used.shape[1] < 2:
+            used = np.zeros((len(_SERIES), 2))
         features: dict[str, float] = {}
-        for name, values, floor in zip(_BEATS, passing, _FLOORS, strict=True):
-            _beat(name, np.log(values + floor), features)
-        steps = np.diff(np.log(passing[-1] + _FLOORS[-1]))
-        features["fine_rises"], features["fine_falls"] = (
-            float(np.log(max(end, 0) + 0.005)) for end in (steps.max(), -steps.min())
-        )
+        for (name, floor), values in zip(_SERIES.items(), used, strict=True):
+            features |= _rhythm(name, np.log(values + floor))
+        steps = np.diff(np.log(used[-1] + _SERIES["fine"]))
+        features["fine_rises"] = float(np.log(max(steps.max(), 0) + 0.005))
+        features["fine_falls"] = float(np.log(max(-steps.min(), 0) + 0.005))
         return features
 
-    def lips(self, boxes: Floats, at: Sequence[int]) -> dict[str, float]:
-        """How much the mouth moves beside the rest of the face, by the quantile and by the spell.
+    def lip_motion(self, boxes: Floats, indices: Sequence[int]) -> dict[str, float]:
+        """Features of the motion of the mouth relative to the rest of the face.
 
         Args:
-            boxes: (pictures, 4): the face in those that are looked at, in fractions of the displayed picture; where
-                that was extended to be measured, they are those of what it was extended to, and lie somewhat off.
-            at: numbers of their frames.
+            boxes: (n, 4): the face in some displayed frames, as fractions of their width and height. If pictures were
+                padded before the face was located, the boxes are slightly off.
+            indices: (n,): numbers of these frames.
         """
-        mouth, chin, *rest = self._changes((_MOUTH, _CHIN, *_REST), boxes, at)
+        mouth, chin, *rest = self._part_changes((_MOUTH, _CHIN, *_REST), boxes, indices)
         face = np.mean(rest, axis=0)
         if (moves := face > 0.15).sum() >= 10:
             mouth, chin, face = mouth[moves], chin[moves], face[moves]
         mouth, chin, face = (np.log(each + 0.2) for each in (mouth, chin, face))
-        beside = mouth - face
-        features = {f"lips_{share}": float(np.percentile(beside, share)) for share in (3, 10, 25, 50, 75, 90)}
+        relative = mouth - face
+        features = {f"lips_{share}": float(np.percentile(relative, share)) for share in (3, 10, 25, 50, 75, 90)}
         features["lips_range"] = features["lips_75"] - features["lips_10"]
         for spell in _SPELLS:
-            long = min(spell, len(beside))
-            means = sliding_window_view(beside, long).mean(1)
-            features[f"lips_least_{spell}"] = least = float(means.min())
-            features[f"lips_less_{spell}"] = features["lips_50"] - least
-            features[f"lips_most_{spell}"] = float(means.max()) - least
-            largest = sliding_window_view(mouth, long).max(1) - sliding_window_view(face, long).mean(1)
+            length = min(spell, len(relative))
+            means = sliding_window_view(relative, length).mean(1)
+            lowest = float(means.min())
+            features[f"lips_least_{spell}"] = lowest
+            features[f"lips_less_{spell}"] = features["lips_50"] - lowest
+            features[f"lips_most_{spell}"] = float(means.max()) - lowest
+            largest = sliding_window_view(mouth, length).max(1) - sliding_window_view(face, length).mean(1)
             features[f"lips_still_{spell}"] = float(largest.min())
         features["lips_spread"] = float(np.log(mouth.std() + 0.02))
-        features["lips_with_face"], features["lips_with_chin"] = _correlation(mouth, face), _correlation(mouth, chin)
+        features["lips_with_face"] = _correlation(mouth, face)
+        features["lips_with_chin"] = _correlation(mouth, chin)
         features["chin_to_lips"] = float(np.median(chin - mouth))
         return features
 
     def _measure(self, last: bool = False) -> None:
-        """Compare the frames that wait, each with the one before; the last one stays, for those to come."""
-        if len(self._waiting) > 1:
-            lines = np.stack(self._waiting)
-            change = apart(lines[1:], lines[:-1])
-            count, rows, width = change.shape
-            whole = max(width // _RUN * _RUN, 1)
+        """Compare the pending frames, each with the one before. The last one stays pending if more may follow."""
+        if len(self._pending) > 1:
+            rows = np.stack(self._pending)
+            change = absolute_difference(rows[1:], rows[:-1])
+            count, height, width = change.shape
             run = _RUN if width >= _RUN else 1
-            runs = change[..., :whole].reshape(count, rows, whole // run, run).max(-1)
-            bends = np.abs(np.diff(lines[1:].astype(np.int16), 2))
-            self._measured.append(np.stack([
-                change.mean((1, 2), dtype=np.float32), (change == 0).mean((1, 2), dtype=np.float32),
-                (runs <= 1).mean((1, 2), dtype=np.float32),
-                bends.mean((1, 2), dtype=np.float32) if width > 2 else np.zeros(count, np.float32),
-            ]))  # fmt: skip
-        self._waiting = [] if last else self._waiting[-1:]
+            runs = change[..., : width // run * run].reshape(count, height, -1, run).max(-1)
+            bends = np.abs(np.diff(rows[1:].astype(np.int16), 2)) if width > 2 else np.zeros((count, 1, 1))
+            series = (change, change == 0, runs <= 1, bends)
+            self._measured.append(np.stack([each.mean((1, 2), dtype=np.float32) for each in series]))
+        self._pending = [] if last else self._pending[-1:]
 
-    def _changes(self, parts: Sequence[Box], boxes: Floats, at: Sequence[int]) -> Floats:
-        """(parts, frames): mean change of parts of the face since the frame before, in grey levels."""
+    def _part_changes(self, parts: Sequence[Box], boxes: Floats, indices: Sequence[int]) -> Floats:
+        """(parts, frames - 1): mean change of parts of the face since the frame before, in grey levels."""
         count = len(self._small)
         if count < 2:
             return np.zeros((len(parts), 1))
         height, width = self._small[0].shape
-        numbers, first = np.unique(at, return_index=True)
+        numbers, first = np.unique(indices, return_index=True)
         frames = np.arange(1, count)
-        followed = np.stack([np.interp(frames, numbers, edge) for edge in boxes[first].T], axis=1)
-        corner, sides = followed[:, None, :2], followed[:, None, 2:] - followed[:, None, :2]
+        interpolated = np.stack([np.interp(frames, numbers, edge) for edge in boxes[first].T], axis=1)
+        corner, sides = interpolated[:, None, :2], interpolated[:, None, 2:] - interpolated[:, None, :2]
         size = np.array([width, height])
-        inside = np.array(parts).reshape(1, -1, 2, 2)
-        edges = (corner[:, :, None] + inside * sides[:, :, None]) * size
+        edges = (corner[:, :, None] + np.array(parts).reshape(1, -1, 2, 2) * sides[:, :, None]) * size
         starts = np.clip(np.floor(edges[:, :, 0]), 0, np.maximum(size - 2, 0)).astype(int)
         ends = np.maximum(np.clip(np.ceil(edges[:, :, 1]), 1, size).astype(int), starts + 1)
         low, high = starts.min((0, 1)), ends.max((0, 1))
-        window = [small[low[1] : high[1], low[0] : high[0]] for small in self._small]
+        windows = [small[low[1] : high[1], low[0] : high[0]] for small in self._small]
         starts, ends = starts - low, ends - low
-        measured = np.empty((len(parts), count - 1))
-        for number, (before, after) in enumerate(pairwise(window)):
-            change = apart(after, before)
+        changes = np.empty((len(parts), count - 1))
+        for number, (before, after) in enumerate(pairwise(windows)):
+            change = absolute_difference(after, before)
             for part, ((x, y), (stop_x, stop_y)) in enumerate(zip(starts[number], ends[number], strict=True)):
-                measured[part, number] = change[y:stop_y, x:stop_x].mean()
-        return measured
+                changes[part, number] = change[y:stop_y, x:stop_x].mean()
+        return changes
 
 
-def running_median(values: Floats, width: int) -> Floats:
-    """(n,): the median of so many values about each; their ends are repeated. `width`: odd."""
-    padded = np.pad(values, width // 2, mode="edge")
-    return np.asarray(np.median(sliding_window_view(padded, width), axis=1))
-
-
-def _beat(name: str, values: Floats, features: dict[str, float]) -> None:
-    """Quantiles of what a logarithm has been in each frame, and how it leaves its running median."""
-    beat = values - running_median(values, _STEADY)
-    features[f"{name}_beat"], features[f"{name}_beat_usual"] = (
-        float(np.log(each + 0.003)) for each in (beat.std(), np.median(abs(beat)))
-    )
+def _rhythm(name: str, values: Floats) -> dict[str, float]:
+    """Quantiles of a series of logarithms, and how it deviates from its running median."""
+    deviation = values - median_filter(values, _MEDIAN_FRAMES, mode="nearest")
     steps, turns = np.diff(values), np.diff(values, 2) if len(values) > 2 else np.zeros(1)
-    features[f"{name}_turns"] = float(np.log((np.median(abs(turns)) + 0.003) / (np.median(abs(steps)) + 0.003)))
-    again = np.array([_again(beat, lag) for lag in range(17)])
-    for lag in _LAGS:
-        features[f"{name}_again_{lag}"] = float(again[lag])
-    features[f"{name}_again"], features[f"{name}_period"] = float(again[2:].max()), float(again[2:].argmax())
-    features[f"{name}_skew"] = float(np.clip(((beat / (beat.std() + 1e-6)) ** 3).mean(), -9, 9))
-    for share, value in zip((5, 25, 50, 75, 95), np.percentile(values, (5, 25, 50, 75, 95)), strict=True):
-        features[f"{name}_{share}"] = float(value)
+    repeats = np.array([_autocorrelation(deviation, lag) for lag in range(17)])
+    features = {
+        f"{name}_beat": float(np.log(deviation.std() + 0.003)),
+        f"{name}_beat_usual": float(np.log(np.median(abs(deviation)) + 0.003)),
+        f"{name}_turns": float(np.log((np.median(abs(turns)) + 0.003) / (np.median(abs(steps)) + 0.003))),
+        **{f"{name}_again_{lag}": float(repeats[lag]) for lag in _LAGS},
+        f"{name}_again": float(repeats[2:].max()),
+        f"{name}_period": float(repeats[2:].argmax()),
+        f"{name}_skew": float(np.clip(((deviation / (deviation.std() + 1e-6)) ** 3).mean(), -9, 9)),
+    }
+    shares = (5, 25, 50, 75, 95)
+    return features | {
+        f"{name}_{share}": float(value) for share, value in zip(shares, np.percentile(values, shares), strict=True)
+    }
 
 
-def _again(values: Floats, lag: int) -> float:
-    """How far values are those of so many frames before, -1 to 1."""
+def _autocorrelation(values: Floats, lag: int) -> float:
+    """-1 to 1; 0 for a series that is too short."""
     if len(values) <= lag + 4:
         return 0.0
     centred = values - values.mean()
     return float((centred[lag:] * centred[: len(values) - lag]).mean() / (centred.var() + 1e-9))
 
 
-def _correlation(one: Floats, other: Floats) -> float:
-    spread = float(one.std() * other.std())
-    return float(((one - one.mean()) * (other - other.mean())).mean() / spread) if spread > 1e-9 else 0.0
+def _correlation(a: Floats, b: Floats) -> float:
+    """Pearson's; 0 for a constant series."""
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() * b.std() > 1e-9 else 0.0

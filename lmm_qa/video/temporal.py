@@ -236,18 +236,23 @@ def flicker(dynamics: FrameDynamics) -> float:
 # Quality switches
 
 
-def switches(dynamics: FrameDynamics, min_evidence: float = MIN_SWITCH_EVIDENCE) -> list[Span]:
+def switches(
+    dynamics: FrameDynamics,
+    min_evidence: float = MIN_SWITCH_EVIDENCE,
+    evidence: NDArray[np.float64] | None = None,
+) -> list[Span]:
     """When the clip has clearly less detail than before and after: a switch of the bit rate.
 
     Args:
         dynamics: of the clip.
         min_evidence: see `switch_evidence`; 0 for the most likely span in a clip that is known to have a switch.
+        evidence: `switch_evidence` of the clip, if it is known.
 
     Returns:
         none or one: the span of poorer quality that stands out most; from the start or to the end of the clip if only
         its other end shows.
     """
-    evidence = switch_evidence(dynamics)
+    evidence = switch_evidence(dynamics) if evidence is None else evidence.copy()
     near_start, near_end = dynamics.seconds < _MIN_SWITCH, dynamics.seconds > dynamics.duration - _MIN_SWITCH
     evidence[near_start] = evidence[near_start].clip(max=0)
     evidence[near_end] = evidence[near_end].clip(min=0)

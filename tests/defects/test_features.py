@@ -12,7 +12,7 @@ from PIL import Image
 
 import lmm_qa
 from lmm_qa.config import Sampling, View
-from lmm_qa.defects.features import MOST, FeatureExtractor, measure, reduced, window
+from lmm_qa.defects.features import MAX_SHORT_SIDE, FeatureExtractor, limit_size, measure, window
 from lmm_qa.defects.motion_features import MotionFeatureRecorder
 from lmm_qa.degrade.causes import damage
 from lmm_qa.degrade.dataset import read_clip
@@ -31,20 +31,20 @@ def portrait() -> NDArray[np.uint8]:
 
 
 def features(frames: NDArray[np.uint8]) -> dict[str, float]:
-    """Of a clip in memory."""
-    tracer, motion = FrameDynamicsRecorder(), MotionFeatureRecorder()
+    """Features of a clip in memory."""
+    recorder, motion = FrameDynamicsRecorder(), MotionFeatureRecorder()
     for frame in frames:
         luma = np.asarray(Image.fromarray(frame).convert("L"))
-        tracer.add(luma)
-        motion.add(luma)
+        recorder.add(luma)
+        motion.add_frame(luma)
     seconds = np.arange(len(frames)) / FPS
-    looked_at = sample_indices(seconds.tolist(), FeatureExtractor.sampling)
-    dynamics = tracer.dynamics(seconds.tolist(), len(frames) / FPS)
-    return measure([frames[index] for index in looked_at], looked_at, dynamics, motion)
+    indices = sample_indices(seconds.tolist(), FeatureExtractor.sampling)
+    dynamics = recorder.dynamics(seconds.tolist(), len(frames) / FPS)
+    return measure([frames[index] for index in indices], indices, dynamics, motion)
 
 
 @pytest.mark.parametrize(
-    ("cause", "sign", "rises"),
+    ("cause", "feature", "rises"),
     [
         ("blur", "sharpness_x", False),
         ("noise", "change_25", True),
@@ -63,14 +63,14 @@ def features(frames: NDArray[np.uint8]) -> dict[str, float]:
         ("drop", "pace", False),
     ],
 )
-def test_a_damage_moves_its_sign(portrait: NDArray[np.uint8], cause: str, sign: str, rises: bool) -> None:
-    before = features(portrait)[sign]
-    mild, strong = (features(damage(portrait, cause, strength, 3, fps=FPS).frames)[sign] for strength in (0.4, 0.9))
+def test_a_degradation_changes_its_feature(portrait: NDArray[np.uint8], cause: str, feature: str, rises: bool) -> None:
+    before = features(portrait)[feature]
+    mild, strong = (features(damage(portrait, cause, strength, 3, fps=FPS).frames)[feature] for strength in (0.4, 0.9))
     assert (strong > before + 0.1) if rises else (strong < before - 0.1), (before, mild, strong)
     assert (strong >= mild - 0.15) if rises else (strong <= mild + 0.15), (before, mild, strong)
 
 
-def test_every_clip_has_the_same_finite_signs(portrait: NDArray[np.uint8]) -> None:
+def test_every_clip_has_the_same_finite_features(portrait: NDArray[np.uint8]) -> None:
     names = list(features(portrait))
     black = np.zeros((60, 64, 48, 3), np.uint8)
     noise = np.random.default_rng(0).integers(0, 256, (30, 97, 331, 3), dtype=np.uint8)
@@ -80,17 +80,17 @@ def test_every_clip_has_the_same_finite_signs(portrait: NDArray[np.uint8]) -> No
         assert np.isfinite([*found.values()]).all()
 
 
-def test_a_large_picture_is_reduced_by_a_whole_number() -> None:
+def test_a_large_picture_is_reduced_by_an_integer_factor() -> None:
     picture = np.zeros((2200, 3000, 3), np.uint8)
-    assert reduced(picture).shape == (734, 1000, 3)
-    small = picture[:MOST, :2000]
-    assert reduced(small) is small
+    assert limit_size(picture).shape == (734, 1000, 3)
+    small = picture[:MAX_SHORT_SIDE, :2000]
+    assert limit_size(small) is small
 
 
 @pytest.mark.parametrize(
     "box", [(0.2, 0.2, 0.7, 0.7), (-0.3, -0.4, 0.4, 0.3), (0.6, 0.7, 1.3, 1.4), (1.2, 1.2, 1.5, 1.5)]
 )
-def test_a_window_has_its_size_wherever_it_lies(box: tuple[float, ...]) -> None:
+def test_a_window_has_its_size_wherever_it_is(box: tuple[float, ...]) -> None:
     ramp = np.tile(np.arange(200, dtype=np.uint8)[:, None, None], (1, 200, 3))
     found = window(ramp, np.array(box), (0.0, 1.0), 80)
     assert found.shape == (80, 80, 3)
@@ -98,7 +98,7 @@ def test_a_window_has_its_size_wherever_it_lies(box: tuple[float, ...]) -> None:
     assert abs(found[:, 40, 0] - wanted).max() < 4
 
 
-def test_signs_come_with_the_frames_when_they_are_asked_for(tmp_path: Path) -> None:
+def test_features_are_measured_while_a_clip_is_decoded_if_requested(tmp_path: Path) -> None:
     looks = (Sampling(frames=4), [View(max_pixels=50_176)], 28)
     alone = read_frames(PORTRAIT, *looks, measure=FeatureExtractor)
     assert alone.features is not None
@@ -106,10 +106,10 @@ def test_signs_come_with_the_frames_when_they_are_asked_for(tmp_path: Path) -> N
     frames = read_clip(PORTRAIT, 99.0)[0]
     in_memory = features(frames)
     for name in ("comb", "behind", "stiff_later_bends", "teeth_fine_small"):
-        assert alone.features[name] == pytest.approx(in_memory[name], abs=1e-6), "of the same twelve pictures"
+        assert alone.features[name] == pytest.approx(in_memory[name], abs=1e-6), "the same twelve pictures"
     tiny = write_clip(tmp_path / "tiny.mp4", size=(16, 20), frames=3)
     with DecoderPool(2) as pool:
         first, second = pool.imap([PORTRAIT, tiny], *looks, measure=FeatureExtractor)
     assert isinstance(first, Frames) and isinstance(second, Frames)
-    assert first.features == alone.features, "in whatever process"
+    assert first.features == alone.features, "in any process"
     assert second.features is not None and list(second.features) == list(alone.features)
