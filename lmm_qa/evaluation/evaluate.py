@@ -259,7 +259,7 @@ def _compare(name: str, ratings: Bootstrap, sample: _Sample, other: Floats) -> C
     return Comparison(name, len(other), baseline.intervals(CONFIDENCE), (ratings - baseline).intervals(CONFIDENCE))
 
 
-# --- output -----------------------------------------------------------------------------------------------------------
+# --- output ----------------------------------------------------------------------------------------------------------
 
 TITLES = {
     "main": "main",

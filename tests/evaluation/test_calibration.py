@@ -30,7 +30,7 @@ KINDS = pytest.mark.parametrize("kind", list(MAPPING_FITS))
 
 
 def pairs(n: int = 400, groups: int = 20, seed: int = 0, **more: Any) -> list[Pair]:
-    """Clips whose score is a bent MOS with noise, twice as much in every second one, which says so in its std."""
+    """Clips whose score is a logistic of the noisy MOS. Every second clip has twice the noise and twice the std."""
     rng = np.random.default_rng(seed)
     made = []
     for number, mos in enumerate(rng.uniform(0.5, 4.5, n)):
@@ -44,7 +44,7 @@ def pairs(n: int = 400, groups: int = 20, seed: int = 0, **more: Any) -> list[Pa
 # --- mappings --------------------------------------------------------------------------------------------------------
 
 
-def test_each_mapping_finds_itself_again() -> None:
+def test_each_fit_recovers_its_own_curve() -> None:
     x = np.linspace(1, 5, 50)
     line = fit_linear(x, 2 * x - 1)
     assert (line.slope, line.intercept) == pytest.approx((2, -1))
@@ -57,7 +57,7 @@ def test_each_mapping_finds_itself_again() -> None:
 
 @settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=2, max_size=30))
-def test_isotonic_never_falls_and_beats_the_mean(points: list[tuple[int, int]]) -> None:
+def test_the_isotonic_fit_never_falls_and_beats_the_mean(points: list[tuple[int, int]]) -> None:
     x, y = np.array(points, dtype=np.float64).T
     try:
         curve = fit_isotonic(x, y)
@@ -75,7 +75,7 @@ def test_scores_that_fall_as_the_mos_rises_are_refused(kind: MappingKind) -> Non
 
 
 @KINDS
-def test_calibrated_scores_come_closer_to_the_mos(kind: MappingKind) -> None:
+def test_calibrated_scores_are_closer_to_the_mos(kind: MappingKind) -> None:
     calibration, fresh = calibrate(pairs(), kind), pairs(seed=1)
     before = np.mean([(pair.score.value - pair.label.mos) ** 2 for pair in fresh if pair.score.value])
     after = [calibration.apply(pair.score.value or 0, pair.score.std).mos - pair.label.mos for pair in fresh]
@@ -86,7 +86,7 @@ def test_calibrated_scores_come_closer_to_the_mos(kind: MappingKind) -> None:
 
 
 @pytest.mark.parametrize("coverage", [0.5, 0.8, 0.9])
-def test_intervals_hold_what_they_promise_on_fresh_clips(coverage: float) -> None:
+def test_coverage_on_new_clips_is_the_nominal_one(coverage: float) -> None:
     calibration = calibrate(pairs(2000), "isotonic", coverage=coverage)
     inside = []
     for pair in pairs(2000, seed=1):
@@ -99,7 +99,7 @@ def test_intervals_hold_what_they_promise_on_fresh_clips(coverage: float) -> Non
     assert calibration.check.lowest <= calibration.check.coverage
 
 
-def test_a_rater_that_is_unsure_gets_a_wide_interval() -> None:
+def test_a_large_std_gives_a_wide_interval() -> None:
     calibration = calibrate(pairs(scale=None), "linear", scale=(-100, 100))
     wide, narrow = (calibration.apply(3.0, std) for std in (0.8, 0.4))
     assert wide.high - wide.low == pytest.approx(2 * (narrow.high - narrow.low))
@@ -110,7 +110,7 @@ def test_a_rater_that_is_unsure_gets_a_wide_interval() -> None:
         calibration.apply(3.0)
 
 
-def test_without_std_all_intervals_are_as_wide() -> None:
+def test_without_std_all_intervals_are_equally_wide() -> None:
     plain = [Pair(pair.label, Score(pair.score.clip, pair.score.value)) for pair in pairs()]
     calibration = calibrate(plain, "linear")
     assert (calibration.scale, calibration.interval.std_floor) == (None, None)
@@ -131,10 +131,10 @@ def test_the_conformal_rank() -> None:
         fit_interval(errors(9), np.array([0.0] * 5 + [1.0] * 4), 0.9)
 
 
-# --- what it remembers -----------------------------------------------------------------------------------------------
+# --- the file --------------------------------------------------------------------------------------------------------
 
 
-def test_it_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
+def test_a_calibration_is_read_as_it_was_written(tmp_path: Path) -> None:
     for kind in MAPPING_FITS:
         calibration = calibrate(pairs(), kind)
         assert Calibration.read(calibration.write(tmp_path)) == calibration
@@ -151,7 +151,7 @@ def test_the_old_key_spread_is_refused_by_its_new_name(tmp_path: Path) -> None:
         Calibration.read(path)
 
 
-def test_it_knows_the_clips_that_it_was_fitted_on() -> None:
+def test_was_fitted_on() -> None:
     named = calibrate(pairs())
     assert named.was_fitted_on("elsewhere/7.mp4")
     assert not named.was_fitted_on("400.mp4")
@@ -163,7 +163,7 @@ def test_it_knows_the_clips_that_it_was_fitted_on() -> None:
     assert (named.n, named.groups, named.rater_id) == (400, 20, "r")
 
 
-def test_the_fingerprint_is_that_of_clips_and_mos() -> None:
+def test_the_fingerprint_depends_on_clips_and_mos_only() -> None:
     one = calibrate(pairs())
     assert calibrate(pairs()[::-1], "isotonic").fingerprint == one.fingerprint
     changed = pairs()
@@ -171,7 +171,7 @@ def test_the_fingerprint_is_that_of_clips_and_mos() -> None:
     assert calibrate(changed).fingerprint != one.fingerprint
 
 
-def test_raw_scores_are_calibrated_not_calibrated_ones() -> None:
+def test_raw_scores_of_calibrated_ratings_are_used() -> None:
     again = [
         Pair(pair.label, Score(pair.score.clip, 2.0, raw=pair.score.value, std=pair.score.std, calibrated=True))
         for pair in pairs()
@@ -183,7 +183,7 @@ def test_raw_scores_are_calibrated_not_calibrated_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("made", "options", "complaint"),
+    ("made", "options", "message"),
     [
         (pairs(4), {}, "4 clips have both a score and a MOS: at least 5 are needed"),
         (pairs(groups=1), {}, "clips of at least two groups"),
@@ -200,54 +200,18 @@ def test_raw_scores_are_calibrated_not_calibrated_ones() -> None:
         ([*pairs(), Pair(Label("x", 1.0, "x"), Score("x", 1.0))], {}, "some ratings have a std and some have none"),
     ],
 )
-def test_what_cannot_be_calibrated(made: list[Pair], options: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(ScoresError, match=complaint):
+def test_invalid_input_is_refused(made: list[Pair], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ScoresError, match=message):
         calibrate(made, **options)
 
 
-def test_too_few_groups_to_leave_one_out() -> None:
+def test_two_groups_are_too_few_for_cross_validation() -> None:
     calibration = calibrate(pairs(groups=2))
     assert calibration.check is None
     assert "not done" in calibration.summary()
 
 
-# --- real opinions ---------------------------------------------------------------------------------------------------
-
-
-@KINDS
-def test_coverage_on_persons_left_out_of_thqa(shared_dir: Path, kind: MappingKind) -> None:
-    labels = read_labels(shared_dir / "thqa" / "thqa_ntire_val.csv")
-    scores = read_scores(shared_dir / "thqa" / "baseline_output.txt")
-    calibration = calibrate(join(labels, scores).pairs, kind, scale=(0, 5))
-    check = calibration.check
-    assert check is not None
-    assert (calibration.n, calibration.groups, check.folds) == (1714, 5, 5)
-    assert 0.8 < check.lowest < check.coverage < 0.95
-    assert check.rmse < 0.7
-
-
-def test_the_command(tmp_path: Path) -> None:
-    rows = [
-        {"clip": pair.score.clip, "score": pair.score.value, "std": pair.score.std, "scale": [0, 5], "rater_id": "r"}
-        for pair in pairs()
-    ]
-    rows.append({"clip": "broken.mp4", "score": None, "error": {"class": "ClipTruncated", "message": "3 of 9"}})
-    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines = [f"{pair.label.clip},{pair.label.mos},{pair.label.group}\n" for pair in pairs()]
-    (tmp_path / "l.csv").write_text("clip,mos,group\n" + "".join(lines))
-    command = ["calibrate", f"{tmp_path}/r.jsonl", f"{tmp_path}/l.csv", "--into", str(tmp_path), "--kind", "isotonic"]
-    done = CliRunner().invoke(app, command)
-    assert done.exit_code == 0, done.output
-    assert Calibration.read(tmp_path / CALIBRATION_NAME) == calibrate(pairs(), "isotonic")
-    assert "nominal coverage 90%" in done.stdout
-    assert "on groups left out of the fit, 5 folds" in done.stdout
-    (tmp_path / "l.csv").write_text("clip,mos,group\n" + "".join(lines) + "broken.mp4,1,g\n")
-    partly = CliRunner().invoke(app, command)
-    assert partly.exit_code == 3
-    assert "1 labelled clip without a score had no part in it" in partly.stderr
-
-
-def test_a_mapping_that_runs_off_the_scale_does_not_widen_the_intervals() -> None:
+def test_predictions_are_clipped_to_the_scale_before_the_errors_are_measured() -> None:
     """One group scores far beyond what the mapping was fitted on: its MOS is the scale's end, as is the prediction."""
     usual = [(1 + place / 200, 1 + place / 10, f"group {place % 8}") for place in range(40)]
     beyond = [(400.0 + place, 5.0, "beyond") for place in range(5)]
@@ -264,3 +228,42 @@ def test_the_order_of_the_clips_does_not_matter() -> None:
     one, two = calibrate(made), calibrate(shuffled)
     assert two.interval.half_width == pytest.approx(one.interval.half_width, rel=1e-6)
     assert two.apply(2.5, 0.5) == pytest.approx(one.apply(2.5, 0.5), rel=1e-6)
+
+
+# --- published labels ------------------------------------------------------------------------------------------------
+
+
+def test_coverage_on_persons_left_out_of_thqa(shared_dir: Path) -> None:
+    labels = read_labels(shared_dir / "thqa" / "thqa_ntire_val.csv")
+    scores = read_scores(shared_dir / "thqa" / "baseline_output.txt")
+    for kind in MAPPING_FITS:
+        calibration = calibrate(join(labels, scores).pairs, kind, scale=(0, 5))
+        check = calibration.check
+        assert check is not None
+        assert (calibration.n, calibration.groups, check.folds) == (1714, 5, 5)
+        assert 0.8 < check.lowest < check.coverage < 0.95
+        assert check.rmse < 0.7
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"clip": pair.score.clip, "score": pair.score.value, "std": pair.score.std, "scale": [0, 5], "rater_id": "r"}
+        for pair in pairs()
+    ]
+    rows.append({"clip": "broken.mp4", "score": None, "error": {"class": "ClipTruncated", "message": "3 of 9"}})
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [f"{pair.label.clip},{pair.label.mos},{pair.label.group}\n" for pair in pairs()]
+    (tmp_path / "l.csv").write_text("clip,mos,group\n" + "".join(lines))
+    command = ["calibrate", f"{tmp_path}/r.jsonl", f"{tmp_path}/l.csv", "--into", str(tmp_path), "--kind", "isotonic"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert Calibration.read(tmp_path / CALIBRATION_NAME) == calibrate(pairs(), "isotonic")
+    assert "nominal coverage 90%" in done.stdout
+    assert "on groups left out of the fit, 5 folds" in done.stdout
+    (tmp_path / "l.csv").write_text("clip,mos,group\n" + "".join(lines) + "broken.mp4,1,g\n")
+    partly = CliRunner().invoke(app, command)
+    assert partly.exit_code == 3
+    assert "1 labelled clip without a score not used" in partly.stderr

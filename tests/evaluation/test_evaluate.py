@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from rich.console import Console
+from scipy.stats import pearsonr, spearmanr
 
 from lmm_qa.errors import ManifestError, ScoresError
 from lmm_qa.evaluation.evaluate import Evaluation, evaluate, plot, render, write
@@ -23,8 +24,8 @@ from lmm_qa.evaluation.metrics import METRICS, SRCC_WITHIN
 GENERATORS = ("wavlip", "sadtalker", "eat")
 
 
-def opinions(n: int = 90, pid: int = 1) -> list[Label]:
-    """Clips of THQA names by three generators, one much better than the next."""
+def thqa_labels(n: int = 90, pid: int = 1) -> list[Label]:
+    """Clips with THQA names by three generators, each much better than the one before."""
     rng = np.random.default_rng(pid)
     names = [f"{pid}_flux_common_voice_en_{number}_{GENERATORS[number % 3]}.mp4" for number in range(n)]
     return [Label(name, float(1 + place % 3 + rng.uniform(-1, 1)), ("2d", pid)) for place, name in enumerate(names)]
@@ -36,65 +37,16 @@ def ratings(labels: Sequence[Label], noise: float = 0.3, seed: int = 0, **more: 
 
 
 def printed(evaluation: Evaluation, width: int = 80) -> str:
-    console = Console(file=io.StringIO(), width=width, markup=False)
-    render(evaluation, console)
-    return console.file.getvalue()  # type: ignore[attr-defined]  # the StringIO above
+    output = io.StringIO()
+    render(evaluation, Console(file=output, width=width, markup=False))
+    return output.getvalue()
 
 
-# --- the published baseline ------------------------------------------------------------------------------------------
+# --- comparisons -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def baseline(shared_dir: Path) -> Evaluation:
-    folder = shared_dir / "thqa"
-    scores, labels = read_scores(folder / "baseline_output.txt"), read_labels(folder / "thqa_ntire_val.csv")
-    return evaluate(scores, labels, prior=read_labels(folder / "thqa_ntire_train.csv"), resamples=200)
-
-
-def test_the_baseline_has_its_published_figures(baseline: Evaluation) -> None:
-    found = {name: round(interval.value, 4) for name, interval in baseline.metrics.items()}
-    assert baseline.complete
-    assert (baseline.n, found["srcc"], found["plcc"]) == (1714, 0.7702, 0.8065)
-    assert (found["plcc_fit"], found["main"]) == (0.8081, 0.7892)
-    assert found[SRCC_WITHIN] == pytest.approx(0.30, abs=0.005)
-
-
-def test_the_prior_is_as_good_as_the_baseline_except_within_generators(baseline: Evaluation) -> None:
-    assert baseline.prior is not None
-    assert baseline.prior.metrics["main"].value >= 0.78
-    margin = baseline.prior.margin
-    assert margin["main"].low < 0 < margin["main"].high
-    assert margin[SRCC_WITHIN].low > 0
-    assert margin["main"].value == pytest.approx(baseline.metrics["main"].value - baseline.prior.metrics["main"].value)
-
-
-def test_parts_of_thqa(baseline: Evaluation) -> None:
-    assert {name: group.n for name, group in baseline.by_class.items()} == {"2d": 1534, "3d": 100, "v1": 80}
-    assert len(baseline.by_generator) == 14 + 8 + 7
-    assert sum(group.n for group in baseline.by_generator.values()) == 1714
-    assert all(set(group.metrics or ()) == set(METRICS) for group in baseline.by_class.values())
-    generators = [
-        group.metrics["srcc"].value
-        for name, group in baseline.by_generator.items()
-        if name[:2] == "2d" and group.metrics
-    ]
-    assert np.mean(generators) == pytest.approx(baseline.metrics[SRCC_WITHIN].value)
-
-
-def test_the_baseline_in_print(baseline: Evaluation) -> None:
-    text = printed(baseline)
-    for figure in ("0.7702 [", "0.8065 [", "0.7892 [", "0.7847", "name-only prior", "2d/wavlip"):
-        assert figure in text
-    assert "the ratings are not distinguishable from name-only prior on 1714 clips" in " ".join(text.split())
-    assert "55 training clips (wavlip) show 2d 14" in " ".join(text.split())
-    assert max(len(line) for line in text.splitlines()) <= 80
-
-
-# --- what is compared ------------------------------------------------------------------------------------------------
-
-
-def test_clips_left_over_are_counted_and_named() -> None:
-    labels = opinions()
+def test_unmatched_clips_are_counted_and_named() -> None:
+    labels = thqa_labels()
     scores = [Score("new.mp4", 1.0), Score(labels[0].clip, None, "ClipTruncated: x"), *ratings(labels)[2:]]
     found = evaluate(scores, labels, resamples=20)
     assert not found.complete
@@ -108,10 +60,10 @@ def test_clips_left_over_are_counted_and_named() -> None:
     ]
 
 
-def test_a_rater_that_only_knows_the_generator_is_found_out() -> None:
-    labels = opinions()
+def test_a_rater_that_only_recognises_the_generator_has_no_srcc_within() -> None:
+    labels = thqa_labels()
     scores = [Score(label.clip, float(place % 3)) for place, label in enumerate(labels)]
-    found = evaluate(scores, labels, prior=opinions(pid=2), resamples=100)
+    found = evaluate(scores, labels, prior=thqa_labels(pid=2), resamples=100)
     assert found.metrics["main"].value > 0.7
     assert found.metrics[SRCC_WITHIN].value == 0
     assert found.prior is not None
@@ -121,22 +73,22 @@ def test_a_rater_that_only_knows_the_generator_is_found_out() -> None:
     assert "all 30 score values" in " ".join(printed(found, 200).split())
 
 
-def test_other_sets_have_no_parts() -> None:
-    labels = [Label(f"{number}.mp4", label.mos, number) for number, label in enumerate(opinions())]
+def test_other_datasets_have_no_classes_and_no_prior() -> None:
+    labels = [Label(f"{number}.mp4", label.mos, number) for number, label in enumerate(thqa_labels())]
     found = evaluate(ratings(labels), labels, resamples=20)
     assert (found.by_class, found.by_generator, set(found.metrics)) == ({}, {}, set(METRICS))
     with pytest.raises(ManifestError, match=r"'0.mp4' is no file name of THQA-NTIRE"):
-        evaluate(ratings(labels), labels, prior=opinions(), resamples=20)
+        evaluate(ratings(labels), labels, prior=thqa_labels(), resamples=20)
 
 
-def test_the_prior_is_not_made_from_the_test() -> None:
-    labels = opinions()
+def test_a_prior_from_the_test_set_is_refused() -> None:
+    labels = thqa_labels()
     with pytest.raises(ScoresError, match=r"the prior's labels contain 90 of the clips to evaluate on \(1_flux"):
         evaluate(ratings(labels), labels, prior=labels, resamples=20)
 
 
-def test_against_another_rater_on_the_clips_of_both() -> None:
-    labels = opinions()
+def test_two_raters_are_compared_on_the_clips_of_both() -> None:
+    labels = thqa_labels()
     worse = ratings(labels, noise=1.5, seed=3)[10:]
     found = evaluate(ratings(labels), labels, against=worse, against_name="old.jsonl", resamples=200)
     assert found.against is not None
@@ -151,8 +103,8 @@ def test_against_another_rater_on_the_clips_of_both() -> None:
     assert "the ratings are behind the other ratings" in " ".join(printed(swapped).split())
 
 
-def test_another_rater_that_cannot_be_compared_with() -> None:
-    labels = opinions()
+def test_a_comparison_needs_metrics_of_the_other_rater() -> None:
+    labels = thqa_labels()
     constant = [Score(label.clip, 3.0) for label in labels]
     with pytest.raises(ScoresError, match=r"cannot compare with old: all 90 score values are 3"):
         evaluate(ratings(labels), labels, against=constant, against_name="old", resamples=20)
@@ -160,16 +112,16 @@ def test_another_rater_that_cannot_be_compared_with() -> None:
         evaluate(ratings(labels), labels, against=ratings(labels[:4]), against_name="old", resamples=20)
 
 
-def test_clips_of_the_calibration_are_no_test_of_it() -> None:
-    labels = opinions()
+def test_clips_of_the_calibration_are_refused() -> None:
+    labels = thqa_labels()
     scores = [*ratings(labels[:3], calibrated=True, fitted=True), *ratings(labels[3:], calibrated=True)]
     with pytest.raises(ScoresError, match="the calibration of these ratings was fitted on 3 of the 90 clips"):
         evaluate(scores, labels)
     assert evaluate(scores, labels[3:], resamples=20).n == 87
 
 
-def test_the_coverage_of_intervals() -> None:
-    labels = opinions()
+def test_coverage_of_the_prediction_intervals() -> None:
+    labels = thqa_labels()
     held = [Score(label.clip, label.mos + place % 2, interval=(label.mos + place % 2 - 0.5, 9.0))
             for place, label in enumerate(labels)]  # fmt: skip
     found = evaluate(held, labels, resamples=20)
@@ -178,11 +130,11 @@ def test_the_coverage_of_intervals() -> None:
     assert evaluate(ratings(labels), labels, resamples=20).coverage is None
 
 
-# --- JSON and picture ------------------------------------------------------------------------------------------------
+# --- JSON and plot ---------------------------------------------------------------------------------------------------
 
 
-def test_json(tmp_path: Path) -> None:
-    labels = opinions()
+def test_json_output(tmp_path: Path) -> None:
+    labels = thqa_labels()
     found = evaluate(ratings(labels), labels, against=ratings(labels, seed=1), resamples=20)
     write(found, tmp_path / "m.json")
     read = json.loads((tmp_path / "m.json").read_text())
@@ -193,8 +145,8 @@ def test_json(tmp_path: Path) -> None:
         write(found, tmp_path / "gone" / "m.json")
 
 
-def test_the_plot_shows_each_clip_and_is_the_same_each_time(tmp_path: Path) -> None:
-    labels = opinions()
+def test_the_plot_shows_each_clip_and_is_reproducible(tmp_path: Path) -> None:
+    labels = thqa_labels()
     scores = ratings(labels)
     found = evaluate(scores, labels, resamples=20)
     for name in ("one.svg", "two.svg"):
@@ -210,6 +162,91 @@ def test_the_plot_shows_each_clip_and_is_the_same_each_time(tmp_path: Path) -> N
         plot(scores, labels, found, tmp_path / "gone" / "p.svg")
 
 
+# --- a set with all three classes ------------------------------------------------------------------------------------
+
+
+def three_classes(pid: int, seed: int) -> list[Label]:
+    """72 clips of 2d by three generators, 24 of v1 by one, 15 of 3d with three distortions."""
+    rng = np.random.default_rng(seed)
+    v1 = [f"{pid}_voice_en_{number}_makeittalk.mp4" for number in range(24)]
+    distortions = ("qp_level", "pause_start", "audio_lead")
+    scans = [f"{pid}_SEN_a_b_{distortions[number % 3]}_{number}.mp4" for number in range(15)]
+    mos = rng.uniform(1, 4, 39).tolist()
+    others = [Label(clip, value, clip) for clip, value in zip(v1 + scans, mos, strict=True)]
+    return [*thqa_labels(72, pid), *others]
+
+
+def test_metrics_of_a_set_with_all_classes() -> None:
+    labels = three_classes(1, seed=0)
+    scores = ratings(labels, noise=0.8)
+    found = evaluate(scores, labels, prior=three_classes(2, seed=1), resamples=200)
+    x, y = np.array([score.value for score in scores]), np.array([label.mos for label in labels])
+    assert found.complete and found.n == 111
+    assert found.metrics["srcc"].value == pytest.approx(spearmanr(x, y).statistic)
+    assert found.metrics["plcc"].value == pytest.approx(pearsonr(x, y).statistic)
+    assert found.metrics["plcc_fit"].value == pytest.approx(pearsonr(found.logistic(x), y).statistic, abs=1e-6)
+    assert {name: subset.n for name, subset in found.by_class.items()} == {"2d": 72, "3d": 15, "v1": 24}
+    assert all(set(subset.metrics or ()) == set(METRICS) for subset in found.by_class.values())
+    assert {name: subset.n for name, subset in found.by_generator.items()} == {
+        **{f"2d/{name}": 24 for name in GENERATORS},
+        **{f"3d/{name}": 5 for name in ("audio_lead", "pause_start", "qp_level")},
+        "v1/makeittalk": 24,
+    }
+    large = [subset for subset in found.by_generator.values() if subset.n > 20]
+    generators = [subset.metrics["srcc"].value for subset in large if subset.metrics]
+    assert np.mean(generators) == pytest.approx(found.metrics[SRCC_WITHIN].value)
+    assert found.prior is not None
+    margin = found.prior.margin
+    assert margin["main"].value == pytest.approx(found.metrics["main"].value - found.prior.metrics["main"].value)
+    assert margin[SRCC_WITHIN].low > 0
+    assert max(len(line) for line in printed(found).splitlines()) <= 80
+
+
+# --- the published baseline ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def baseline(shared_dir: Path) -> Evaluation:
+    folder = shared_dir / "thqa"
+    scores, labels = read_scores(folder / "baseline_output.txt"), read_labels(folder / "thqa_ntire_val.csv")
+    return evaluate(scores, labels, prior=read_labels(folder / "thqa_ntire_train.csv"), resamples=200)
+
+
+def test_the_baseline_has_its_published_metrics(baseline: Evaluation) -> None:
+    found = {name: round(interval.value, 4) for name, interval in baseline.metrics.items()}
+    assert baseline.complete
+    assert (baseline.n, found["srcc"], found["plcc"]) == (1714, 0.7702, 0.8065)
+    assert (found["plcc_fit"], found["main"]) == (0.8081, 0.7892)
+    assert found[SRCC_WITHIN] == pytest.approx(0.30, abs=0.005)
+
+    assert {name: subset.n for name, subset in baseline.by_class.items()} == {"2d": 1534, "3d": 100, "v1": 80}
+    assert len(baseline.by_generator) == 14 + 8 + 7
+    assert sum(subset.n for subset in baseline.by_generator.values()) == 1714
+    assert all(set(subset.metrics or ()) == set(METRICS) for subset in baseline.by_class.values())
+    generators = [
+        subset.metrics["srcc"].value
+        for name, subset in baseline.by_generator.items()
+        if name[:2] == "2d" and subset.metrics
+    ]
+    assert np.mean(generators) == pytest.approx(baseline.metrics[SRCC_WITHIN].value)
+
+
+def test_the_prior_is_as_good_as_the_baseline_except_within_generators(baseline: Evaluation) -> None:
+    assert baseline.prior is not None
+    assert baseline.prior.metrics["main"].value >= 0.78
+    margin = baseline.prior.margin
+    assert margin["main"].low < 0 < margin["main"].high
+    assert margin[SRCC_WITHIN].low > 0
+    assert margin["main"].value == pytest.approx(baseline.metrics["main"].value - baseline.prior.metrics["main"].value)
+
+    text = printed(baseline)
+    for expected in ("0.7702 [", "0.8065 [", "0.7892 [", "0.7847", "name-only prior", "2d/wavlip"):
+        assert expected in text
+    assert "the ratings are not distinguishable from name-only prior on 1714 clips" in " ".join(text.split())
+    assert "55 training clips (wavlip) show 2d 14" in " ".join(text.split())
+    assert max(len(line) for line in text.splitlines()) <= 80
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -220,7 +257,7 @@ def command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command(tmp_path: Path) -> None:
-    labels = opinions()
+    labels = thqa_labels()
     (tmp_path / "l.csv").write_text("Video,Score\r\n" + "".join(f"{label.clip},{label.mos}\r\n" for label in labels))
     (tmp_path / "r.txt").write_text("".join(f"{score.clip},{score.value}\n" for score in ratings(labels)[1:]))
     done = command(tmp_path / "r.txt", tmp_path / "l.csv", "--plot", tmp_path / "s.svg", "-o", tmp_path / "m.json")
@@ -230,7 +267,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert (tmp_path / "s.svg").exists()
 
 
-def test_the_command_refuses_constant_scores_in_one_line(tmp_path: Path) -> None:
+def test_the_command_reports_an_error_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "l.csv").write_text("clip,mos\n" + "".join(f"{n}.mp4,{n}\n" for n in range(9)))
     (tmp_path / "r.txt").write_text("".join(f"{n}.mp4,3\n" for n in range(9)))
     done = command(tmp_path / "r.txt", tmp_path / "l.csv")

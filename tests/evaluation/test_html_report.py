@@ -1,6 +1,6 @@
 """python -m pytest tests/evaluation/test_html_report.py
 
-The page as a browser sees it needs Chromium (`apt-get install chromium`); without one, those tests are skipped.
+Tests in a browser need Chromium (`apt-get install chromium`) and are skipped without it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def rating(clip: str, score: float = 3.0, **more: Any) -> Row:
 
 
 def explained(clip: str, score: float = 3.0, **more: Any) -> Row:
-    """A row with defects, a timeline and words."""
+    """A row with defects, a timeline and an explanation."""
     defects = dict.fromkeys((defect.name for defect in DEFECTS), 0.01) | {"blur": 0.91, "stall": 0.8, "lip_sync": None}
     found = [
         {"defect": "blur", "probability": 0.91, "place": "whole picture", "seconds": None},
@@ -83,7 +83,7 @@ def failure(clip: str) -> Row:
 
 
 def many(number: int) -> list[Row]:
-    """Rows of all kinds: one in ten without defects, one in fifty that failed."""
+    """Rows of which one in ten has no defect profile and one in fifty failed."""
     rng = random.Random(0)
     rows = []
     for n in range(number):
@@ -100,14 +100,14 @@ def save(folder: Path, rows: list[Row]) -> Path:
 
 
 def page_of(folder: Path, rows: list[Row], labels: list[Label] | None = None, clips: list[str] | None = None) -> Path:
-    """The page of these rows."""
+    """Write the ratings and their page."""
     loaded = report.load(save(folder, rows), labels or (), clips or ())
     report.write(loaded, report.filmstrips(loaded.clips, 1), folder / "report.html")
     return folder / "report.html"
 
 
 class Reader(HTMLParser):
-    """Reads a page, and says what is wrong with it: tags that are not closed, or in the wrong order, doubled ids."""
+    """Parses a page and collects errors: unclosed or misnested tags, repeated attributes and ids."""
 
     def __init__(self, page: Path) -> None:
         super().__init__()
@@ -143,17 +143,14 @@ class Reader(HTMLParser):
 
 
 def pictures(page: Path) -> list[tuple[bool, np.ndarray]]:
-    """The frames of the strips in order, and whether each is marked as the worst moment."""
+    """The thumbnails in order, and whether each is marked as the worst moment."""
     found = re.findall(
         r'<li( class="worst")?><img src="data:image/jpeg;base64,([^"]+)"', page.read_text(encoding="utf-8")
     )
-    return [
-        (bool(worst), np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))))  # the clips are small: not resized
-        for worst, data in found
-    ]
+    return [(bool(worst), np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))) for worst, data in found]
 
 
-# --- what is on the page ---------------------------------------------------------------------------------------------
+# --- content of the page ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -168,7 +165,7 @@ def pictures(page: Path) -> list[tuple[bool, np.ndarray]]:
     ],
     ids=["bare", "plain", "failed", "mixed", "findings", "gaps"],
 )
-def test_the_page_is_sound_and_alone(rows: list[Row], tmp_path: Path) -> None:
+def test_the_page_is_valid_and_self_contained(rows: list[Row], tmp_path: Path) -> None:
     page = Reader(page_of(tmp_path, rows))
     assert not page.wrong
     for row in rows:
@@ -186,7 +183,7 @@ def test_the_page_is_sound_and_alone(rows: list[Row], tmp_path: Path) -> None:
     assert policy is not None and policy.startswith("default-src 'none'")
 
 
-def test_a_row_is_shown_whole(tmp_path: Path) -> None:
+def test_all_values_of_a_row_are_shown(tmp_path: Path) -> None:
     page = Reader(page_of(tmp_path, [explained("a.mp4", 2.84, interval=[2.1, 3.5], raw_score=2.71)]))
     for text in (
         "2.84",
@@ -206,14 +203,14 @@ def test_a_row_is_shown_whole(tmp_path: Path) -> None:
     assert "lowest" in page.text and "1.25" in page.text
 
 
-def test_whose_words_they_are(tmp_path: Path) -> None:
+def test_the_source_of_the_explanation_is_shown(tmp_path: Path) -> None:
     rows = [explained("a.mp4", explained_by="model"), explained("b.mp4", explained_by="it says good", defect_mass=0.03)]
     page = Reader(page_of(tmp_path, rows)).text
     assert page.count("Not in the model") == 1 and "s words: it says good." in page
     assert page.count("defect mass") == 1 and "0.03" in page
 
 
-def test_failed_clips_are_listed_with_their_reason(tmp_path: Path) -> None:
+def test_failed_clips_are_listed_with_the_reason(tmp_path: Path) -> None:
     rows = [rating("a.mp4"), failure("b.mp4"), {"clip": "c.mp4", "error": "gone"}, {"clip": "d.mp4"}]
     page = Reader(page_of(tmp_path, rows)).text
     listed = page[page.index("Could not be rated") :]
@@ -222,7 +219,7 @@ def test_failed_clips_are_listed_with_their_reason(tmp_path: Path) -> None:
     assert "d.mp4" in listed and "no score" in listed
 
 
-def test_text_stays_text(tmp_path: Path) -> None:
+def test_markup_in_rows_is_escaped(tmp_path: Path) -> None:
     rows = [
         explained(HOSTILE, explanation=HOSTILE, model=HOSTILE, level=HOSTILE, content_id=HOSTILE, prompt=HOSTILE),
         rating(
@@ -237,7 +234,7 @@ def test_text_stays_text(tmp_path: Path) -> None:
     assert page.text.count(HOSTILE) >= 10
 
 
-def test_what_html_cannot_hold_is_replaced(tmp_path: Path) -> None:
+def test_characters_not_allowed_in_html_are_replaced(tmp_path: Path) -> None:
     ratings = tmp_path / "ratings.jsonl"
     ratings.write_text(json.dumps(rating("a\x00\x1b[31m\udcff\ufffe.mp4")) + "\n", encoding="utf-8")
     loaded = report.load(ratings)
@@ -246,7 +243,7 @@ def test_what_html_cannot_hold_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_flat_tables_say_the_same(suffix: str, tmp_path: Path) -> None:
+def test_csv_and_parquet_give_the_same_content(suffix: str, tmp_path: Path) -> None:
     rows = [explained("a.mp4", 2.0, interval=[1.5, 2.5]), rating("b.mp4"), failure("c.mp4")]
     write_rows(tmp_path / f"ratings{suffix}", rows)
     flat, plain = report.load(tmp_path / f"ratings{suffix}"), report.load(save(tmp_path, rows))
@@ -254,7 +251,7 @@ def test_flat_tables_say_the_same(suffix: str, tmp_path: Path) -> None:
     assert flat.failures == plain.failures
 
 
-def test_the_same_ratings_give_the_same_page(tmp_path: Path) -> None:
+def test_the_page_is_reproducible(tmp_path: Path) -> None:
     first = page_of(tmp_path, many(5)).read_bytes()
     assert page_of(tmp_path, many(5)).read_bytes() == first
 
@@ -280,7 +277,7 @@ def test_ticks_are_round(low: float, high: float, ticks: list[float]) -> None:
     assert Axis(low, high).ticks == ticks
 
 
-def test_an_axis_needs_no_spread() -> None:
+def test_an_axis_over_equal_values() -> None:
     axis = Axis.over([3.0, 3.0])
     assert axis.at(3.0) == 50 and axis.at(99.0) == 100 and axis.at(-99.0) == 0
 
@@ -288,7 +285,7 @@ def test_an_axis_needs_no_spread() -> None:
 # --- frames ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_worst_moment_is_shown_and_marked(tmp_path: Path) -> None:
+def test_the_worst_moment_is_marked(tmp_path: Path) -> None:
     write_clip(tmp_path / "a.mp4", frames=100)  # 4 s
     shots = pictures(page_of(tmp_path, [explained("a.mp4")], clips=[str(tmp_path)]))
     numbers = [read_number(picture) for _, picture in shots]
@@ -309,13 +306,13 @@ def test_the_worst_moment_is_shown_and_marked(tmp_path: Path) -> None:
         ({"timeline": None, "found": None}, None),
     ],
 )
-def test_which_moment_is_the_worst(more: Row, worst: float | None) -> None:
+def test_worst_moment(more: Row, worst: float | None) -> None:
     row = report.Row.parse(explained("a.mp4", **more), "here")
     found = report.RatedClip(1, row, 3.0, None).worst_moment
     assert found == (None if worst is None else pytest.approx(worst))
 
 
-def test_a_clip_in_which_nothing_is_bad_has_no_worst_moment(tmp_path: Path) -> None:
+def test_a_clip_without_defects_has_no_worst_moment(tmp_path: Path) -> None:
     write_clip(tmp_path / "a.mp4", frames=100)
     shots = pictures(page_of(tmp_path, [rating("a.mp4")], clips=[str(tmp_path)]))
     assert len(shots) == report.THUMBNAILS and not any(marked for marked, _ in shots)
@@ -326,9 +323,7 @@ def test_a_short_clip_has_fewer_frames(tmp_path: Path) -> None:
     assert len(pictures(page_of(tmp_path, [explained("a.mp4")], clips=[str(tmp_path)]))) == 1
 
 
-def test_clips_are_looked_for_beside_the_ratings_and_by_their_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clips_are_found_beside_the_ratings_and_by_their_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     write_clip(tmp_path / "beside.mp4", frames=2)
@@ -338,7 +333,7 @@ def test_clips_are_looked_for_beside_the_ratings_and_by_their_path(
     assert [clip.file is not None for clip in report.load(save(tmp_path, rows)).clips] == [True, True, True, False]
 
 
-def test_what_cannot_be_shown_is_said_and_nothing_else_is_lost(tmp_path: Path) -> None:
+def test_clips_without_frames_have_a_reason_and_the_rest_is_shown(tmp_path: Path) -> None:
     clips = tmp_path / "clips"
     clips.mkdir()
     names = ("good", "changed", "broken", "last")
@@ -356,7 +351,7 @@ def test_what_cannot_be_shown_is_said_and_nothing_else_is_lost(tmp_path: Path) -
     assert len(pictures(page)) == 2 * report.THUMBNAILS
 
 
-def test_the_foot_says_how_large_the_page_is(tmp_path: Path) -> None:
+def test_the_footer_states_the_size_of_the_page(tmp_path: Path) -> None:
     write_clip(tmp_path / "a.mp4", frames=100)
     path = page_of(tmp_path, [rating("a.mp4"), rating("b.mp4")], clips=[str(tmp_path)])
     page = path.read_text(encoding="utf-8")
@@ -405,7 +400,7 @@ def test_an_error_is_measured_from_the_fitted_curve(tmp_path: Path) -> None:
     assert np.sqrt(np.mean(errors**2)) == pytest.approx(fitted.metrics["rmse_fit"].value, rel=1e-6)
 
 
-def test_labels_of_some_clips_leave_the_others_in(tmp_path: Path) -> None:
+def test_clips_without_labels_are_still_shown(tmp_path: Path) -> None:
     rows, labels = labelled()
     page = page_of(tmp_path, [*rows, rating("new.mp4"), failure("lost.mp4")], [*labels, Label("lost.mp4", 1.0, 0)])
     text = Reader(page).text
@@ -424,7 +419,7 @@ def test_labels_of_some_clips_leave_the_others_in(tmp_path: Path) -> None:
     ],
     ids=["few", "fitted"],
 )
-def test_where_there_can_be_no_metrics_the_page_says_why(rows: list[Row], why: str, tmp_path: Path) -> None:
+def test_the_page_says_why_metrics_are_undefined(rows: list[Row], why: str, tmp_path: Path) -> None:
     path = page_of(tmp_path, rows, labelled()[1])
     page = Reader(path)
     assert not page.wrong
@@ -437,7 +432,7 @@ def test_labels_of_other_clips_are_refused(tmp_path: Path) -> None:
         report.load(save(tmp_path, [rating("a.mp4")]), [Label("other.mp4", 1.0, 0)])
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -450,13 +445,13 @@ def test_labels_of_other_clips_are_refused(tmp_path: Path) -> None:
         (rating("a.mp4", timeline={"seconds": [1, 2], "scores": [3]}), "2 seconds and 1 scores"),
     ],
 )
-def test_a_row_that_is_no_rating_is_refused(row: Row, message: str, tmp_path: Path) -> None:
+def test_invalid_rows_are_refused(row: Row, message: str, tmp_path: Path) -> None:
     (tmp_path / "ratings.jsonl").write_text(f"{json.dumps(rating('first.mp4'))}\n{json.dumps(row)}\n", encoding="utf-8")
     with pytest.raises(UsageError, match=message):
         report.load(tmp_path / "ratings.jsonl")
 
 
-def test_no_ratings_no_page(tmp_path: Path) -> None:
+def test_empty_ratings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "ratings.jsonl").touch()
     with pytest.raises(ResultsError, match="contains no ratings"):
         report.load(tmp_path / "ratings.jsonl")
@@ -468,7 +463,7 @@ def test_a_folder_without_clips_is_refused(tmp_path: Path) -> None:
         report.load(save(tmp_path, [rating("a.mp4")]), clips=[str(tmp_path / "empty")])
 
 
-def test_only_pages_are_written(tmp_path: Path) -> None:
+def test_only_html_paths_are_written(tmp_path: Path) -> None:
     ratings = save(tmp_path, [rating("a.mp4")])
     before = ratings.read_bytes()
     with pytest.raises(UsageError, match=r"name it \.html"):
@@ -479,7 +474,7 @@ def test_only_pages_are_written(tmp_path: Path) -> None:
         report.write(report.load(ratings), [Filmstrip()], tmp_path / "folder.html")
 
 
-def test_a_page_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_the_page_is_written_atomically(tmp_path: Path) -> None:
     page = page_of(tmp_path, [rating("a.mp4"), rating("b.mp4")])
     before = page.read_bytes()
 
@@ -511,7 +506,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
     return run
 
 
-def test_the_command_makes_a_page(command: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+def test_the_command_writes_a_page(command: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     rows, labels = labelled(6)
     write_clip(tmp_path / "clip_2.mp4", frames=20)
     with (tmp_path / "labels.csv").open("w", newline="") as file:
@@ -521,16 +516,16 @@ def test_the_command_makes_a_page(command: Callable[..., tuple[int, str]], tmp_p
         save(tmp_path, rows), "--labels", tmp_path / "labels.csv", "--clips", tmp_path, "-o", page, "--workers", "1"
     )
     assert code == 0
-    assert "of 5 clips there are no frames" in said and re.search(rf"6 clips, \d\d kB -> {page}", said)
+    assert "no frames of 5 clips" in said and re.search(rf"6 clips, \d\d kB -> {page}", said)
     assert len(pictures(page)) == report.THUMBNAILS and "Largest errors" in page.read_text(encoding="utf-8")
 
 
-def test_the_command_says_how_to_find_the_clips(command: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+def test_the_command_hints_at_the_clips_option(command: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     code, said = command(save(tmp_path, [rating("a.mp4")]), "-o", tmp_path / "report.html")
-    assert code == 0 and "of 1 clip there are no frames: say where they are with --clips FOLDER" in said
+    assert code == 0 and "no frames of 1 clip: give their location with --clips FOLDER" in said
 
 
-def test_the_command_refuses_before_it_reads(command: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+def test_the_command_checks_the_output_first(command: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     assert command(tmp_path / "none.jsonl", "-o", tmp_path / "page.txt")[0] == 2
     code, said = command(tmp_path / "none.jsonl", "-o", tmp_path / "page.html")
     assert code == 1 and "cannot read" in said
@@ -540,7 +535,7 @@ def test_the_command_refuses_before_it_reads(command: Callable[..., tuple[int, s
 
 
 def large_page(folder: Path, number: int) -> Path:
-    """The page of so many clips with labels, of which four have frames."""
+    """The page of this many labelled clips, four of them with frames."""
     if find_browser() is None:
         pytest.skip("no Chromium here: apt-get install chromium")
     rows = many(number)
@@ -576,7 +571,7 @@ COUNT = "document.querySelector('output').value"
 
 
 def column(browser: Browser, name: str) -> list[str]:
-    """The texts of a column, of the rows that are shown, in order."""
+    """The text of a column in the visible rows, in order."""
     script = (
         "(() => { const headers = [...document.querySelectorAll('#clips thead th')];"
         f" const at = headers.findIndex(header => header.innerText === '{name}');"
@@ -587,12 +582,12 @@ def column(browser: Browser, name: str) -> list[str]:
 
 
 def header(name: str) -> str:
-    """The selector of a column's button; `name` is its place."""
+    """The selector of a column's button."""
     places = ["clip", "score", "std", "level", "defects", "lowest", "MOS", "error", "size", "length"]
     return f"#clips thead th:nth-child({places.index(name) + 1}) button"
 
 
-def test_a_browser_shows_the_page_and_complains_of_nothing(browser: Browser, page: Path) -> None:
+def test_a_browser_shows_the_page_without_errors(browser: Browser, page: Path) -> None:
     assert browser.run(COUNT) == "196 of 196"
     assert browser.run(f"{SHOWN}.length") == 196
     assert browser.run(f"{SHOWN}[0].querySelector('.name').textContent.trim()") == HOSTILE
@@ -619,17 +614,15 @@ def test_sorting(browser: Browser) -> None:
     names = column(browser, "clip")
     assert [n for n in names if n.startswith("folder")] == [
         f"folder/clip_{n}.mp4" for n in range(1, 200) if n % 50 != 7
-    ]  # 2 before 10
+    ]  # numeric order
     browser.click(header("level"))
     levels = [LEVELS.index(level) for level in column(browser, "level")]
     assert levels == sorted(levels)
-    for _ in range(2):  # what is not known comes last, either way
+    for _ in range(2):  # missing values come last in both directions
         browser.click(header("lowest"))
         lowest = column(browser, "lowest")
         assert lowest[0] and not lowest[-1] and lowest == [cell for cell in lowest if cell] + [""] * lowest.count("")
 
-
-def test_every_column_sorts(browser: Browser) -> None:
     for place in range(1, 11):
         browser.click(f"#clips thead th:nth-child({place}) button")
         assert browser.run(f"document.querySelector('#clips thead th:nth-child({place})').ariaSort") == "ascending"
@@ -647,8 +640,7 @@ def test_filtering(browser: Browser) -> None:
     browser.type("nowhere")
     assert browser.run("document.querySelector('#nothing').hidden") is False and browser.run(COUNT) == "0 of 196"
 
-
-def test_filtering_by_defect(browser: Browser) -> None:
+    browser.run("filter.reset(); applyFilter()")
     stall = [n for n in range(200) if n % 50 != 7 and n % 10 != 3 and n % 4 != 0]
     browser.click("#defects li:nth-child(2) button")  # blur is in more clips
     assert column(browser, "clip") == [f"folder/clip_{n}.mp4" for n in stall]
@@ -666,22 +658,22 @@ def test_opening_and_closing(browser: Browser) -> None:
     assert browser.run("document.querySelector('#c2 .strip img').naturalWidth") == 166
     assert browser.run("document.querySelectorAll('#c2 .strip .worst').length") == 1
     assert "stands still" in browser.run("document.querySelector('#c2 .words').innerText")
-    browser.click(header("score"))  # a clip stays with its details
+    browser.click(header("score"))  # sorting keeps details with their clip
     assert browser.run("document.querySelector('#c2').rows.length") == 2
-    browser.click("#c2 .words")  # reading does not close it
+    browser.click("#c2 .words")  # a click on the text does not close it
     assert browser.run("document.querySelector('#c2').rows.length") == 2
     browser.click("#c2 .number")
     assert browser.run("document.querySelector('#c2').rows.length") == 1
     assert browser.run("document.querySelectorAll('.detail').length") == 0
 
 
-def test_the_keyboard_does_it_all(browser: Browser) -> None:
+def test_keyboard_only(browser: Browser) -> None:
     browser.run("document.querySelector('#filter input').focus()")
-    for _ in range(3):  # the defects, the first column, the second
+    for _ in range(3):  # defect filter, first column, second column
         browser.press("Tab")
     browser.press("Enter")
     assert browser.run("document.querySelector('#clips thead th:nth-child(2)').ariaSort") == "ascending"
-    for _ in range(9):  # the other columns, the first clip
+    for _ in range(9):  # remaining columns, first clip
         browser.press("Tab")
     browser.press("Enter")
     assert browser.run("document.activeElement.ariaExpanded") == "true"
@@ -709,7 +701,7 @@ def test_links_open_their_clip(browser: Browser, page: Path) -> None:
     assert browser.run("document.querySelectorAll('.detail').length") == 2
 
 
-def test_pictures_wait_until_they_are_seen(browser: Browser) -> None:
+def test_thumbnails_load_when_scrolled_into_view(browser: Browser) -> None:
     seen = "document.querySelectorAll('.thumb img').length"
     assert browser.run(seen) == 0
     browser.run("document.querySelector('#c2').scrollIntoView()")
@@ -717,25 +709,25 @@ def test_pictures_wait_until_they_are_seen(browser: Browser) -> None:
     assert browser.run(seen) == 4
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_it_can_be_read_on_a_phone_light_and_dark(dark: bool, chromium: Browser, page: Path) -> None:
+def test_phone_layout_in_light_and_dark(chromium: Browser, page: Path) -> None:
     phone = chromium
-    phone.open(page, width=375, height=800, dark=dark)
-    phone.click("#c2 .name button")
-    assert phone.run("document.documentElement.scrollWidth") == 375
-    paper = phone.run("getComputedStyle(document.body).backgroundColor")
-    assert (sum(map(int, re.findall(r"\d+", paper)[:3])) < 200) == dark
-    assert phone.run("parseFloat(getComputedStyle(document.querySelector('#c2 .words')).fontSize)") >= 16
-    phone.click("#clips thead th:nth-child(2) button")
-    assert list(map(float, column(phone, "score"))) == sorted(map(float, column(phone, "score")))
-    assert phone.complaints() == []
+    for dark in (False, True):
+        phone.open(page, width=375, height=800, dark=dark)
+        phone.click("#c2 .name button")
+        assert phone.run("document.documentElement.scrollWidth") == 375
+        background = phone.run("getComputedStyle(document.body).backgroundColor")
+        assert (sum(map(int, re.findall(r"\d+", background)[:3])) < 200) == dark
+        assert phone.run("parseFloat(getComputedStyle(document.querySelector('#c2 .words')).fontSize)") >= 16
+        phone.click("#clips thead th:nth-child(2) button")
+        assert list(map(float, column(phone, "score"))) == sorted(map(float, column(phone, "score")))
+        assert phone.complaints() == []
 
 
 LAYOUTS = 3
-"""Of the whole page, that one action may take; it takes one."""
+"""Limit of page layouts for one action; it takes one."""
 
 
-def test_a_thousand_clips_stay_quick(chromium: Browser, tmp_path: Path) -> None:
+def test_a_thousand_clips_take_few_layouts(chromium: Browser, tmp_path: Path) -> None:
     chromium.open(large_page(tmp_path, 1000))
     for action in (
         "document.querySelector('#clips thead th:nth-child(2) button').click()",
@@ -744,5 +736,5 @@ def test_a_thousand_clips_stay_quick(chromium: Browser, tmp_path: Path) -> None:
     ):
         before = chromium.layouts()
         chromium.run(f"{{ {action}; document.body.offsetHeight }}")
-        assert chromium.layouts() - before <= LAYOUTS, f"{action}: laid out once a row, it takes seconds"
+        assert chromium.layouts() - before <= LAYOUTS, f"{action}: one layout per row takes seconds"
     assert chromium.run("document.querySelectorAll('.detail').length") == 20

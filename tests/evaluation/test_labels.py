@@ -50,23 +50,23 @@ def failed(clip: str) -> Row:
         ("rows.jsonl", '{"clip": "a.mp4", "mos": 1.5}\n\n{"clip": "b.mp4", "mos": 3}\n'),
     ],
 )
-def test_labels_of_all_forms(write: Write, name: str, text: str) -> None:
+def test_labels_in_all_formats(write: Write, name: str, text: str) -> None:
     assert read_labels(write(name, text)) == (Label("a.mp4", 1.5, "a.mp4"), Label("b.mp4", 3.0, "b.mp4"))
 
 
-def test_labels_in_parquet_with_columns_of_any_name(tmp_path: Path) -> None:
+def test_labels_in_parquet_with_named_columns(tmp_path: Path) -> None:
     path = tmp_path / "konvid.parquet"
     write_rows(path, [{"flickr_id": "12.mp4", "MOS": 2.5, "quality": 4.5, "group": 7}])
     assert read_labels(path, "flickr_id", "quality") == (Label("12.mp4", 4.5, "7"),)
 
 
-def test_groups_come_from_the_table_or_the_name(write: Write) -> None:
+def test_groups_come_from_the_table_or_the_clip_name(write: Write) -> None:
     text = "clip,mos,group\na.mp4,1,anna\n8_voice_en_34939394_wavlip.mp4,2,\n"
     assert [label.group for label in read_labels(write("l.csv", text))] == ["anna", ("v1", 8)]
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "complaint"),
+    ("name", "text", "message"),
     [
         ("l.csv", "clip,mos\na.mp4,high\n", "l.csv:2: a finite number was expected, received 'high'"),
         ("l.csv", "clip,mos\na.mp4,nan\n", "l.csv:2: a finite number was expected, received 'nan'"),
@@ -85,12 +85,12 @@ def test_groups_come_from_the_table_or_the_name(write: Write) -> None:
         ("l.txt", "a,1\n", "l.txt: a table is one of .csv, .tsv, .jsonl, .parquet"),
     ],
 )
-def test_labels_that_cannot_be_read(write: Write, name: str, text: str, complaint: str) -> None:
-    with pytest.raises(ManifestError, match=complaint):
+def test_invalid_labels_are_refused_with_file_and_line(write: Write, name: str, text: str, message: str) -> None:
+    with pytest.raises(ManifestError, match=message):
         read_labels(write(name, text))
 
 
-def test_files_that_are_not_there_or_no_text(tmp_path: Path) -> None:
+def test_missing_files_and_other_encodings_are_refused(tmp_path: Path) -> None:
     for read in (read_labels, read_names):
         with pytest.raises(ManifestError, match=r"l.csv cannot be read: No such file"):
             read(tmp_path / "l.csv")
@@ -104,7 +104,7 @@ def test_files_that_are_not_there_or_no_text(tmp_path: Path) -> None:
 # --- lists and scores ------------------------------------------------------------------------------------------------
 
 
-def test_lists(write: Write) -> None:
+def test_clip_lists(write: Write) -> None:
     assert read_names(write("a.csv", "Video\r\nb.mp4\r\na.mp4\r\n")) == ("b.mp4", "a.mp4")
     assert read_names(write("a.txt", "b.mp4\n\n a.mp4 \n")) == ("b.mp4", "a.mp4")
     with pytest.raises(ManifestError, match=r"a.txt:3: 'b.mp4' is listed already"):
@@ -114,7 +114,7 @@ def test_lists(write: Write) -> None:
 
 
 @pytest.mark.parametrize("form", [".jsonl", ".csv", ".parquet"])
-def test_ratings_of_ours(tmp_path: Path, form: str) -> None:
+def test_ratings_written_by_this_package(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"r{form}"
     calibration = {"id": "1234567890123456", "fitted": True, "raw_rater_id": "123e4567"}
     more = {"scale": [0, 5], "std": 0.5, "raw_score": 3.0, "interval": [1.5, 3.5], "calibration": calibration}
@@ -135,13 +135,13 @@ def test_ratings_of_ours(tmp_path: Path, form: str) -> None:
     assert other == Score("b.mp4", None, "ClipTruncated: 3 of 9 frames")
 
 
-def test_ratings_of_others(write: Write) -> None:
+def test_ratings_in_other_layouts(write: Write) -> None:
     assert read_scores(write("r.txt", "x,1.mp4,2.5\n\nb.mp4,3\n")) == (Score("x,1.mp4", 2.5), Score("b.mp4", 3.0))
     assert read_scores(write("r.csv", "video,score\nb.mp4,3\n")) == (Score("b.mp4", 3.0),)
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "complaint"),
+    ("name", "text", "message"),
     [
         ("r.txt", "a.mp4\n", "r.txt:1: name,score was expected, received 'a.mp4'"),
         ("r.txt", "a.mp4,\n", "r.txt:1: a finite number was expected, received ''"),
@@ -153,8 +153,8 @@ def test_ratings_of_others(write: Write) -> None:
         ("r.xlsx", "", "ratings are .jsonl, .csv, .parquet, or .txt with a line name,score a clip"),
     ],
 )
-def test_ratings_that_cannot_be_read(write: Write, name: str, text: str, complaint: str) -> None:
-    with pytest.raises(ManifestError, match=complaint):
+def test_invalid_ratings_are_refused(write: Write, name: str, text: str, message: str) -> None:
+    with pytest.raises(ManifestError, match=message):
         read_scores(write(name, text))
 
 
@@ -174,7 +174,7 @@ def test_scores_of_two_calibrations_are_refused(tmp_path: Path, other: dict[str,
         read_scores(path)
 
 
-# --- side by side ----------------------------------------------------------------------------------------------------
+# --- joining ---------------------------------------------------------------------------------------------------------
 
 
 def test_names_match_whole_then_by_file_name_then_without_suffix() -> None:
@@ -190,7 +190,7 @@ def test_ambiguous_names_do_not_match() -> None:
     assert match(["a/x.mp4", "b/x.mp4"], ["a/x.mp4", "x.mp4"]) == {"a/x.mp4": "a/x.mp4"}
 
 
-def test_nothing_is_dropped_in_silence() -> None:
+def test_a_join_reports_what_has_no_match() -> None:
     labels = [Label(clip, mos, clip) for clip, mos in (("b", 1.0), ("a", 2.0), ("gone", 3.0), ("broken", 4.0))]
     scores = [Score("dir/a", 2.5), Score("broken", None, "ClipTruncated: x"), Score("new", 5.0), Score("b", 1.5)]
     found = join(labels, scores)
@@ -200,13 +200,13 @@ def test_nothing_is_dropped_in_silence() -> None:
     assert (found.missing, found.extra) == (("gone",), ("new",))
 
 
-def test_files_of_different_clips_are_refused() -> None:
+def test_a_join_without_any_match_is_refused() -> None:
     with pytest.raises(ScoresError, match=r"none of the 1 labelled clips \(a\) is among the 1 rated ones \(b\)"):
         join([Label("a", 1.0, "a")], [Score("b", 1.0)])
 
 
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=60), st.integers(1, 5), st.integers(0, 3))
-def test_folds_keep_groups_whole(groups: list[int], folds: int, seed: int) -> None:
+def test_folds_do_not_split_groups(groups: list[int], folds: int, seed: int) -> None:
     if len(set(groups)) < folds:
         with pytest.raises(ScoresError, match=f"{len(set(groups))} groups of clips cannot fill {folds} folds"):
             group_folds(groups, folds, seed)

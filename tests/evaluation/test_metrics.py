@@ -17,8 +17,8 @@ from lmm_qa.evaluation.metrics import METRICS, SRCC_WITHIN, Interval, agreement,
 from lmm_qa.model.calibration import Floats, Logistic4
 
 
-def opinions(n: int = 200, noise: float = 0.5, seed: int = 0) -> tuple[Floats, Floats]:
-    """Scores, and MOS in steps of a tenth, with ties, as people give them."""
+def noisy_scores(n: int = 200, noise: float = 0.5, seed: int = 0) -> tuple[Floats, Floats]:
+    """Scores, and MOS in steps of a tenth, so that there are ties."""
     rng = np.random.default_rng(seed)
     mos = np.round(rng.uniform(0, 5, n), 1)
     return mos + rng.normal(0, noise, n), mos
@@ -29,7 +29,7 @@ samples = st.lists(st.tuples(numbers, numbers), min_size=5, max_size=40)
 
 
 @given(samples)
-def test_correlations_are_those_of_scipy(pairs: list[tuple[float, float]]) -> None:
+def test_correlations_equal_those_of_scipy(pairs: list[tuple[float, float]]) -> None:
     x, y = np.array(pairs).T
     assume(np.ptp(x) > 0 and np.ptp(y) > 0)
     found = agreement(x, y)
@@ -40,7 +40,7 @@ def test_correlations_are_those_of_scipy(pairs: list[tuple[float, float]]) -> No
 
 @settings(max_examples=50)
 @given(samples)
-def test_the_fit_is_that_of_its_curve_and_at_least_as_good_as_a_line(pairs: list[tuple[float, float]]) -> None:
+def test_plcc_fit_and_rmse_fit_belong_to_the_fitted_curve(pairs: list[tuple[float, float]]) -> None:
     x, y = np.array(pairs).T
     assume(np.ptp(x) > 0 and np.ptp(y) > 0)
     found, fitted = agreement(x, y), fit_logistic4(x, y)(x)
@@ -51,20 +51,20 @@ def test_the_fit_is_that_of_its_curve_and_at_least_as_good_as_a_line(pairs: list
 
 @settings(max_examples=30)
 @given(scale=st.floats(1e-3, 1e3), shift=st.floats(-1e3, 1e3), seed=st.integers(0, 20))
-def test_units_of_the_score_do_not_matter(scale: float, shift: float, seed: int) -> None:
-    x, y = opinions(40, seed=seed)
+def test_metrics_do_not_depend_on_the_unit_of_the_score(scale: float, shift: float, seed: int) -> None:
+    x, y = noisy_scores(40, seed=seed)
     plain, changed = agreement(x, y), agreement(x * scale + shift, y)
     assert changed == pytest.approx(plain, abs=1e-4)
 
 
-def test_a_logistic_is_found_again() -> None:
-    reference_defects = Logistic4(b1=4.5, b2=0.5, b3=60.0, b4=8.0)
+def test_fit_recovers_the_parameters_of_a_logistic() -> None:
+    reference = Logistic4(b1=4.5, b2=0.5, b3=60.0, b4=8.0)
     x = np.linspace(20, 100, 200)
-    found = fit_logistic4(x, reference_defects(x))
+    found = fit_logistic4(x, reference(x))
     assert [found.b1, found.b2, found.b3, found.b4] == pytest.approx([4.5, 0.5, 60, 8], rel=1e-4)
 
 
-def test_a_falling_logistic_is_found_and_ranks_stay_negative() -> None:
+def test_a_falling_logistic_has_negative_srcc_and_positive_plcc_fit() -> None:
     x = np.linspace(20, 100, 200)
     y = Logistic4(b1=0.5, b2=4.5, b3=60.0, b4=8.0)(x)
     found = agreement(x, y)
@@ -73,8 +73,8 @@ def test_a_falling_logistic_is_found_and_ranks_stay_negative() -> None:
 
 
 @pytest.mark.parametrize("noise", [0.1, 0.5, 2.0])
-def test_no_worse_than_curve_fit_from_the_usual_start(noise: float) -> None:
-    x, y = opinions(300, noise)
+def test_fit_is_no_worse_than_curve_fit_from_the_usual_start(noise: float) -> None:
+    x, y = noisy_scores(300, noise)
 
     def f(x: Floats, b1: float, b2: float, b3: float, b4: float) -> Floats:
         return b2 + (b1 - b2) / (1 + np.exp(-(x - b3) / abs(b4)))
@@ -83,8 +83,8 @@ def test_no_worse_than_curve_fit_from_the_usual_start(noise: float) -> None:
     assert agreement(x, y)["rmse_fit"] <= np.sqrt(np.mean((f(x, *usual) - y) ** 2)) + 1e-6
 
 
-def test_a_resample_gives_what_the_drawn_clips_give() -> None:
-    x, y = opinions(60)
+def test_resampled_metrics_equal_metrics_of_the_drawn_clips() -> None:
+    x, y = noisy_scores(60)
     found = bootstrap(x, y, resamples=20, seed=3)
     (counts,) = metrics._resamples(60, 20, 3)
     for row, drawn in enumerate(counts):
@@ -92,21 +92,21 @@ def test_a_resample_gives_what_the_drawn_clips_give() -> None:
         assert found.resampled["srcc"][row] == pytest.approx(spearmanr(x_drawn, y_drawn).statistic)
         assert found.resampled["krcc"][row] == pytest.approx(kendalltau(x_drawn, y_drawn).statistic)
         assert found.resampled["plcc"][row] == pytest.approx(pearsonr(x_drawn, y_drawn).statistic)
-        # The grid stands for a fit of each resample.
+        # The grid replaces a fit for each resample.
         exact = agreement(x_drawn, y_drawn)
         assert found.resampled["plcc_fit"][row] == pytest.approx(exact["plcc_fit"], abs=1e-3)
         assert found.resampled["rmse_fit"][row] == pytest.approx(exact["rmse_fit"], rel=2e-2)
 
 
-def test_intervals_hold_the_figure_and_shrink_with_more_clips() -> None:
-    small, large = (bootstrap(*opinions(n), resamples=300).intervals() for n in (50, 800))
+def test_intervals_contain_the_metric_and_shrink_with_more_clips() -> None:
+    small, large = (bootstrap(*noisy_scores(n), resamples=300).intervals() for n in (50, 800))
     for name in METRICS:
         assert small[name].low < small[name].value < small[name].high
         assert small[name].high - small[name].low > 2 * (large[name].high - large[name].low)
-    assert {name: interval.value for name, interval in small.items()} == agreement(*opinions(50))
+    assert {name: interval.value for name, interval in small.items()} == agreement(*noisy_scores(50))
 
 
-def test_the_interval_of_a_correlation_is_that_of_theory() -> None:
+def test_plcc_interval_agrees_with_theory() -> None:
     """Fisher: the standard error of artanh(plcc) is 1 / sqrt(n - 3) for normal data."""
     rng = np.random.default_rng(5)
     x, noise = rng.normal(size=(2, 1000))
@@ -116,8 +116,8 @@ def test_the_interval_of_a_correlation_is_that_of_theory() -> None:
     assert [found.low, found.high] == pytest.approx(expected, abs=0.006)
 
 
-def test_the_seed_decides_and_the_chunks_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, y = opinions(50)
+def test_intervals_depend_on_the_seed_and_not_on_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = noisy_scores(50)
     one = bootstrap(x, y, resamples=40, seed=1).intervals()
     assert one == bootstrap(x, y, resamples=40, seed=1).intervals()
     assert one != bootstrap(x, y, resamples=40, seed=2).intervals()
@@ -127,8 +127,8 @@ def test_the_seed_decides_and_the_chunks_do_not(monkeypatch: pytest.MonkeyPatch)
         assert astuple(chunked[name]) == pytest.approx(astuple(one[name]))
 
 
-def test_a_pair_on_the_same_resamples() -> None:
-    x, y = opinions(noise=0.4)
+def test_paired_difference_uses_the_same_resamples() -> None:
+    x, y = noisy_scores(noise=0.4)
     worse = x + np.random.default_rng(9).normal(0, 0.5, len(x))
     same = (bootstrap(x, y) - bootstrap(x, y)).intervals()
     assert all(interval == Interval(0, 0, 0) for interval in same.values())
@@ -140,8 +140,8 @@ def test_a_pair_on_the_same_resamples() -> None:
         bootstrap(x, y, seed=1) - bootstrap(x, y, seed=2)
 
 
-def test_within_groups() -> None:
-    x, y = opinions(90, noise=0.3)
+def test_srcc_within_is_the_mean_over_groups() -> None:
+    x, y = noisy_scores(90, noise=0.3)
     groups = [np.arange(0, 30), np.arange(30, 60), np.arange(60, 90)]
     x[60:] = 2.0
     found = bootstrap(x, y, ["srcc"], groups=groups, resamples=200).intervals()
@@ -151,7 +151,7 @@ def test_within_groups() -> None:
 
 
 @pytest.mark.parametrize(
-    ("scores", "mos", "complaint"),
+    ("scores", "mos", "message"),
     [
         ([1.0] * 6, [1, 2, 3, 4, 5, 6], "all 6 score values are 1: no correlation is defined"),
         ([0.1 + 0.2, 0.3] * 3, [1, 2, 3, 4, 5, 6], "all 6 score values are 0.3"),
@@ -162,14 +162,14 @@ def test_within_groups() -> None:
         ([1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6], r"received arrays of shape \(5,\) and \(6,\)"),
     ],
 )
-def test_what_has_no_correlation_is_refused(scores: list[float], mos: list[float], complaint: str) -> None:
+def test_undefined_correlations_are_refused(scores: list[float], mos: list[float], message: str) -> None:
     for compute in (agreement, fit_logistic4, bootstrap):
-        with pytest.raises(ScoresError, match=complaint):
+        with pytest.raises(ScoresError, match=message):
             compute(scores, mos)
 
 
-def test_wrong_requests_are_refused() -> None:
-    x, y = opinions(20)
+def test_invalid_options_are_refused() -> None:
+    x, y = noisy_scores(20)
     with pytest.raises(ScoresError, match="at least one resample is needed, received 0"):
         bootstrap(x, y, resamples=0)
     with pytest.raises(ScoresError, match="no metric is called pearson; the metrics are: main, srcc"):

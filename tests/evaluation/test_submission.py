@@ -27,7 +27,7 @@ def content(path: Path) -> bytes:
         return archive.read(entry)
 
 
-def test_the_layout_is_that_of_the_organisers(shared_dir: Path, tmp_path: Path) -> None:
+def test_the_published_baseline_is_written_byte_for_byte(shared_dir: Path, tmp_path: Path) -> None:
     published = shared_dir / "thqa" / "baseline_output.txt"
     scores = read_scores(published)
     names = read_names(shared_dir / "thqa" / "thqa_ntire_vallist.csv")
@@ -35,12 +35,12 @@ def test_the_layout_is_that_of_the_organisers(shared_dir: Path, tmp_path: Path) 
     assert content(tmp_path / "s.zip") == published.read_bytes()
 
 
-def test_listed_names_in_listed_order(tmp_path: Path) -> None:
+def test_scores_are_in_the_order_of_the_list(tmp_path: Path) -> None:
     write_submission(tmp_path / "s.zip", submission_text(SCORES, NAMES))
     assert content(tmp_path / "s.zip") == b"b.mp4,2.196240901947021\na.mp4,2.5\nc.mp4,3.0\n"
 
 
-def test_the_same_scores_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_zip_is_reproducible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_submission(tmp_path / "one.zip", submission_text(SCORES, NAMES))
     now = time.localtime(time.time() + 1e6)
     monkeypatch.setattr(time, "localtime", lambda *_: now)
@@ -49,7 +49,7 @@ def test_the_same_scores_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.zip", "two.zip"]
 
 
-def test_what_does_not_fit_the_list_is_refused_by_name() -> None:
+def test_unmatched_clips_are_refused_by_name() -> None:
     scores = (Score("a.mp4", 2.5), Score("b.mp4", None, "ClipTruncated: 3 of 9 frames"), Score("new.mp4", 1.0))
     with pytest.raises(ScoresError) as caught:
         submission_text(scores, NAMES)
@@ -64,13 +64,13 @@ def test_what_does_not_fit_the_list_is_refused_by_name() -> None:
     ]
 
 
-def test_long_lists_of_problems_are_counted() -> None:
+def test_long_lists_of_problems_are_shortened() -> None:
     names = [f"{number}.mp4" for number in range(14)]
     with pytest.raises(ScoresError, match=r"(?s)14 are listed and not in the ratings:.* 9\.mp4\n +and 4 more\n"):
         submission_text(SCORES, names)
 
 
-def test_where_it_cannot_be_written(tmp_path: Path) -> None:
+def test_invalid_output_paths_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"a submission is a \.zip, received .*output\.txt"):
         write_submission(tmp_path / "output.txt", "")
     with pytest.raises(ScoresError, match=r"cannot write .*: No such file or directory"):

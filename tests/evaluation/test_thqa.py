@@ -15,21 +15,6 @@ from lmm_qa.evaluation.thqa import SCALE, SHRINKAGE, NamePrior, ThqaName, find_l
 SEN = "7889059_SEN_the_small_boy_put_the_worm_on_the_hook"
 
 
-@pytest.fixture(scope="module")
-def thqa_dir(shared_dir: Path) -> Path:
-    return shared_dir / "thqa"
-
-
-@pytest.fixture(scope="module")
-def train(thqa_dir: Path) -> tuple[Label, ...]:
-    return read_labels(thqa_dir / "thqa_ntire_train.csv")
-
-
-@pytest.fixture(scope="module")
-def val(thqa_dir: Path) -> tuple[Label, ...]:
-    return read_labels(thqa_dir / "thqa_ntire_val.csv")
-
-
 def clips(labels: tuple[Label, ...]) -> list[str]:
     return [label.clip for label in labels]
 
@@ -72,59 +57,16 @@ def test_groups_and_categories() -> None:
         "",
     ],
 )
-def test_other_names_are_refused(name: str) -> None:
+def test_names_of_other_datasets_are_refused(name: str) -> None:
     assert try_parse(name) is None
     with pytest.raises(ManifestError, match="is no file name of THQA-NTIRE"):
         ThqaName.parse(name)
 
 
-# --- the files as they are published ---------------------------------------------------------------------------------
-
-
-def test_every_name_parses(thqa_dir: Path, train: tuple[Label, ...], val: tuple[Label, ...]) -> None:
-    test = read_names(thqa_dir / "thqa_ntire_testlist.csv")
-    assert (len(train), len(val), len(test)) == (8927, 1714, 1606)
-    counted = [Counter(ThqaName.parse(name).clip_class for name in names) for names in (clips(train), clips(val), test)]
-    assert counted[:2] == [{"2d": 7487, "v1": 640, "3d": 800}, {"2d": 1534, "v1": 80, "3d": 100}]
-    assert set(counted[2]) == {"2d", "v1", "3d"}
-
-
-def test_labels_and_lists_agree(thqa_dir: Path, val: tuple[Label, ...]) -> None:
-    assert list(read_names(thqa_dir / "thqa_ntire_vallist.csv")) == clips(val)
-    assert [score.clip for score in read_scores(thqa_dir / "baseline_output.txt")] == clips(val)
-
-
-def test_mos_lie_on_the_scale(train: tuple[Label, ...], val: tuple[Label, ...]) -> None:
-    for labels in (train, val):
-        assert SCALE[0] <= min(mos(labels)) < max(mos(labels)) <= SCALE[1]
-    assert sum(mos(train)) / len(train) == pytest.approx(2.39, abs=0.005)
-
-
-def test_labels_are_grouped_by_person(val: tuple[Label, ...]) -> None:
-    assert {label.group for label in val if ThqaName.parse(label.clip).clip_class == "v1"} == {
-        label.group for label in val if isinstance(label.group, tuple) and label.group[0] == "v1"
-    }
-    assert ("2d", 14) in {label.group for label in val}
-
-
-def test_the_leak_of_the_published_split(thqa_dir: Path, train: tuple[Label, ...], val: tuple[Label, ...]) -> None:
-    (leak,) = find_leaks(clips(train), clips(val))
-    assert leak.group == ("2d", 14)
-    assert len(leak.train) == 55
-    assert all(name.startswith("14_") and name.endswith("_wavlip.mp4") for name in leak.train)
-    assert not any(name.endswith("_wavlip.mp4") for name in leak.held_out if name in leak.train)
-    assert str(leak) == (
-        "55 training clips (wavlip) show 2d 14, as 700 held-out clips do: leave them out when training"
-    )
-    kept = set(clips(train)) - set(leak.train)
-    assert find_leaks(kept, clips(val)) == ()
-    assert find_leaks(clips(train) + clips(val), read_names(thqa_dir / "thqa_ntire_testlist.csv")) == ()
-
-
 # --- the name-only prior ---------------------------------------------------------------------------------------------
 
 
-def test_the_prior_shrinks_towards_the_coarser_category() -> None:
+def test_prior_means_are_shrunk_towards_the_coarser_category() -> None:
     names = [f"{pid}_voice_en_1_{generator}.mp4" for pid, generator in ((1, "a"), (2, "a"), (3, "b"))]
     prior = NamePrior.fit(names, [5.0, 4.0, 0.0])
     v1 = (9 + SHRINKAGE * 3) / (3 + SHRINKAGE)
@@ -133,13 +75,65 @@ def test_the_prior_shrinks_towards_the_coarser_category() -> None:
     assert prior.predict(f"{SEN}_qp_level_6.mp4") == pytest.approx(3.0)
 
 
-def test_the_prior_needs_names_of_thqa() -> None:
+def test_the_prior_needs_thqa_names_and_labels() -> None:
     with pytest.raises(ManifestError, match=r"'clip.mp4' is no file name of THQA-NTIRE"):
         NamePrior.fit(["clip.mp4"], [3.0])
     with pytest.raises(ScoresError, match="needs labelled clips, received none"):
         NamePrior.fit([], [])
 
 
-def test_the_prior_alone_reaches_the_baseline(train: tuple[Label, ...], val: tuple[Label, ...]) -> None:
+# --- groups on both sides of a split ---------------------------------------------------------------------------------
+
+
+def test_a_person_on_both_sides_of_a_split_is_a_leak() -> None:
+    train = ["14_flux_common_voice_en_1_wavlip.mp4", "14_flux_common_voice_en_2_wavlip.mp4", "14_voice_en_1_eat.mp4"]
+    val = ["14_flux_common_voice_en_3_eat.mp4", "8_voice_en_1_eat.mp4"]
+    (leak,) = find_leaks(train, val)
+    assert (leak.group, leak.train, leak.held_out) == (("2d", 14), tuple(train[:2]), tuple(val[:1]))
+    assert str(leak) == "2 training clips (wavlip) show 2d 14, as 1 held-out clips do: leave them out when training"
+    assert find_leaks(train[2:], val) == ()
+
+
+# --- the published files ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def thqa_dir(shared_dir: Path) -> Path:
+    return shared_dir / "thqa"
+
+
+def test_published_names_labels_and_lists(thqa_dir: Path) -> None:
+    train, val = (read_labels(thqa_dir / f"thqa_ntire_{name}.csv") for name in ("train", "val"))
+    test = read_names(thqa_dir / "thqa_ntire_testlist.csv")
+    assert (len(train), len(val), len(test)) == (8927, 1714, 1606)
+    counted = [Counter(ThqaName.parse(name).clip_class for name in names) for names in (clips(train), clips(val), test)]
+    assert counted[:2] == [{"2d": 7487, "v1": 640, "3d": 800}, {"2d": 1534, "v1": 80, "3d": 100}]
+    assert set(counted[2]) == {"2d", "v1", "3d"}
+
+    assert list(read_names(thqa_dir / "thqa_ntire_vallist.csv")) == clips(val)
+    assert [score.clip for score in read_scores(thqa_dir / "baseline_output.txt")] == clips(val)
+    for labels in (train, val):
+        assert SCALE[0] <= min(mos(labels)) < max(mos(labels)) <= SCALE[1]
+    assert sum(mos(train)) / len(train) == pytest.approx(2.39, abs=0.005)
+
+    assert {label.group for label in val if ThqaName.parse(label.clip).clip_class == "v1"} == {
+        label.group for label in val if isinstance(label.group, tuple) and label.group[0] == "v1"
+    }
+    assert ("2d", 14) in {label.group for label in val}
+
+
+def test_published_split_has_one_leak_and_its_prior_reaches_the_baseline(thqa_dir: Path) -> None:
+    train, val = (read_labels(thqa_dir / f"thqa_ntire_{name}.csv") for name in ("train", "val"))
+    (leak,) = find_leaks(clips(train), clips(val))
+    assert leak.group == ("2d", 14)
+    assert len(leak.train) == 55
+    assert all(name.startswith("14_") and name.endswith("_wavlip.mp4") for name in leak.train)
+    assert not any(name.endswith("_wavlip.mp4") for name in leak.held_out if name in leak.train)
+    assert str(leak) == (
+        "55 training clips (wavlip) show 2d 14, as 700 held-out clips do: leave them out when training"
+    )
+    assert find_leaks(set(clips(train)) - set(leak.train), clips(val)) == ()
+    assert find_leaks(clips(train) + clips(val), read_names(thqa_dir / "thqa_ntire_testlist.csv")) == ()
+
     prior = NamePrior.fit(clips(train), mos(train))
     assert agreement([prior.predict(clip) for clip in clips(val)], mos(val))["main"] >= 0.78
