@@ -1,7 +1,8 @@
-"""A real browser for tests: Chromium without a window, told what to do over a pipe.
+"""Headless Chromium for tests, controlled over a pipe.
 
-The messages are those of the Chrome DevTools Protocol (https://chromedevtools.github.io/devtools-protocol); with
-`--remote-debugging-pipe` they are JSON with a zero byte after each, read from file descriptor 3, written to 4.
+Messages follow the Chrome DevTools Protocol (https://chromedevtools.github.io/devtools-protocol). With
+`--remote-debugging-pipe` they are JSON, each followed by a zero byte: Chromium reads from file descriptor 3 and writes
+to 4.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 
 
 def find_browser() -> str | None:
-    """The program, if there is one here."""
+    """Path of an installed Chromium or Chrome."""
     return next(filter(None, map(shutil.which, PROGRAMS)), None)
 
 
 class Browser:
-    """One page in a browser; use as a context manager."""
+    """A browser with one page; use as a context manager."""
 
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        asked, ask = os.pipe()
-        answer, answered = os.pipe()
+        command_read, command_write = os.pipe()
+        reply_read, reply_write = os.pipe()
 
-        def connect() -> None:
-            ends = os.dup(asked), os.dup(answered)
+        def connect() -> None:  # through copies: 3 or 4 may be one of the ends
+            ends = os.dup(command_read), os.dup(reply_write)
             os.dup2(ends[0], 3)
             os.dup2(ends[1], 4)
 
@@ -44,16 +45,16 @@ class Browser:
                 *("--disable-dev-shm-usage", f"--user-data-dir={self._folder.name}", "about:blank"),
             ],
             preexec_fn=connect,
-            pass_fds=(3, 4, asked, answered),
+            pass_fds=(3, 4, command_read, reply_write),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        os.close(asked)
-        os.close(answered)
-        self._out, self._in = os.fdopen(ask, "wb", 0), os.fdopen(answer, "rb")
+        os.close(command_read)
+        os.close(reply_write)
+        self._out, self._in = os.fdopen(command_write, "wb", 0), os.fdopen(reply_read, "rb")
         self._number, self._session = 0, ""
         self.events: list[dict[str, Any]] = []
-        """What the page did, in order: requests, exceptions, lines in the log."""
+        """Events of the page, in order: requests, exceptions, log entries."""
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
@@ -71,7 +72,7 @@ class Browser:
         self._folder.cleanup()
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """Call a method of the protocol."""
+        """Call a method of the protocol and return its result."""
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
         if self._session:
@@ -84,7 +85,7 @@ class Browser:
         return result
 
     def open(self, page: Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        """Show a file afresh, and wait until it is loaded."""
+        """Load a file and wait until it is complete. Clears `events`."""
         screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         self.send("Emulation.setDeviceMetricsOverride", **screen)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -94,24 +95,24 @@ class Browser:
         self.run("new Promise(done => document.readyState === 'complete' ? done() : addEventListener('load', done))")
 
     def run(self, script: str) -> Any:
-        """The value of a JavaScript expression in the page; a promise is waited for."""
+        """The value of a JavaScript expression in the page; promises are awaited."""
         done = self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in done, done["exceptionDetails"]
         return done["result"].get("value")
 
     def click(self, selector: str) -> None:
-        """With the mouse, in the middle of the first element that is so."""
-        place = (
+        """Click the center of the first element that matches."""
+        center = (
             f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
             " e.scrollIntoView({block: 'center'});"
             " const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2] })()"
         )
-        x, y = self.run(place)
+        x, y = self.run(center)
         for kind in ("mousePressed", "mouseReleased"):
             self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def press(self, key: str) -> None:
-        """A key: Tab, Enter."""
+        """Press Tab or Enter."""
         code = {"Tab": 9, "Enter": 13}[key]
         text = {"text": "\r"} if key == "Enter" else {}
         for kind in ("keyDown", "keyUp"):
@@ -119,33 +120,33 @@ class Browser:
             text = {}
 
     def type(self, text: str) -> None:
-        """Into what has the focus."""
+        """Type into the focused element."""
         self.send("Input.insertText", text=text)
 
     def layouts(self) -> int:
-        """How often the page has been laid out so far."""
+        """Number of page layouts so far."""
         metrics = self.send("Performance.getMetrics")["metrics"]
         return int(next(metric["value"] for metric in metrics if metric["name"] == "LayoutCount"))
 
     def complaints(self) -> list[dict[str, Any]]:
-        """Exceptions and lines in the log since the page was opened, such as those of a broken content policy."""
+        """Exceptions and log entries since the page was opened, such as violations of the content security policy."""
         self.run("new Promise(requestAnimationFrame)")
         wanted = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
         return [event for event in self.events if event.get("method") in wanted]
 
     def requests(self) -> list[str]:
-        """Addresses that the page asked for, but for what it holds itself."""
+        """URLs requested by the page, without data URLs."""
         urls = [e["params"]["request"]["url"] for e in self.events if e.get("method") == "Network.requestWillBeSent"]
         return [url for url in urls if not url.startswith("data:")]
 
     def screenshot(self, path: Path) -> None:
-        """What is to be seen, as PNG."""
+        """Write the visible area as PNG."""
         path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot")["data"]))
 
     def _receive(self) -> dict[str, Any]:
         message = bytearray()
         while (byte := self._in.read(1)) != b"\0":
-            assert byte, "the browser has gone"
+            assert byte, "the browser has exited"
             message += byte
         received: dict[str, Any] = json.loads(message)
         return received
