@@ -22,7 +22,7 @@ import pytest
 import torch
 from backbones import FAMILIES, add_adapter, conversation_inputs
 from clips import write_clip
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.video_utils import VideoMetadata
 
 import lmm_qa
@@ -36,7 +36,8 @@ from lmm_qa.model.calibration import Calibration, ConformalInterval, LinearMappi
 from lmm_qa.model.inputs import ClipInput
 from lmm_qa.model.levels import LEVELS, read_levels
 from lmm_qa.model.prompt import Prompt
-from lmm_qa.model.rater_config import CALIBRATION_NAME, DEFECTS_NAME, EMBEDDED, RaterConfig
+from lmm_qa.model.rater_config import CALIBRATION_NAME, DEFECTS_NAME, RaterConfig
+from lmm_qa.model.source import EMBEDDED
 from lmm_qa.model.rater_plan import plan_rater
 from lmm_qa.rater import clip_input
 from lmm_qa.ratings import STEP, WINDOW, Details
@@ -86,8 +87,8 @@ def alone(rater: Rater, good: list[Path]) -> dict[str, Rating]:
     return {str(path): rater.rate(path) for path in good}
 
 
-def look(rater: Rater, clip: Path) -> Frames:
-    """What a rater looks at, with the pixels."""
+def decode(rater: Rater, clip: Path) -> Frames:
+    """The frames that a rater sees of a clip."""
     return read_frames(clip, rater.settings.sampling, rater.settings.views, rater.factor)
 
 
@@ -114,7 +115,7 @@ def test_every_family_rates_a_clip(family: str, family_dir: Callable[[str], Path
     assert first != second
 
 
-def test_a_rating_says_all_about_itself(rater: Rater, good: list[Path], model_dir: Path) -> None:
+def test_a_row_describes_how_its_rating_was_made(rater: Rater, good: list[Path], model_dir: Path) -> None:
     rating = rater.rate(good[0])
     assert rating.clip == str(good[0])
     assert rating.content_id == content_id(good[0])
@@ -124,7 +125,7 @@ def test_a_rating_says_all_about_itself(rater: Rater, good: list[Path], model_di
     assert rating.level == max(rating.probabilities, key=lambda word: rating.probabilities[word])
     assert 0 < rating.level_mass < 1
     assert rating.frames.views == ()
-    assert [view.shape for view in look(rater, good[0]).views] == [(4, 56, 196, 3), (4, 56, 56, 3)]
+    assert [view.shape for view in decode(rater, good[0]).views] == [(4, 56, 196, 3), (4, 56, 56, 3)]
     row = json.loads(json.dumps(rating.to_row()))
     assert row["frames"] == {"indices": [3, 9, 15, 21], "seconds": [0.12, 0.36, 0.6, 0.84]}
     assert row["video"] == {"width": 320, "height": 96, "fps": 25, "frames": 25, "duration": 1, "decoder": "pyav"}
@@ -159,10 +160,10 @@ def test_the_scale_is_the_declared_one(rater: Rater, model_dir: Path, good: list
     assert wide.probabilities == narrow.probabilities
 
 
-def test_slots_are_told_to_the_model(rater: Rater, model_dir: Path, good: list[Path]) -> None:
+def test_the_model_sees_the_filled_in_prompt(rater: Rater, model_dir: Path, good: list[Path]) -> None:
     question = "{seconds:.2f} s, {fps:.0f}/s, {frames:.0f} frames, {width:.0f}x{height:.0f}."
     prompt = Prompt(question=question, stem="It is")
-    frames = look(rater, good[0])
+    frames = decode(rater, good[0])
     (text,) = [part["text"] for message in prompt.messages(2, **clip_input(frames).slots)
                for part in message["content"] if part["type"] == "text"]  # fmt: skip
     assert text == "1.00 s, 25/s, 4 frames, 320x96."
@@ -170,7 +171,7 @@ def test_slots_are_told_to_the_model(rater: Rater, model_dir: Path, good: list[P
     rating = asked.rate(good[0])
     seen = clip_input(frames)
     untrue = ClipInput(seen.views, seen.seconds, seen.duration, dict.fromkeys(seen.slots, 7.0))
-    (true_reading, untrue_reading) = asked.backbone.read([seen, untrue], prompt)
+    (true_reading, untrue_reading) = asked.backbone.level_logits([seen, untrue], prompt)
     assert list(rating.probabilities.values()) == pytest.approx(softmax(true_reading.logits), abs=1e-5)
     assert np.abs(true_reading.logits - untrue_reading.logits).max() > 1e-3
 
@@ -181,16 +182,18 @@ def softmax(logits: Any) -> Any:
 
 
 def test_a_prompt_that_does_not_fit_the_tokenizer_is_refused(model_dir: Path) -> None:
-    prompt = Prompt(question="?", stem="It is", levels=("dreadful", "splendiferous"))
-    with pytest.raises(LevelTokenError, match="'splendiferous' is 4 tokens after the stem 'It is'"):
+    prompt = Prompt(question="?", stem="It is", levels=("bad", "splendiferous"))
+    tokens = len(AutoTokenizer.from_pretrained(model_dir).encode(" splendiferous"))
+    assert tokens > 1
+    with pytest.raises(LevelTokenError, match=f"'splendiferous' is {tokens} tokens after the stem 'It is'"):
         Rater.from_pretrained(model_dir, prompt=prompt, **SMALL)
 
 
 # --- many clips ------------------------------------------------------------------------------------------------------
 
 
-def test_the_clips_are_different_to_the_model(alone: dict[str, Rating]) -> None:
-    """Else the tests below would notice nothing."""
+def test_the_clips_have_different_scores(alone: dict[str, Rating]) -> None:
+    """Otherwise the tests below could not fail."""
     scores = sorted(rating.score for rating in alone.values())
     assert len(scores) == 7
     assert min(b - a for a, b in pairwise(scores)) > 5 * TOLERANCE
@@ -211,7 +214,7 @@ def test_a_score_does_not_depend_on_the_others(
         assert_same_rating(result, alone[result.clip])
 
 
-def test_clips_of_different_numbers_of_frames_go_together(model_dir: Path, good: list[Path]) -> None:
+def test_clips_with_different_numbers_of_frames_in_one_batch(model_dir: Path, good: list[Path]) -> None:
     rater = Rater.from_pretrained(model_dir, sampling=Sampling.from_text("fps:3"), views=VIEWS[:1], **SMALL)
     results = list(rater.rate_all(good, batch_size=8, workers=1))
     assert {len(result.frames.indices) for result in results if isinstance(result, Rating)} == {1, 3, 10}
@@ -220,7 +223,7 @@ def test_clips_of_different_numbers_of_frames_go_together(model_dir: Path, good:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_errors_take_their_places(
+def test_failures_keep_their_position(
     rater: Rater, good: list[Path], alone: dict[str, Rating], tmp_path: Path, batch_size: int
 ) -> None:
     (tmp_path / "text.mp4").write_text("no video")
@@ -260,7 +263,7 @@ def test_clips_of_a_list_keep_their_names(rater: Rater, good: list[Path]) -> Non
     assert result.clip == "called/so.mp4"
 
 
-def test_no_clips_no_results(rater: Rater) -> None:
+def test_no_clips_give_no_results(rater: Rater) -> None:
     assert list(rater.rate_all([])) == []
 
 
@@ -297,7 +300,7 @@ def test_an_adapter_with_rater_json(adapter_dir: Path, good: list[Path], tmp_pat
 
 
 def assert_peft_alone_agrees(adapter: Path, base: str, rater: Rater, clip: Path) -> None:
-    rating, frames = rater.rate(clip), look(rater, clip)
+    rating, frames = rater.rate(clip), decode(rater, clip)
     model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
     from peft import PeftModel
 
@@ -311,7 +314,7 @@ def assert_peft_alone_agrees(adapter: Path, base: str, rater: Rater, clip: Path)
         logits = model(**inputs).logits[0, -1]
     words = [processor.tokenizer.encode(f" {word}", add_special_tokens=False) for word in prompt.levels]
     levels = logits[[word for (word,) in words]].numpy()
-    (reading,) = rater.backbone.read([clip_input(frames)], prompt)
+    (reading,) = rater.backbone.level_logits([clip_input(frames)], prompt)
     assert reading.logits == pytest.approx(levels, abs=TOLERANCE)
     assert list(rating.probabilities.values()) == pytest.approx(softmax(levels), abs=TOLERANCE)
 
@@ -324,7 +327,7 @@ def test_peft_alone_gives_the_same_logits(adapter_dir: Path, model_dir: Path, go
 # --- identity --------------------------------------------------------------------------------------------------------
 
 
-def test_the_identity_follows_what_is_asked(model_dir: Path, adapter_dir: Path, rater: Rater) -> None:
+def test_the_identity_depends_on_model_and_settings(model_dir: Path, adapter_dir: Path, rater: Rater) -> None:
     def identity(model: Path = model_dir, **options: Any) -> str:
         return plan_rater(model, **SMALL | options).rater_id
 
@@ -353,8 +356,8 @@ def test_the_identity_follows_what_is_asked(model_dir: Path, adapter_dir: Path, 
     assert rater.rater_id == identity(sampling=Sampling(frames=4), views=VIEWS)
 
 
-def test_a_plan_knows_its_identity_without_the_libraries_that_rating_needs(model_dir: Path) -> None:
-    """So that a second run, which has nothing to do, says so at once."""
+def test_a_plan_is_identified_without_loading_heavy_libraries(model_dir: Path) -> None:
+    """So that a run that has nothing to do ends quickly."""
     script = """
 import sys
 from lmm_qa.model.rater_plan import plan_rater
@@ -392,9 +395,7 @@ def fitted_on(*clips: Path) -> tuple[str, ...]:
     return tuple(sorted(hashlib.sha256(content_id(clip).encode()).hexdigest()[:12] for clip in clips))
 
 
-def test_a_rater_with_a_calibration_rates_calibrated(
-    rater: Rater, alone: dict[str, Rating], good: list[Path], tmp_path: Path
-) -> None:
+def test_a_calibration_is_applied(rater: Rater, alone: dict[str, Rating], good: list[Path], tmp_path: Path) -> None:
     folder = calibrated_copy(rater, tmp_path / "rater", clips=fitted_on(good[1]))
     tuned = Rater.from_pretrained(folder, **SMALL)
     assert tuned.calibration == Calibration.read(folder / CALIBRATION_NAME)
@@ -443,14 +444,16 @@ def test_a_calibration_changes_the_identity(rater: Rater, tmp_path: Path) -> Non
         ({"views": VIEWS[:1], "scale": (1, 4)}, "scale, views"),
     ],
 )
-def test_other_settings_than_the_raters_own_are_not_calibrated(
+def test_a_calibration_is_not_applied_to_changed_settings(
     rater: Rater, tmp_path: Path, options: dict[str, Any], named: str
 ) -> None:
     folder = calibrated_copy(rater, tmp_path / "rater")
     plan = plan_rater(folder, **SMALL, **options)
     assert plan.calibration is None
     (note,) = plan.notes
-    assert note == f"{folder / CALIBRATION_NAME} is for the rater's own {named}, others were asked for: scores are raw"
+    assert note == (
+        f"{folder / CALIBRATION_NAME} is for the rater's own {named}, which this run changes: scores are not calibrated"
+    )
     (folder / CALIBRATION_NAME).unlink()
     assert plan_rater(folder, **SMALL, **options).rater_id == plan.rater_id == plan.raw_rater_id
 
@@ -464,7 +467,7 @@ def test_other_settings_than_the_raters_own_are_not_calibrated(
         {"scale": (1, 5), "sampling": Sampling.from_text("uniform:4"), "views": VIEWS, "prompt": "talking_head"},
     ],
 )
-def test_number_formats_and_what_is_so_anyway_keep_the_calibration(
+def test_dtype_quantization_and_unchanged_settings_keep_the_calibration(
     rater: Rater, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     folder = calibrated_copy(rater, tmp_path / "rater")
@@ -474,7 +477,7 @@ def test_number_formats_and_what_is_so_anyway_keep_the_calibration(
 
 
 @pytest.mark.parametrize("changed", ["weights", "settings"])
-def test_a_rater_that_has_changed_since_is_not_calibrated(rater: Rater, tmp_path: Path, changed: str) -> None:
+def test_a_calibration_is_not_applied_to_a_changed_rater(rater: Rater, tmp_path: Path, changed: str) -> None:
     folder = calibrated_copy(rater, tmp_path / "rater")
     if changed == "weights":
         weights = bytearray((folder / "model.safetensors").read_bytes())
@@ -485,7 +488,7 @@ def test_a_rater_that_has_changed_since_is_not_calibrated(rater: Rater, tmp_path
     plan = plan_rater(folder, **SMALL)
     assert plan.calibration is None
     (note,) = plan.notes
-    assert note.endswith("is for other weights or settings: scores are raw; rate and calibrate again")
+    assert note.endswith("was fitted to other weights or settings: scores are not calibrated; calibrate again")
     write_calibration(folder, rater_id=None)  # fitted to a table that does not say what made its scores
     assert plan_rater(folder, **SMALL).calibration is not None
 
@@ -498,19 +501,19 @@ def test_a_calibration_for_another_scale_is_refused(
     with pytest.raises(ConfigError) as caught:
         Rater.from_pretrained(folder, **SMALL)
     assert str(caught.value) == (
-        f"the scale of {folder / CALIBRATION_NAME} is {scale}, that of the rater (1.0, 5.0): set the scale of the MOS "
-        "in rater.json, rate and calibrate again; or remove the calibration to get raw scores"
+        f"{folder / CALIBRATION_NAME} has the scale {scale}, the rater (1.0, 5.0): set the scale of the MOS in "
+        "rater.json, then rate and calibrate again; or remove the calibration to get raw scores"
     )
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"mapping": {"kind": "cubic"}}', '{"scale": [1, 5]}'])
-def test_a_calibration_that_cannot_be_used(rater: Rater, tmp_path: Path, content: str) -> None:
+def test_an_invalid_calibration_is_an_error(rater: Rater, tmp_path: Path, content: str) -> None:
     folder = calibrated_copy(rater, tmp_path / "rater")
     (folder / CALIBRATION_NAME).write_text(content)
     with pytest.raises(ConfigError) as caught:
         plan_rater(folder, **SMALL)
     assert str(caught.value).startswith(str(folder / CALIBRATION_NAME))
-    assert str(caught.value).endswith("make it again with lmm-qa calibrate, or remove it to get raw scores")
+    assert str(caught.value).endswith("run lmm-qa calibrate again, or remove the file to get raw scores")
 
 
 # --- the embedded model ----------------------------------------------------------------------------------------------
@@ -553,7 +556,7 @@ def test_peft_alone_agrees_on_the_embedded_model(embedded: Rater) -> None:
 
 
 @needs_embedded
-def test_strong_damage_lowers_the_score_of_the_samples(embedded: Rater) -> None:
+def test_strong_degradations_lower_the_score_of_the_samples(embedded: Rater) -> None:
     results = [*embedded.rate_all(sorted(SAMPLES.glob("*.mp4")))]
     scores = {Path(result.clip).stem: result.score for result in results if isinstance(result, Rating)}
     strong = [name for name in scores if name.endswith("_strong")]
@@ -567,7 +570,7 @@ def test_strong_damage_lowers_the_score_of_the_samples(embedded: Rater) -> None:
 EVERYTHING = Details(defects=True, explanation=True, timeline=True)
 
 
-def test_details_leave_the_score_as_it_is(rater: Rater, good: list[Path], alone: dict[str, Rating]) -> None:
+def test_details_do_not_change_the_score(rater: Rater, good: list[Path], alone: dict[str, Rating]) -> None:
     for path, result in zip(good, rater.rate_all(good, details=EVERYTHING, batch_size=3), strict=True):
         assert_same_rating(result, alone[str(path)])
         assert isinstance(result, Rating)
@@ -584,13 +587,13 @@ def test_details_leave_the_score_as_it_is(rater: Rater, good: list[Path], alone:
         assert row["timeline"]["scores"]
 
 
-def test_answers_are_those_of_one_question_at_a_time(rater: Rater, good: list[Path]) -> None:
+def test_answers_equal_those_to_single_questions(rater: Rater, good: list[Path]) -> None:
     rating = rater.rate(good[0], Details(defects=True))
     assert rating.profile is not None
     assert rating.explanation is None
-    look_at = clip_input(look(rater, good[0]))
+    clip = clip_input(decode(rater, good[0]))
     for name, question in questions().items():
-        (alone,) = rater.backbone.read([look_at], question)
+        (alone,) = rater.backbone.level_logits([clip], question)
         assert rating.profile.log_odds[name] == pytest.approx(float(alone.logits[1] - alone.logits[0]), abs=1e-3), name
 
 
@@ -600,7 +603,7 @@ def test_a_timeline_rates_each_window_as_a_clip(rater: Rater, good: list[Path]) 
     assert timeline is not None
     assert len(timeline.scores) == len(timeline.seconds) > 1
     windows = read_windows(long, rater.settings.sampling, rater.settings.views, rater.factor, WINDOW, STEP)
-    (last,) = rater.backbone.read([clip_input(windows[len(windows) - 1])], rater.settings.prompt)
+    (last,) = rater.backbone.level_logits([clip_input(windows[len(windows) - 1])], rater.settings.prompt)
     reading = read_levels(last.logits, last.log_normalizer, rater.settings.declared_scale())
     assert timeline.scores[-1] == pytest.approx(reading.score, abs=TOLERANCE)
     short = rater.rate(good[0], Details(timeline=True))
@@ -608,7 +611,9 @@ def test_a_timeline_rates_each_window_as_a_clip(rater: Rater, good: list[Path]) 
     assert short.timeline.scores == (pytest.approx(short.score, abs=TOLERANCE),), "a short clip is one window"
 
 
-def test_the_base_can_speak_while_the_adapter_rates(adapter_dir: Path, good: list[Path], model_dir: Path) -> None:
+def test_the_base_model_can_answer_while_the_adapter_rates(
+    adapter_dir: Path, good: list[Path], model_dir: Path
+) -> None:
     adapted = Rater.from_pretrained(adapter_dir, sampling=Sampling(frames=4), views=VIEWS, **SMALL)
     base = Rater.from_pretrained(model_dir, sampling=Sampling(frames=4), views=VIEWS, **SMALL)
     own, others = (adapted.rate(good[0], Details(defects=True, answers_from=who)) for who in ("adapter", "base"))
@@ -620,9 +625,7 @@ def test_the_base_can_speak_while_the_adapter_rates(adapter_dir: Path, good: lis
     assert own.profile.log_odds != pytest.approx(plain.profile.log_odds, abs=1e-3)
 
 
-def test_a_rater_judges_the_defects_that_its_calibration_lists(
-    adapter_dir: Path, good: list[Path], tmp_path: Path
-) -> None:
+def test_only_defects_in_the_calibration_are_judged(adapter_dir: Path, good: list[Path], tmp_path: Path) -> None:
     folder = shutil.copytree(adapter_dir, tmp_path / "rater")
     (folder / DEFECTS_NAME).write_text(json.dumps({"defects": {"blur": {"intercept": 40.0}, "noise": {}}}))
     rater = Rater.from_pretrained(folder, sampling=Sampling(frames=4), views=VIEWS, **SMALL)

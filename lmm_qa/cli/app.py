@@ -459,7 +459,7 @@ def submit(
     ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The submission: .zip.", show_default=False)],
 ) -> None:
-    """Make a challenge submission: a zip with output.txt, one line name,score per listed clip, in the order of the list.
+    """Make a challenge submission: a zip with output.txt, one line name,score per listed clip, in list order.
 
     Listed clips without a score and rated clips that are not listed are errors.
 

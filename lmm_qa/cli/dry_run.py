@@ -53,7 +53,7 @@ def print_rating_plan(plan: RaterPlan, clips: Sequence[Clip], workers: int) -> N
     message(
         f"{plural(len(clips) - failed)} would be rated"
         + (f", {failed} could not" if failed else "")
-        + f"; at most {most} tokens per clip; {memory.parameters / 1e6:,.0f} M parameters; memory: about "
+        + f"; at most {most} tokens per clip; {memory.parameters / 1e6:,.1f} M parameters; memory: about "
         f"{memory.weights / 2**30:.2f} GiB for the weights and {memory.clip / 2**30:.3f} GiB for each clip of a batch"
     )
 

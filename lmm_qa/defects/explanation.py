@@ -361,7 +361,7 @@ def _contradiction(
         return f"it names what was not found: {', '.join(invented)}"
     if denied := sorted((_denied_defects(text) - mentioned_defects(text)) & names):
         return f"it denies what was found: {', '.join(denied)}"
-    if praised := next((name for name in names if _POSITIVE.get(name, "\n") in lower), None):
+    if praised := next((name for name in names if name in _POSITIVE and _POSITIVE[name] in lower), None):
         return f"it says that {_POSITIVE[praised]}, and {praised} was found"
     if (time := _wrong_time(text, found)) is not None:
         return f"it gives a time that was not measured: {time} s"

@@ -6,6 +6,7 @@ The command as a user runs it. Each `python -m lmm_qa` loads torch anew, so that
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -22,11 +23,19 @@ import pytest
 import torch
 from backbones import add_adapter
 from clips import write_clip
+from safetensors import safe_open
+from transformers import AutoProcessor
+from typer.main import get_command
 
 import lmm_qa.cli.app
-from lmm_qa.model.calibration import Calibration
+import lmm_qa.cli.terminal
+from lmm_qa import Sampling, View, load_prompt
 from lmm_qa.manifest import content_id
+from lmm_qa.model.calibration import Calibration
+from lmm_qa.model.inputs import prepare_inputs
+from lmm_qa.rater import clip_input
 from lmm_qa.ratings_io import read_rows
+from lmm_qa.video.decode import read_frames
 
 FAST = ("--device", "cpu", "--sampling", "uniform:2", "--view", "whole:56", "--workers", "1")
 
@@ -93,12 +102,12 @@ def add_broken(folder: Path) -> dict[str, str]:
     return {"cut.mp4": "ClipTruncated", "empty.mp4": "ClipUnreadable", "text.mp4": "ClipUnreadable"}
 
 
-# --- as its own process ----------------------------------------------------------------------------------------------
+# --- in a process of its own -----------------------------------------------------------------------------------------
 
 
 # PEFT 0.21 asks transformers 5.23 by a name that it has given up.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_a_pipe_gets_one_json_line_a_clip(folder: Path, model: Path) -> None:
+def test_a_pipe_gets_one_json_line_per_clip(folder: Path, model: Path) -> None:
     adapter = add_adapter(model, folder / "adapter")
     done = run_python("-m", "lmm_qa", "rate", "clips/a.mp4", "gone.mp4", "-m", "adapter", *FAST, cwd=folder)
     assert done.code == 3
@@ -109,9 +118,9 @@ def test_a_pipe_gets_one_json_line_a_clip(folder: Path, model: Path) -> None:
     assert good["adapter"] == str(adapter.relative_to(folder))
     note, loaded, summary = done.err.splitlines()  # and nothing of what the libraries have to say
     assert note.startswith("note: adapter has no rater.json: default prompt, scale [1, 5]")
-    assert loaded.startswith("model adapter (Qwen2VLForConditionalGeneration + adapter); device cpu (as asked), dtype")
+    assert loaded.startswith("model adapter (Qwen2VLForConditionalGeneration + adapter); device cpu (requested), dtype")
     assert loaded.endswith("attention sdpa (on cpu)")
-    assert summary.startswith("1 clip rated, 1 could not be rated; 2 now, in ")
+    assert summary.startswith("1 clip rated, 1 could not be rated; 2 new, in ")
 
 
 def test_help_and_import_load_no_heavy_library(tmp_path: Path) -> None:
@@ -137,7 +146,7 @@ finally:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to another process")
-def test_an_interrupted_run_goes_on_where_it_was(folder: Path, model: Path, command: Command) -> None:
+def test_an_interrupted_run_can_be_resumed(folder: Path, model: Path, command: Command) -> None:
     for number in range(20):
         shutil.copy(folder / "clips" / "a.mp4", folder / "clips" / f"copy{number}.mp4")
         with (folder / "clips" / f"copy{number}.mp4").open("ab") as file:
@@ -153,13 +162,13 @@ def test_an_interrupted_run_goes_on_where_it_was(folder: Path, model: Path, comm
         process.send_signal(signal.SIGINT)
         complaint = process.stderr.read()
     assert process.returncode == 130
-    assert complaint.splitlines()[-1] == "interrupted; with -o, the same command goes on from here"
+    assert complaint.splitlines()[-1] == "interrupted; with -o, the same command resumes"
     assert "Traceback" not in complaint
     kept = read_rows(folder / "r.jsonl")
     assert 1 <= len(kept) < 23
     done = command(*arguments)
     assert done.code == 0
-    assert f"{len(kept)} of 23 clips rated in r.jsonl already" in done.err
+    assert f"{len(kept)} of 23 clips already rated in r.jsonl" in done.err
     rows = read_rows(folder / "r.jsonl")
     assert len(rows) == 23
     assert all(row in rows for row in kept)
@@ -173,7 +182,7 @@ def test_a_terminal_gets_a_table(folder: Path, model: Path, command: Command, mo
         patch.setenv("TERM", "xterm")
         done = command("rate", "clips", "-m", model, *FAST)
         assert done.code == 0
-        assert "3 clips rated; 3 now" in done.err
+        assert "3 clips rated; 3 new" in done.err
         shown = os.read(ours, 1 << 16).decode()
     os.close(ours)
     for word in ("clip", "score", "a.mp4", "b.mp4", "more/c.mp4"):
@@ -191,7 +200,7 @@ def test_a_second_run_has_nothing_to_do(folder: Path, model: Path, command: Comm
     done = command(*arguments)
     assert done.code == 0, done.err
     assert done.out == ""
-    assert "3 clips rated; 3 now, in " in done.err
+    assert "3 clips rated; 3 new, in " in done.err
     rows = read_rows(output)
     assert [row["clip"] for row in rows] == ["a.mp4", "b.mp4", "more/c.mp4"]
     assert [row["content_id"] for row in rows] == [content_id(folder / "clips" / row["clip"]) for row in rows]
@@ -199,21 +208,21 @@ def test_a_second_run_has_nothing_to_do(folder: Path, model: Path, command: Comm
     before = output.read_bytes()
     again = command(*arguments)
     assert again.code == 0
-    assert f"nothing to do: 3 clips rated in {output} already (--overwrite rates again)" in again.err
+    assert f"nothing to do: 3 clips already rated in {output} (--overwrite rates again)" in again.err
     assert output.read_bytes() == before
 
 
-def test_one_clip_is_no_clips(folder: Path, model: Path, command: Command) -> None:
+def test_one_clip_is_singular(folder: Path, model: Path, command: Command) -> None:
     arguments = ("rate", "clips/a.mp4", "-m", model, *FAST, "-o", "r.jsonl")
     assert "1 clip would be rated; " in command(*arguments, "--dry-run").err
-    assert "1 clip rated; 1 now" in command(*arguments).err
-    assert "nothing to do: 1 clip rated in r.jsonl already" in command(*arguments).err
+    assert "1 clip rated; 1 new" in command(*arguments).err
+    assert "nothing to do: 1 clip already rated in r.jsonl" in command(*arguments).err
 
 
-def test_looking_up_what_is_rated_shows_progress(
+def test_looking_up_rated_clips_shows_progress(
     folder: Path, model: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lmm_qa.cli.app, "PROGRESS_SECONDS", -1)
+    monkeypatch.setattr(lmm_qa.cli.terminal, "PROGRESS_SECONDS", -1)
     arguments = ("rate", "clips", "-m", model, *FAST, "-o", "r.jsonl")
     first, second = command(*arguments), command(*arguments)
     assert "2 of 3 clips rated, " in first.err
@@ -226,7 +235,7 @@ def test_overwrite_rates_again(folder: Path, model: Path, command: Command) -> N
     first = read_rows(Path("r.jsonl"))
     done = command(*arguments, "--overwrite")
     assert done.code == 0
-    assert "3 clips rated; 3 now" in done.err
+    assert "3 clips rated; 3 new" in done.err
     second = read_rows(Path("r.jsonl"))
     assert [row["score"] for row in second] == pytest.approx([row["score"] for row in first], abs=1e-4)
     assert [row["seconds"] for row in second] != [row["seconds"] for row in first]
@@ -240,8 +249,8 @@ def test_only_new_clips_are_rated(folder: Path, model: Path, command: Command) -
     shutil.move(folder / "clips" / "b.mp4", folder / "clips" / "renamed.mp4")
     done = command(*arguments)
     assert done.code == 0
-    assert "3 of 4 clips rated in r.jsonl already" in done.err
-    assert "4 clips rated; 1 now" in done.err
+    assert "3 of 4 clips already rated in r.jsonl" in done.err
+    assert "4 clips rated; 1 new" in done.err
     after = {row["clip"]: row for row in read_rows(Path("r.jsonl"))}
     assert after["a.mp4"] == before[0]
     assert after["renamed.mp4"] == before[1] | {"clip": "renamed.mp4"}
@@ -284,7 +293,7 @@ def calibrated(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     calibrate = ("-m", "lmm_qa", "calibrate", "raw.jsonl", "labels.csv", "--into", "rater", "--kind", "linear")
     done = run_python(*calibrate, "--coverage", "0.8", cwd=folder)
     assert done.code == 3, done.err
-    assert "6 labelled clips without a score had no part in it" in done.err
+    assert "6 labelled clips without a score not used" in done.err
     return folder
 
 
@@ -317,7 +326,7 @@ def test_a_calibrated_rater_needs_no_flag(
         assert (row["level"], row["rater_id"] == before["rater_id"]) == (before["level"], False)
     assert (gone["score"], gone["raw_score"], gone["interval"], gone["calibration"]) == (None, None, None, None)
     again = command(*RATE, "old", "new", "-o", output)
-    assert (again.code, "nothing to do: 18 clips rated" in again.err) == (0, True)
+    assert (again.code, "nothing to do: 18 clips already rated" in again.err) == (0, True)
     refused = command("evaluate", output, "labels.csv")
     assert refused.code == 1
     assert "error: the calibration of these ratings was fitted on 12 of the 18 clips" in refused.err
@@ -368,13 +377,13 @@ def test_fresh_clips_test_a_calibrated_rater(
     assert "of the MOS lie inside the ratings' prediction intervals" in done.out
 
 
-def test_other_settings_than_those_calibrated_are_told_once(
+def test_other_settings_than_the_calibrated_ones_give_one_note(
     calibrated: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(calibrated)
     done = command(*RATE, "new", "--sampling", "uniform:3")
     assert done.code == 0
-    assert done.err.count("note: rater/calibration.json is for the rater's own sampling, others were asked for") == 1
+    assert done.err.count("note: rater/calibration.json is for the rater's own sampling, which this run changes") == 1
     assert all((row["raw_score"], row["interval"], row["calibration"]) == (None, None, None) for row in done.rows)
     assert "calibrated (" not in done.err
 
@@ -398,7 +407,7 @@ def test_broken_clips_get_error_rows_and_the_others_are_rated(folder: Path, mode
     arguments = ("rate", "clips", "gone.mp4", "-m", model, *FAST, "-o", "r.jsonl")
     done = command(*arguments)
     assert done.code == 3
-    assert "3 clips rated, 4 could not be rated; 7 now" in done.err
+    assert "3 clips rated, 4 could not be rated; 7 new" in done.err
     rows = {row["clip"]: row for row in read_rows(Path("r.jsonl"))}
     assert {name: row["error"]["class"] for name, row in rows.items() if row["error"]} == broken | {
         "gone.mp4": "ClipNotFound"
@@ -406,7 +415,7 @@ def test_broken_clips_get_error_rows_and_the_others_are_rated(folder: Path, mode
     assert {name for name, row in rows.items() if row["score"] is not None} == {"a.mp4", "b.mp4", "more/c.mp4"}
     again = command(*arguments)
     assert again.code == 3
-    assert "3 of 7 clips rated in r.jsonl already" in again.err
+    assert "3 of 7 clips already rated in r.jsonl" in again.err
     assert len(read_rows(Path("r.jsonl"))) == 7
 
 
@@ -421,7 +430,15 @@ def test_lists_and_globs(folder: Path, model: Path, command: Command) -> None:
     ]
 
 
-# --- what it would do ------------------------------------------------------------------------------------------------
+# --- dry run ---------------------------------------------------------------------------------------------------------
+
+
+def count_input_tokens(model: Path, clip: Path) -> int:
+    """Length of the model's input for a clip with the options `FAST`."""
+    processor = AutoProcessor.from_pretrained(model)
+    frames = read_frames(clip, Sampling(frames=2), [View(max_pixels=56 * 56)], 28)
+    inputs = prepare_inputs(processor, [clip_input(frames)], load_prompt("talking_head"))
+    return int(inputs["input_ids"].shape[1])
 
 
 def test_a_dry_run_loads_no_weights(folder: Path, model: Path, command: Command) -> None:
@@ -434,11 +451,18 @@ def test_a_dry_run_loads_no_weights(folder: Path, model: Path, command: Command)
     table = [[cell.strip() for cell in re.split("[│┃]", line)] for line in done.out.splitlines()]
     lines = {name: cells for name, *cells in table}
     assert lines["clip"] == ["picture", "seconds", "frames", "views", "tokens"]
-    assert lines["a.mp4"] == ["64x64", "0.1", "2", "56x56", "41"]
-    assert lines["more/c.mp4"] == ["64x128", "0.2", "2", "28x56", "39"]
+    tokens = {name: count_input_tokens(model, folder / "clips" / name) for name in ("a.mp4", "more/c.mp4")}
+    assert tokens["a.mp4"] == tokens["more/c.mp4"] + 2, "4 and 2 patches of 28 x 28 pixels"
+    assert lines["a.mp4"] == ["64x64", "0.1", "2", "56x56", str(tokens["a.mp4"])]
+    assert lines["more/c.mp4"] == ["64x128", "0.2", "2", "28x56", str(tokens["more/c.mp4"])]
     assert lines["cut.mp4"][3].startswith("ClipTruncated: ")
-    assert "3 clips would be rated, 3 could not; at most 41 tokens a clip; 20 M parameters" in done.err
-    assert "GiB of weights" in done.err
+    with safe_open(model / "model.safetensors", "np") as weights:
+        parameters = sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    assert (
+        f"3 clips would be rated, 3 could not; at most {tokens['a.mp4']} tokens per clip; "
+        f"{parameters / 1e6:,.1f} M parameters"
+    ) in done.err
+    assert "GiB for the weights" in done.err
     assert command(*arguments).code == 1
 
 
@@ -473,7 +497,7 @@ def test_the_environment(command: Command) -> None:
         ([], "Missing argument"),
     ],
 )
-def test_wrong_usage_ends_with_2_and_says_why(
+def test_wrong_usage_ends_with_2_and_a_message(
     folder: Path, model: Path, command: Command, arguments: list[str], complaint: str
 ) -> None:
     (folder / "nothing").mkdir()
@@ -496,23 +520,23 @@ def test_a_model_that_cannot_be_loaded_ends_with_1(folder: Path, command: Comman
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu"])
-def test_a_device_that_is_not_here_ends_with_2(folder: Path, model: Path, command: Command, device: str) -> None:
+def test_an_unavailable_device_ends_with_2(folder: Path, model: Path, command: Command, device: str) -> None:
     done = command("rate", "clips", "-m", model, "--device", device)
     assert done.code == 2
     assert f"error: device '{device}' cannot be used here" in done.err
     here = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-    assert f"(devices here: {', '.join(here)}" in done.err
+    assert f"(available devices: {', '.join(here)}" in done.err
 
 
-# --- why -------------------------------------------------------------------------------------------------------------
+# --- defects and explanations ----------------------------------------------------------------------------------------
 
 
-def test_explain_says_why(command: Command, folder: Path, model: Path) -> None:
+def test_explain_reports_defects_and_explanation(command: Command, folder: Path, model: Path) -> None:
     done = command("explain", "clips/a.mp4", "gone.mp4", "-m", model, "--device", "cpu", "--workers", "1")
     assert done.code == 3
     good, gone = done.rows
     assert good["explanation"].startswith(f"The quality of this video is {good['level']}")
-    assert good["explained_by"] == "model" or "replaced by sentences of ours" in done.err
+    assert good["explained_by"] == "model" or "replaced by template sentences" in done.err
     assert all(one["probability"] == good["defects"][one["defect"]] for one in good["found"])
     assert good["defects"]["lip_sync"] is None
     assert gone["error"]["class"] == "ClipNotFound"
@@ -522,7 +546,7 @@ def test_explain_says_why(command: Command, folder: Path, model: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
-def test_rows_without_what_is_asked_now_are_rated_again(
+def test_rows_without_the_requested_details_are_rated_again(
     suffix: str, command: Command, folder: Path, model: Path
 ) -> None:
     out = folder / f"r.{suffix}"
@@ -532,7 +556,7 @@ def test_rows_without_what_is_asked_now_are_rated_again(
     assert plain[0]["defects"] is plain[0]["timeline"] is None
     done = command(*rate, "--defects", "--timeline")
     assert done.code == 0
-    assert "3 clips rated; 3 now" in done.err
+    assert "3 clips rated; 3 new" in done.err
     rows = read_rows(out)
     assert len(rows) == 3
     assert rows[0]["score"] == pytest.approx(plain[0]["score"], abs=1e-4)
@@ -541,3 +565,80 @@ def test_rows_without_what_is_asked_now_are_rated_again(
     assert rows[0]["timeline"]["scores"]
     for asked in (("--defects",), (), ("--timeline", "--defects")):
         assert "nothing to do" in command(*rate, *asked).err, "what is there is enough"
+
+
+# PEFT 0.21 uses a name that transformers 5.23 has deprecated.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_profiles_made_in_another_way_are_not_reused(command: Command, folder: Path, model: Path) -> None:
+    adapter = add_adapter(model, folder / "adapter")
+    rate = ("rate", "clips", "-m", "adapter", *FAST, "-o", "r.jsonl")
+
+    def profile_id() -> str:
+        (found,) = {row["profile_id"] for row in read_rows(Path("r.jsonl"))}
+        assert isinstance(found, str)
+        return found
+
+    assert command(*rate, "--defects", "--answers-from", "adapter").code == 0
+    from_adapter, rows = profile_id(), read_rows(Path("r.jsonl"))
+    done = command(*rate, "--defects", "--answers-from", "base")
+    assert (done.code, "3 clips rated; 3 new" in done.err) == (0, True)
+    from_base, others = profile_id(), read_rows(Path("r.jsonl"))
+    assert from_base != from_adapter
+    assert [row["score"] for row in others] == pytest.approx([row["score"] for row in rows], abs=1e-4)
+    assert all(row["defects"] != other["defects"] for row, other in zip(rows, others, strict=True))
+    assert "nothing to do" in command(*rate, "--defects", "--answers-from", "base").err
+    assert "nothing to do" in command(*rate).err, "without a profile, only the score matters"
+
+    assert command(*rate, "--defects").code == 0
+    assert profile_id() == from_adapter
+    (adapter / "defects.json").write_text('{"defects": {"blur": {}}}')
+    assert "3 clips rated; 3 new" in command(*rate, "--defects").err, "another calibration of the profile"
+    assert profile_id() not in {from_adapter, from_base}
+
+
+def test_without_an_adapter_the_source_of_answers_makes_no_difference(
+    command: Command, folder: Path, model: Path
+) -> None:
+    rate = ("rate", "clips", "-m", model, *FAST, "--defects", "-o", "r.jsonl")
+    assert command(*rate).code == 0
+    assert "nothing to do" in command(*rate, "--answers-from", "base").err
+
+
+def test_commands_that_load_a_model_have_the_same_options() -> None:
+    commands = get_command(lmm_qa.cli.app.app).commands  # type: ignore[attr-defined]
+
+    def options(name: str) -> dict[str, str]:
+        return {parameter.opts[0]: parameter.help for parameter in commands[name].params if parameter.opts[0][0] == "-"}
+
+    shared = options("explain")
+    assert {"--dtype", "--quantization", "--revision", "--trust-remote-code", "--prompt", "--sampling"} <= set(shared)
+    assert shared.items() <= options("rate").items()
+
+
+def test_explain_uses_the_model_options(command: Command, folder: Path, model: Path) -> None:
+    done = command(
+        *(
+            "explain",
+            "clips/a.mp4",
+            "-m",
+            model,
+            *FAST,
+            "--dtype",
+            "bfloat16",
+            "--prompt",
+            "qalign",
+            "--scale",
+            "0",
+            "5",
+        )
+    )
+    assert done.code == 0, done.err
+    (row,) = done.rows
+    assert "dtype bfloat16" in done.err
+    assert (len(row["frames"]["indices"]), row["scale"]) == (2, [0, 5])
+    assert row["prompt"].endswith("The quality of the video is")
+
+
+def test_every_command_has_an_example() -> None:
+    commands = get_command(lmm_qa.cli.app.app).commands  # type: ignore[attr-defined]
+    assert [name for name, command in commands.items() if f"`lmm-qa {name}" not in command.help] == []
