@@ -1,0 +1,240 @@
+"""Training data of the embedded model: clips and photographs in, degraded copies with labels out.
+
+`lmm_qa.degrade` makes the copies and their labels. This module decides what it makes them from: each clip as it is, and
+segments of it with another size and other colours; photographs under a slow camera. Clips of the splits `val` and
+`test` are used as they are. Everything is resumable: files that exist are not made again.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from lmm_qa.config import Sampling, View
+from lmm_qa.defects.vocabulary import BY_NAME
+from lmm_qa.degrade.causes import DEGRADATIONS, FACIAL, Pixels, encode
+from lmm_qa.degrade.dataset import LOSSLESS, BadSource, DegradedDataset, Recipe, read_clip
+from lmm_qa.manifest import Clip
+from lmm_qa.ratings_io import read_rows, write_rows
+from lmm_qa.video.decode import read_frames
+
+SCALE = (1.0, 5.0)
+FACTOR = 28  # patch size x merge size of the vision tower, pixels
+FPS = 25  # of segments made from photographs
+SEARCHED_SECONDS = 12.0  # segments are cut from the first seconds of a clip
+SHORT_SIDES = (256, 320, 384, 448, 512, 576)
+LUMA = np.array((0.299, 0.587, 0.114), np.float32)  # ITU-R BT.601
+HEAD_DEFECTS = tuple(name for name, one in BY_NAME.items() if one.causes and set(one.causes) <= set(FACIAL))
+
+Kind = Literal["clip", "portrait", "picture"]
+CAUSES: dict[Kind, tuple[str, ...]] = {
+    "clip": tuple(DEGRADATIONS),
+    "portrait": tuple(cause for cause in DEGRADATIONS if cause != "mouth_freeze"),  # the mouth does not move anyway
+    "picture": tuple(cause for cause in DEGRADATIONS if cause not in FACIAL),
+}
+"""`portrait` and `picture` are photographs, of a head and of anything else."""
+UNKNOWN: dict[Kind, tuple[str, ...]] = {"clip": (), "portrait": ("lips",), "picture": HEAD_DEFECTS}
+"""Defects that copies of this kind say nothing about."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A video that copies are made of."""
+
+    source: Path
+    kind: Kind
+    round: int
+    """Of the degraded copies; in round 0, a clip is used as it is."""
+
+    def path(self, folder: Path) -> Path:
+        """Where the video is."""
+        original = self.kind == "clip" and not self.round
+        return self.source if original else folder / f"{self.kind}__{self.source.name}__{self.round}.mp4"
+
+
+def read_index(folder: Path) -> list[dict[str, str]]:
+    """The rows of a folder's `index.csv`."""
+    with (folder / "index.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def training_portraits(folder: Path, clips: Sequence[Mapping[str, str]]) -> list[Path]:
+    """The portraits whose repository has no clip in the splits `val` and `test`.
+
+    Args:
+        folder: holds pictures and `index.csv` (image, repository).
+        clips: rows of the clips' index (repository, split).
+    """
+
+    def project(row: Mapping[str, str]) -> str:
+        return row["repository"].partition("/")[2].partition("_")[0]
+
+    held_out = {project(row) for row in clips if row["split"] != "train"}
+    return [folder / image for image in dict.fromkeys(row["image"] for row in read_index(folder)
+                                                      if project(row) not in held_out)]  # fmt: skip
+
+
+def make_data(clips: Path, portraits: Path | None, pictures: Path | None, out: Path, settings: Mapping[str, Any],
+              workers: int) -> None:  # fmt: skip
+    """Write OUT/<split>/labels.jsonl (as `lmm-qa degrade` does), the copies, and OUT/<split>/table.jsonl for training.
+
+    Args:
+        clips: folder of videos with `index.csv` (clip, repository, split).
+        portraits: folder of photographs of heads, see `training_portraits`.
+        pictures: folder of large photographs of anything else.
+        settings: the section `data` of model.yaml.
+    """
+    index = read_index(clips)
+    images = sorted(pictures.iterdir()) if pictures else []
+    sources: list[tuple[Path, Kind]] = [(clips / row["clip"], "clip") for row in index if row["split"] == "train"]
+    sources += [(path, "portrait") for path in (training_portraits(portraits, index) if portraits else [])]
+    sources += [(path, "picture") for path in images if path.suffix.lower() in Image.registered_extensions()]
+    segments = [Segment(path, kind, number) for number in range(len(settings["strengths"])) for path, kind in sources]
+    folder = out / "segments"
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [segment for segment in segments if not segment.path(folder).exists()]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for error in pool.map(partial(make_segment, folder=folder, length=settings["length"]), missing):
+            if error:  # one bad source must not end hours of work
+                print(error, flush=True)
+    for number, strengths in enumerate(settings["strengths"]):
+        for kind, causes in CAUSES.items():
+            chosen = [one.path(folder) for one in segments if (one.kind, one.round) == (kind, number)]
+            make_copies(chosen, out / "train", causes, strengths, settings, workers)
+    write_table(out / "train", {segment.path(folder).name: segment for segment in segments})
+    for split in ("val", "test"):
+        originals = [Segment(clips / row["clip"], "clip", 0) for row in index if row["split"] == split]
+        paths = [segment.source for segment in originals]
+        make_copies(paths, out / split, CAUSES["clip"], settings["held_out_strengths"], settings, workers)
+        write_table(out / split, {segment.source.name: segment for segment in originals})
+
+
+def make_copies(sources: Sequence[Path], out: Path, causes: Sequence[str], strengths: Sequence[float],
+                settings: Mapping[str, Any], workers: int) -> None:  # fmt: skip
+    """Add the degraded copies of some videos to OUT/labels.jsonl."""
+    clips = [Clip(path, path.name, "argument") for path in sources if path.exists()]
+    if settings["causes"]:
+        causes = [cause for cause in causes if cause in settings["causes"]]
+    if not clips:
+        return
+    recipe = Recipe(causes=tuple(causes), strengths=tuple(strengths), pairs=settings["pairs"], scale=SCALE,
+                    length=settings["length"])  # fmt: skip
+    dataset = DegradedDataset(out / "labels.jsonl", clips, recipe)
+    for number, outcome in enumerate(dataset.make(workers), 1):
+        if isinstance(outcome, BadSource):
+            print(f"{outcome.source}: {outcome.error}", flush=True)
+        elif number % 50 == 0 or number == len(dataset.waiting):
+            print(f"{out.name}, strengths {list(strengths)}: {number} of {len(dataset.waiting)} copies", flush=True)
+
+
+def write_table(folder: Path, segments: Mapping[str, Segment]) -> None:
+    """Write FOLDER/table.jsonl: the labels for training. All segments of one source are one group.
+
+    Args:
+        segments: by the names of their files.
+    """
+    rows = []
+    for row in read_rows(folder / "labels.jsonl") if (folder / "labels.jsonl").exists() else []:
+        segment = segments[row["source"]]
+        named = {defect.lstrip("?").partition(" ")[0] for defect in row["defects"]}
+        unknown = [f"?{name}" for name in UNKNOWN[segment.kind] if name not in named]
+        explanation = None if segment.kind == "picture" else row["explanation"]  # it may praise a face
+        rows.append({"clip": row["clip"], "mos": row["mos"], "group": segment.source.name,
+                     "defects": [*row["defects"], *unknown], "explanation": explanation})  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rows(folder / "table.jsonl", rows)
+
+
+def make_segment(segment: Segment, folder: Path, length: float) -> str | None:
+    """Write the video of one segment; returns a message if that fails."""
+    rng = np.random.default_rng(zlib.crc32(segment.path(folder).name.encode()))
+    try:
+        if segment.kind == "clip":
+            frames, fps = cut_clip(segment.source, length, rng)
+            frames = vary_colours(frames, rng)
+        else:
+            frames, fps = pan_photograph(segment, length, rng), float(FPS)
+        path = segment.path(folder)
+        partial_file = path.with_name(f".{path.name}")
+        encode(frames, "libx264", LOSSLESS, Fraction(fps).limit_denominator(1001), str(partial_file))
+        partial_file.replace(path)
+    except Exception as error:
+        return f"{segment.source.name}: {type(error).__name__}: {error}"
+    return None
+
+
+def cut_clip(path: Path, length: float, rng: np.random.Generator) -> tuple[Pixels, float]:
+    """A segment of a clip from a random time, at a random size: (T, H, W, 3) uint8 RGB, and frames per second."""
+    frames, fps, _ = read_clip(path, SEARCHED_SECONDS)
+    count = min(len(frames), round(length * fps))
+    start = int(rng.integers(0, len(frames) - count + 1))
+    height, width = frames.shape[1:3]
+    shrink = min(1.0, int(rng.choice(SHORT_SIDES)) / min(height, width))
+    size = (round(width * shrink), round(height * shrink))
+    lanczos = Image.Resampling.LANCZOS
+    segment = [np.asarray(Image.fromarray(frame).resize(size, lanczos)) for frame in frames[start : start + count]]
+    return np.stack(segment), fps
+
+
+def vary_colours(frames: Pixels, rng: np.random.Generator) -> Pixels:
+    """The same clip as another camera would record it, perhaps mirrored: brightness, contrast, white balance and
+    saturation within what nobody minds, so that a model cannot recognise its sources by them."""
+    gains = 1 + rng.normal(0, 0.08) + rng.normal(0, 0.03, 3)  # of each channel
+    gamma, contrast, saturation = np.exp(rng.normal(0, 0.12)), 1 + rng.normal(0, 0.06), rng.uniform(0.7, 1.2)
+    values = (np.arange(256) / 255) ** gamma
+    table = np.clip(255 * (0.45 + contrast * (values - 0.45)), 0, 255)[:, None] * gains
+    varied = np.empty_like(frames)
+    for number, frame in enumerate(frames[:, :, ::-1] if rng.random() < 0.5 else frames):
+        colours = table[frame, np.arange(3)].astype(np.float32)
+        grey = (colours @ LUMA)[..., None]
+        varied[number] = np.clip(np.rint(grey + saturation * (colours - grey)), 0, 255)
+    return varied
+
+
+def pan_photograph(segment: Segment, length: float, rng: np.random.Generator) -> Pixels:
+    """A photograph under a camera that pans and zooms slowly: (T, S, S, 3) uint8 RGB."""
+    picture = Image.open(segment.source).convert("RGB")
+    side, shortest = 2 * int(rng.integers(128, 288)), min(picture.size)
+    head = segment.kind == "portrait"
+    if not head:  # a window of a large photograph, reduced somewhat, so that it is sharp
+        shortest = min(shortest, int(side * rng.uniform(1.2, 3)))
+    centre = rng.uniform(0.35, 0.65, 2) if head else rng.uniform(0, 1, 2)
+    speed = rng.normal(0, 0.03, 2)
+    zoom, growth = rng.uniform(0.7, 0.95), rng.normal(0, 0.03)
+    frames = []
+    for time in np.linspace(0, 1, round(length * FPS)):
+        half = shortest * min(zoom + growth * time, 1.0) / 2
+        x, y = np.clip((centre + speed * time) * picture.size, half, np.array(picture.size) - half)
+        box = (x - half, y - half, x + half, y + half)
+        frames.append(np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC, box)))
+    return np.stack(frames)
+
+
+class ViewCache:
+    """The views of copies, as the model sees them, decoded once and kept as arrays."""
+
+    def __init__(self, folder: Path, sampling: Sampling, views: Sequence[View]) -> None:
+        self.folder, self.sampling, self.views = folder, sampling, views
+
+    def read(self, clip: Path) -> list[Pixels]:
+        """(T, H, W, 3) uint8 RGB of each view, memory-mapped."""
+        files = [self.folder / f"{clip.stem}.{number}.npy" for number in range(len(self.views))]
+        if not files[-1].exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for file, view in zip(files, read_frames(clip, self.sampling, self.views, FACTOR).views, strict=True):
+                partial_file = file.with_name(f".{os.getpid()}{file.name}")
+                np.save(partial_file, view)
+                partial_file.replace(file)
+        return [np.load(file, mmap_mode="r") for file in files]
