@@ -1,1 +1,1 @@
-"""TODO-DOC evaluation."""
+"""Agreement of ratings with labels: metrics, evaluation, calibration, challenge submissions, the HTML report."""

@@ -338,13 +338,12 @@ def _tau(x: Floats, y: Floats, counts: Counts) -> float:
 
 def _ranks(values: Floats, counts: Counts) -> Floats:
     """`scipy.stats.rankdata` of each resample: the mean rank of each clip, (B, n)."""
-    order = np.argsort(values, kind="stable")
-    _, starts, inverse = np.unique(values[order], return_index=True, return_inverse=True)
+    _, inverse = np.unique(values, return_inverse=True)
+    order = np.argsort(inverse, kind="stable")
+    starts = np.flatnonzero(np.diff(inverse[order], prepend=-1))
     tied = np.add.reduceat(counts[:, order], starts, axis=1)
     ranks = np.cumsum(tied, axis=1) - tied + (tied + 1) / 2
-    column = np.empty_like(order)
-    column[order] = inverse
-    return np.asarray(ranks[:, column], dtype=np.float64)
+    return np.asarray(ranks[:, inverse], dtype=np.float64)
 
 
 def _weighted_pearson(x: Floats, y: Floats, counts: Counts) -> Floats:
