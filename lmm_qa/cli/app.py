@@ -116,7 +116,7 @@ def rate(
     """
     from lmm_qa.cli.console import render_table
     from lmm_qa.manifest import expand
-    from lmm_qa.ratings_io import output_form
+    from lmm_qa.tables import output_form
 
     if output is not None:
         output_form(output)
@@ -527,7 +527,7 @@ def degrade(
     `lmm-qa degrade clips/ -o degraded/labels.csv --causes h264,stall,mouth_smear --strengths 0.3,0.8 --pairs 4`
     """
     from lmm_qa.degrade.causes import DEGRADATIONS
-    from lmm_qa.degrade.dataset import BadSource, DegradedDataset, Recipe
+    from lmm_qa.degrade.dataset import DegradationPlan, DegradedDataset, FailedSource
     from lmm_qa.manifest import expand
 
     try:
@@ -535,21 +535,22 @@ def degrade(
     except ValueError:
         raise UsageError(f"--strengths are numbers separated by commas, received {strengths!r}") from None
     which = tuple(DEGRADATIONS) if causes is None else tuple(cause.strip() for cause in causes.split(","))
-    recipe = Recipe(which, how_much, pairs, seed, scale, length)
-    copies = DegradedDataset(output, expand(inputs, root), recipe)
-    if known := len(copies.jobs) - len(copies.waiting):
+    plan = DegradationPlan(which, how_much, pairs, seed, scale, length)
+    dataset = DegradedDataset(output, expand(inputs, root), plan)
+    if known := len(dataset.tasks) - len(dataset.pending):
         message(f"{known} copies already in {output.parent}")
     start, made = time.monotonic(), 0
-    bad: list[BadSource] = []
-    for outcome in progress(copies.make(workers), len(copies.waiting) + len(copies.bad), "made"):
-        if isinstance(outcome, BadSource):
-            bad.append(outcome)
+    failed: list[FailedSource] = []
+    for outcome in progress(dataset.make(workers), len(dataset.pending) + len(dataset.failed), "made"):
+        if isinstance(outcome, FailedSource):
+            failed.append(outcome)
             message(f"{outcome.source}: {outcome.error}")
         else:
             made += 1
-    failures = f", {sum(one.copies for one in bad)} of {plural(len(bad), 'source')} could not be made" if bad else ""
+    count = sum(each.copies for each in failed)
+    failures = f", {count} of {plural(len(failed), 'source')} could not be made" if failed else ""
     message(f"{known + made} copies{failures}; {made} new, in {time.monotonic() - start:.1f} s -> {output}")
-    if bad:
+    if failed:
         raise typer.Exit(SOME_CLIPS_FAILED)
 
 

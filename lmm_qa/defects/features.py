@@ -261,7 +261,7 @@ def _bin_shares(histogram: Floats, edges: Sequence[int]) -> Floats:
     return np.diff(np.concatenate([[0], np.cumsum(histogram)])[list(edges)])
 
 
-def _quantiles(histogram: Floats, shares: Sequence[float]) -> Floats:
+def _quantiles(histogram: Floats, shares: Sequence[float] | Floats) -> Floats:
     """Grey levels below which these shares lie, interpolated within a level."""
     cumulative = np.cumsum(histogram)
     level = np.minimum(np.searchsorted(cumulative, shares), len(histogram) - 1)

@@ -1,8 +1,7 @@
-"""Degraded copies of clips as files, with the table of their labels: clean clips in, a labelled set out.
+"""Labelled sets of degraded clips: clean clips in, degraded copies as files and a table of their labels out.
 
-Each copy is made in memory (see `reference`), encoded with as good as no loss, and gets a row in the manifest, which
-`lmm-qa rate`, `evaluate`, `calibrate` and `train` take as it is: `clip`, `mos`, `group`, and for training `defects` and
-`explanation`. Copies have no sound: nothing here listens. What is there already is not made again.
+The table can be used as it is with `lmm-qa rate`, `evaluate`, `calibrate` and `train`: it has the columns `clip`, `mos`
+and `group`, and for training `defects` and `explanation`. Copies have no sound. Copies that exist are not made again.
 """
 
 from __future__ import annotations
@@ -27,253 +26,272 @@ import numpy as np
 
 from lmm_qa.defects.explanation import Finding, is_good, opening, template_text
 from lmm_qa.defects.vocabulary import BY_NAME, TIMED_DEFECTS, reference_defects
-from lmm_qa.degrade.causes import COMPRESSION, DEGRADATIONS, FACIAL, PICTURE, REPEATABLE_X264, TEMPORAL, Pixels, encode
-from lmm_qa.degrade.full_reference import ceiling, make_copy, mos
+from lmm_qa.degrade.causes import (
+    COMPRESSION,
+    DEGRADATIONS,
+    FACIAL,
+    PICTURE,
+    REPRODUCIBLE_X264,
+    TEMPORAL,
+    Pixels,
+    encode,
+)
+from lmm_qa.degrade.full_reference import make_copy, mos, quality_ceiling
 from lmm_qa.errors import ClipError, ClipTruncated, ClipUnreadable, LmmQaError, MissingExtra, ResultsError, UsageError
 from lmm_qa.manifest import Clip, content_id
 from lmm_qa.model.prompt import DEFAULT_PROMPT, load_prompt
-from lmm_qa.ratings_io import journal, output_form, read_rows, to_json, write_rows
-from lmm_qa.tables import Row
+from lmm_qa.tables import Row, journal, output_form, read_rows, to_json, write_rows
 from lmm_qa.video.face import Face, find_face
 from lmm_qa.video.probe import probe
 
-SMALLEST = 64
+MIN_SIDE = 64
+"""Pixels; sources must not be smaller."""
 
+NEAR_LOSSLESS = {"crf": "10", **REPRODUCIBLE_X264}
+"""Options of x264 for the files of copies."""
 
-"""Pixels: the least short side of a source."""
+REQUIRED_COLUMNS = ("clip", "mos", "group", "source", "causes", "strengths", "seed", "scale", "seconds", "quality")
+"""A table without one of these columns was not made here."""
 
+IMPERCEPTIBLE = 0.95
+"""A degradation that leaves more quality than this may go unnoticed: whether the copy has the defect is unknown."""
 
-LOSSLESS = {"crf": "10", **REPEATABLE_X264}
-
-
-"""What x264 is told for as good as no loss."""
-
-
-COLUMNS = ("clip", "mos", "group", "source", "causes", "strengths", "seed", "scale", "seconds", "quality")
-
-
-"""What every row of a manifest must have, for the file to be taken for one of ours."""
-
-
-UNSEEN = 0.95
-
-
-"""Quality from which on nobody need notice a damage: the copy is said neither to have its defect nor not to."""
+Degradations = tuple[tuple[str, float], ...]
+"""Causes and their strengths."""
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """Which copies are made of each source: a clean one, each cause at each strength, and pairs."""
+class DegradationPlan:
+    """Which copies are made of each source: a clean one, every cause at every strength, and pairs of causes."""
 
     causes: tuple[str, ...] = tuple(DEGRADATIONS)
     strengths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     pairs: int = 0
-    """Pairs of causes of different kinds (face, picture, encoder, player), drawn by lot."""
+    """Number of random pairs of causes of different groups (face, picture, encoder, player)."""
     seed: int = 0
     scale: tuple[float, float] = (1.0, 5.0)
     """MOS of the worst and of the best quality."""
     length: float = 5.0
-    """Seconds that are used of each source, from its beginning."""
+    """Seconds that are used of each source, from its start."""
 
     def __post_init__(self) -> None:
         """
         Raises:
-            UsageError: a cause is unknown, a number is out of its range, or there are not enough pairs to draw.
+            UsageError: a cause is unknown, a number is out of range, or there are fewer pairs than requested.
         """
         if unknown := [cause for cause in self.causes if cause not in DEGRADATIONS]:
             raise UsageError(f"unknown cause {unknown[0]!r}: use {', '.join(DEGRADATIONS)}")
         if not self.causes or not self.strengths:
-            raise UsageError("no copies were asked for: give at least one cause and one strength")
+            raise UsageError("no copies were requested: give at least one cause and one strength")
         for what, values in (("cause", self.causes), ("strength", self.strengths)):
-            if twice := [value for value, times in Counter(values).items() if times > 1]:
-                raise UsageError(f"{what} {twice[0]} is given twice")
+            if repeated := [value for value, count in Counter(values).items() if count > 1]:
+                raise UsageError(f"{what} {repeated[0]} is given twice")
         if outside := [strength for strength in self.strengths if not 0 < strength <= 1]:
             raise UsageError(
-                f"a strength is above 0 and at most 1, received {outside[0]:g}; a clean copy is always made"
+                f"strengths must be above 0 and at most 1, received {outside[0]:g}; a clean copy is always made"
             )
         low, high = self.scale
         if not low < high:
             raise UsageError(f"the scale goes from the worst to the best MOS, received {low:g} {high:g}")
         if not self.length > 0:
-            raise UsageError(f"the length of copies is above 0 seconds, received {self.length:g}")
-        possible = len(self._couples()) * len(self.strengths) ** 2
+            raise UsageError(f"the length of copies must be above 0 seconds, received {self.length:g}")
+        possible = len(self._cause_pairs()) * len(self.strengths) ** 2
         if not 0 <= self.pairs <= possible:
-            raise UsageError(f"of these causes and strengths 0 to {possible} pairs can be made, received {self.pairs}")
+            raise UsageError(
+                f"with these causes and strengths 0 to {possible} pairs can be made, received {self.pairs}"
+            )
 
-    def damages(self, source_id: str) -> list[tuple[tuple[str, float], ...]]:
-        """Causes and strengths of each copy of a source, the clean one first; its content decides on the pairs."""
+    def copies(self, source_id: str) -> list[Degradations]:
+        """The degradations of each copy of a source, the clean copy first; the pairs depend on the source."""
         singles = [((cause, strength),) for cause in self.causes for strength in self.strengths]
-        couples = [
+        pairs = [
             ((first, one), (second, other))
-            for first, second in self._couples()
+            for first, second in self._cause_pairs()
             for one, other in itertools.product(self.strengths, repeat=2)
         ]
-        lot = np.random.default_rng(_hash(self.seed, source_id)).permutation(len(couples))[: self.pairs]
-        return [(), *singles, *(couples[number] for number in lot)]
+        drawn = np.random.default_rng(_hash(self.seed, source_id)).permutation(len(pairs))[: self.pairs]
+        return [(), *singles, *(pairs[number] for number in drawn)]
 
-    def _couples(self) -> list[tuple[str, str]]:
-        kind = {cause: kind for kind in (FACIAL, PICTURE, COMPRESSION, TEMPORAL) for cause in kind}
+    def _cause_pairs(self) -> list[tuple[str, str]]:
+        group = {cause: group for group in (FACIAL, PICTURE, COMPRESSION, TEMPORAL) for cause in group}
         ordered = [cause for cause in DEGRADATIONS if cause in self.causes]
-        return [couple for couple in itertools.combinations(ordered, 2) if kind[couple[0]] != kind[couple[1]]]
+        return [pair for pair in itertools.combinations(ordered, 2) if group[pair[0]] != group[pair[1]]]
 
 
 @dataclass(frozen=True)
-class Job:
-    """One copy that is to be made."""
+class CopyTask:
+    """One copy to be made."""
 
     name: str
     """File name of the copy."""
     source: Clip
     source_id: str
-    damages: tuple[tuple[str, float], ...]
+    degradations: Degradations
     seed: int
-    recipe: Recipe
+    plan: DegradationPlan
+
+    def identity(self) -> Row:
+        """The columns that tell whether an existing copy is this one, wherever its source is stored."""
+        ordered = sorted(self.degradations, key=lambda each: list(DEGRADATIONS).index(each[0]))
+        return {
+            "source_id": self.source_id,
+            "causes": [cause for cause, _ in ordered],
+            "strengths": [strength for _, strength in ordered],
+            "seed": self.seed,
+            "scale": list(self.plan.scale),
+            "length": self.plan.length,
+        }
 
 
 @dataclass(frozen=True)
-class BadSource:
-    """A clip of which no copies could be made."""
+class FailedSource:
+    """A source of which no copies could be made."""
 
     source: str
     error: str
     copies: int
-    """How many there would have been."""
+    """How many copies were planned."""
 
 
 class DegradedDataset:
-    """A manifest and the files beside it.
+    """A table of labels and the copies next to it.
 
-        copies = DegradedDataset(Path("set/labels.jsonl"), clips, recipe)
-        for outcome in copies.make(workers=4):
+        dataset = DegradedDataset(Path("set/labels.jsonl"), clips, plan)
+        for outcome in dataset.make(workers=4):
             ...
 
-    Each row is in a journal beside the manifest before the next one comes, so that the same command goes on after a
-    kill.
+    Rows are added to a journal next to the table as copies are finished, so an interrupted run can be continued.
     """
 
-    def __init__(self, manifest: Path, clips: Sequence[Clip], recipe: Recipe) -> None:
+    def __init__(self, table: Path, clips: Sequence[Clip], plan: DegradationPlan) -> None:
         """
         Raises:
-            UsageError: the suffix of the manifest is none of ours, or the copies would lie beside their sources.
-            ResultsError: the manifest cannot be read or written, or is no manifest of ours.
+            UsageError: the suffix of the table is not supported, or the copies would be written next to their sources.
+            ResultsError: the table cannot be read, or was not made here.
         """
-        output_form(manifest)
-        self.manifest, self.folder = manifest, manifest.parent
+        output_form(table)
+        self.table, self.folder = table, table.parent
         if beside := [clip.name for clip in clips if clip.path.parent.resolve() == self.folder.resolve()]:
-            raise UsageError(f"the copies would lie beside their source {beside[0]}: name a manifest in another folder")
-        self.bad: list[BadSource] = []
-        """Sources that could not be read when their names were looked up; `make` gives them first."""
+            raise UsageError(
+                f"the copies would be written next to their source {beside[0]}: name a table in another folder"
+            )
+        self.failed: list[FailedSource] = []
+        """Sources that could not be read to identify them; `make` yields them first."""
         self._rows = self._read()
-        stems = _stems([clip.name for clip in clips])
-        self.jobs: list[Job] = []
-        for clip, stem in zip(clips, stems, strict=True):
-            self.jobs += self._plan(clip, stem, recipe)
-        self.waiting = [job for job in self.jobs if not self._made(job)]
-        """The copies that are not there yet."""
+        self.tasks: list[CopyTask] = []
+        for clip, stem in zip(clips, _stems([clip.name for clip in clips]), strict=True):
+            self.tasks += self._plan(clip, stem, plan)
+        self.pending = [task for task in self.tasks if not self._exists(task)]
+        """The copies that do not exist yet."""
 
-    def make(self, workers: int = 1) -> Iterator[Row | BadSource]:
-        """Make what is missing, and write the manifest: earlier rows of other sources, then the rows of this run.
+    def make(self, workers: int = 1) -> Iterator[Row | FailedSource]:
+        """Make the pending copies and write the table: earlier rows of other sources, then those of this run.
 
         Yields:
-            the row of each copy, as it is made; a `BadSource` once for each source that fails.
+            The row of each copy when it is finished; one `FailedSource` for each source that fails.
 
         Raises:
-            ResultsError: the manifest cannot be written, or a worker process died.
+            ResultsError: the table cannot be written, or a worker process died.
             MissingExtra: imageio-ffmpeg is not installed.
         """
         if find_spec("imageio_ffmpeg") is None:
             raise MissingExtra("imageio-ffmpeg", "degrade", "measuring VMAF")
-        yield from self.bad
-        growing = journal(self.manifest)
-        if self.waiting:
+        yield from self.failed
+        partial = journal(self.table)
+        if self.pending:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ResultsError(f"cannot write {self.folder}: {error.strerror or error}") from None
-            write_rows(growing, list(self._rows.values()))
-            with growing.open("a", encoding="utf-8") as stream:
+            write_rows(partial, list(self._rows.values()))
+            with partial.open("a", encoding="utf-8") as stream:
                 for outcome in self._outcomes(workers):
-                    if not isinstance(outcome, BadSource):
+                    if not isinstance(outcome, FailedSource):
                         self._rows[outcome["clip"]] = outcome
                         stream.write(f"{to_json(outcome)}\n")
                         stream.flush()
                     yield outcome
         if self._rows:
-            planned = dict.fromkeys(job.name for job in self.jobs)
+            planned = dict.fromkeys(task.name for task in self.tasks)
             others = [row for name, row in self._rows.items() if name not in planned]
-            write_rows(self.manifest, [*others, *(self._rows[name] for name in planned if name in self._rows)])
-        growing.unlink(missing_ok=True)
+            write_rows(self.table, [*others, *(self._rows[name] for name in planned if name in self._rows)])
+        partial.unlink(missing_ok=True)
 
-    def _outcomes(self, workers: int) -> Iterator[Row | BadSource]:
-        """A source's copies are made one after the other, and its failure ends them."""
+    def _outcomes(self, workers: int) -> Iterator[Row | FailedSource]:
+        """After a failure, the other copies of the source are cancelled."""
         pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_ignore_interrupts)
         try:
-            futures: dict[Future[Row], Job] = {pool.submit(_make, job, self.folder): job for job in self.waiting}
-            of_source = Counter(job.source.name for job in self.waiting)
+            futures: dict[Future[Row], CopyTask] = {
+                pool.submit(_make, task, self.folder): task for task in self.pending
+            }
+            counts = Counter(task.source.name for task in self.pending)
             failed: set[str] = set()
             for future in as_completed(futures):
-                job = futures[future]
-                if future.cancelled() or job.source.name in failed:
+                source = futures[future].source.name
+                if future.cancelled() or source in failed:
                     continue
                 error = future.exception()
                 if error is None:
                     yield future.result()
                 elif isinstance(error, BrokenProcessPool):
                     raise ResultsError(
-                        "a worker process died, out of memory perhaps: run the same command with fewer --workers or "
-                        "less --length, and it goes on from here"
+                        "a worker process died, perhaps out of memory: run the same command with fewer --workers or a "
+                        "shorter --length to continue"
                     ) from error
                 elif isinstance(error, LmmQaError) and not isinstance(error, ClipError):
                     raise error
                 else:
-                    failed.add(job.source.name)
-                    for other, of in futures.items():
-                        if of.source.name == job.source.name:
+                    failed.add(source)
+                    for other, task in futures.items():
+                        if task.source.name == source:
                             other.cancel()
-                    yield BadSource(job.source.name, f"{type(error).__name__}: {error}", of_source[job.source.name])
+                    yield FailedSource(source, f"{type(error).__name__}: {error}", counts[source])
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _plan(self, clip: Clip, stem: str, recipe: Recipe) -> list[Job]:
+    def _plan(self, clip: Clip, stem: str, plan: DegradationPlan) -> list[CopyTask]:
         try:
-            identity = content_id(clip.path)
+            source_id = content_id(clip.path)
         except ClipError as error:
-            self.bad.append(BadSource(clip.name, f"{type(error).__name__}: {error}", len(recipe.damages(""))))
+            self.failed.append(FailedSource(clip.name, f"{type(error).__name__}: {error}", len(plan.copies(""))))
             return []
-        seed = _hash(recipe.seed, identity)
+        seed = _hash(plan.seed, source_id)
         return [
-            Job(f"{_called(stem, damages)}.mp4", clip, identity, damages, seed, recipe)
-            for damages in recipe.damages(identity)
+            CopyTask(f"{_copy_stem(stem, degradations)}.mp4", clip, source_id, degradations, seed, plan)
+            for degradations in plan.copies(source_id)
         ]
 
-    def _made(self, job: Job) -> bool:
-        row = self._rows.get(job.name)
-        return row is not None and row | _identity(job) == row and (self.folder / job.name).is_file()
+    def _exists(self, task: CopyTask) -> bool:
+        row = self._rows.get(task.name)
+        return row is not None and row | task.identity() == row and (self.folder / task.name).is_file()
 
     def _read(self) -> dict[str, Row]:
-        """What earlier runs left."""
+        """The rows of earlier runs, by file name."""
         rows: dict[str, Row] = {}
-        for path in (self.manifest, journal(self.manifest)):
+        for path in (self.table, journal(self.table)):
             if not path.exists():
                 continue
             for row in read_rows(path):
-                if any(column not in row for column in COLUMNS):
-                    raise ResultsError(f"{path} exists and is no manifest of damaged copies: name another file")
-                rows[row["clip"]] = row if "defects" in row else row | _words(row)
+                if any(column not in row for column in REQUIRED_COLUMNS):
+                    raise ResultsError(f"{path} exists and is not a table of degraded copies: name another file")
+                rows[row["clip"]] = row if "defects" in row else row | training_columns(row)
         return rows
 
 
 def read_clip(path: Path, seconds: float) -> tuple[Pixels, float, float]:
-    """The first seconds of a clip: (T, H, W, 3) uint8 RGB frames as displayed, their rate, and bits a pixel.
+    """Read the first seconds of a clip; damage after them is not noticed.
+
+    Returns:
+        Displayed frames, (T, H, W, 3) uint8 RGB; frames per second; bits per pixel of the file.
 
     Raises:
-        ClipError: it cannot be read, or its pictures are smaller than `SMALLEST`.
+        ClipError: the clip cannot be read, or its pictures are smaller than `MIN_SIDE`.
     """
     import av
 
     info = probe(path)
-    if min(info.width, info.height) < SMALLEST:
-        raise ClipUnreadable(f"{path}: {info.width}x{info.height}: {SMALLEST} pixels a side are needed to damage it")
+    if min(info.width, info.height) < MIN_SIDE:
+        raise ClipUnreadable(f"{path}: {info.width}x{info.height}: sources need at least {MIN_SIDE} pixels a side")
     wanted = max(1, round(seconds * info.fps))
     frames: list[Pixels] = []
     size = 0
@@ -293,85 +311,73 @@ def read_clip(path: Path, seconds: float) -> tuple[Pixels, float, float]:
     return stacked, info.fps, 8 * size / (len(frames) * info.width * info.height)
 
 
-def _make(job: Job, folder: Path) -> Row:
+def _make(task: CopyTask, folder: Path) -> Row:
     """Make one copy, in a worker process."""
-    frames, fps, limit, face = _source(job.source.path, job.recipe.length)
-    copy = make_copy(frames, job.damages, job.seed, fps=fps, face=face)
-    beside = folder / f".{job.name}"
-    encode(copy.frames, "libx264", LOSSLESS, Fraction(fps).limit_denominator(1001), str(beside))
-    beside.replace(folder / job.name)
+    frames, fps, ceiling, face = _read_source(task.source.path, task.plan.length)
+    copy = make_copy(frames, task.degradations, task.seed, fps=fps, face=face)
+    temporary = folder / f".{task.name}"
+    encode(copy.frames, "libx264", NEAR_LOSSLESS, Fraction(fps).limit_denominator(1001), str(temporary))
+    temporary.replace(folder / task.name)
     row = {
-        "clip": job.name,
-        "mos": round(mos(copy.quality * limit, job.recipe.scale), 4),
-        "group": job.source.name,
-        "source": job.source.name,
-        **_identity(job),
-        "places": [[round(edge, 4) for edge in step.place] for step in copy.steps],
-        "seconds": [[round(moment, 3) for moment in step.seconds] for step in copy.steps],
+        "clip": task.name,
+        "mos": round(mos(copy.quality * ceiling, task.plan.scale), 4),
+        "group": task.source.name,
+        "source": task.source.name,
+        **task.identity(),
+        "places": [[round(edge, 4) for edge in each.place] for each in copy.degradations],
+        "seconds": [[round(second, 3) for second in each.seconds] for each in copy.degradations],
         "vmaf": None if copy.vmaf is None else round(copy.vmaf, 3),
         "quality": round(copy.quality, 4),
-        "ceiling": round(limit, 4),
+        "ceiling": round(ceiling, 4),
         "face_found": face.found,
     }
-    return row | _words(row)
+    return row | training_columns(row)
 
 
-def _words(row: Row) -> Row:
-    """What a copy has of the defects, as `lmm_qa.training.dataset` reads it, and a sentence that says so."""
+def training_columns(row: Row) -> Row:
+    """The columns `defects` and `explanation` of a copy, in the format that `lmm_qa.training.dataset` reads."""
     strength = dict(zip(row["causes"], row["strengths"], strict=True))
     seconds = dict(zip(row["causes"], row["seconds"], strict=True))
     known = reference_defects(strength.items())
-    if len(strength) == 1 and row["quality"] > UNSEEN:
-        known = {name: None if there else there for name, there in known.items()}
-    if "buffering" in strength:  # the clip's end is cut off: what befell it there may not be seen
+    if len(strength) == 1 and row["quality"] > IMPERCEPTIBLE:
+        known = {name: None if present else present for name, present in known.items()}
+    if "buffering" in strength:  # the end of the clip is cut off, and with it what was degraded there
         known |= {name: None for name in TIMED_DEFECTS if known[name] and name != "buffering"}
-    found: list[tuple[float, Finding]] = []
-    for name in (name for name, there in known.items() if there):
-        causes = [cause for cause in BY_NAME[name].causes if cause in strength]
-        spans = [(round(first, 1), round(last, 1)) for first, last in (seconds[cause] for cause in causes)]
+    strengths: list[float] = []
+    found: list[Finding] = []
+    causes = {name: [each for each in BY_NAME[name].causes if each in strength] for name in known if known[name]}
+    for name in sorted(causes, key=lambda name: -max(strength[cause] for cause in causes[name])):
+        spans = [(round(start, 1), round(end, 1)) for start, end in (seconds[cause] for cause in causes[name])]
         timed = tuple(span for span in spans if name in TIMED_DEFECTS and span[0] < span[1])
-        found.append((max(strength[cause] for cause in causes), Finding(name, 1.0, timed)))
-    found.sort(key=lambda one: -one[0])
-    strengths, findings = [one for one, _ in found], [one for _, one in found]
-    absent = [name for name, there in known.items() if there is False]
+        strengths.append(max(strength[cause] for cause in causes[name]))
+        found.append(Finding(name, 1.0, timed))
+    absent = [name for name, present in known.items() if present is False]
     prompt, (low, high) = load_prompt(DEFAULT_PROMPT), row["scale"]
     level = prompt.levels[round((row["mos"] - low) / (high - low) * (len(prompt.levels) - 1))]
-    draw = random.Random(f"{row['seed']} {row['clip']}")
-    said = template_text(findings, absent, draw, strengths, is_good(level, prompt.levels))
-    times = {one.defect: " and".join(f" from {first} to {last} s" for first, last in one.seconds) for one in findings}
-    unsure = [f"?{name}" for name, there in known.items() if there is None]
+    rng = random.Random(f"{row['seed']} {row['clip']}")
+    text = template_text(found, absent, rng, strengths, is_good(level, prompt.levels))
+    times = {each.defect: " and".join(f" from {start} to {end} s" for start, end in each.seconds) for each in found}
+    unknown = [f"?{name}" for name, present in known.items() if present is None]
     return {
-        "defects": [*(f"{name}{when}" for name, when in times.items()), *unsure],
-        "explanation": opening(prompt, level) + said,
-    }
-
-
-def _identity(job: Job) -> Row:
-    """What makes a copy this copy, wherever its source lies."""
-    ordered = sorted(job.damages, key=lambda one: list(DEGRADATIONS).index(one[0]))
-    return {
-        "source_id": job.source_id,
-        "causes": [cause for cause, _ in ordered],
-        "strengths": [strength for _, strength in ordered],
-        "seed": job.seed,
-        "scale": list(job.recipe.scale),
-        "length": job.recipe.length,
+        "defects": [*(f"{name}{when}" for name, when in times.items()), *unknown],
+        "explanation": opening(prompt, level) + text,
     }
 
 
 @lru_cache(maxsize=1)
-def _source(path: Path, seconds: float) -> tuple[Pixels, float, float, Face]:
-    """Frames, rate, ceiling and face. Copies of one source follow each other: it is decoded once a worker."""
-    frames, fps, bits = read_clip(path, seconds)
-    return frames, fps, ceiling(frames.shape[1], frames.shape[2], bits), find_face(frames)
+def _read_source(path: Path, seconds: float) -> tuple[Pixels, float, float, Face]:
+    """Frames, frame rate, quality ceiling and face. Copies of one source follow each other, so it is decoded once."""
+    frames, fps, bits_per_pixel = read_clip(path, seconds)
+    return frames, fps, quality_ceiling(frames.shape[1], frames.shape[2], bits_per_pixel), find_face(frames)
 
 
-def _called(stem: str, damages: Sequence[tuple[str, float]]) -> str:
-    return "--".join([stem, *(f"{cause}-{strength:g}" for cause, strength in damages)] if damages else [stem, "clean"])
+def _copy_stem(stem: str, degradations: Degradations) -> str:
+    parts = [f"{cause}-{strength:g}" for cause, strength in degradations]
+    return "--".join([stem, *(parts or ["clean"])])
 
 
 def _stems(names: Sequence[str]) -> list[str]:
-    """What the copies of each source are called: its name without folders, and a hash where two have the same."""
+    """Start of the file names of each source's copies: its name without folders, and a hash if that is ambiguous."""
     short = [re.sub(r"[^\w.-]", "_", PurePosixPath(name).stem) for name in names]
     uses = Counter(short)
     return [
@@ -385,5 +391,5 @@ def _hash(seed: int, source_id: str) -> int:
 
 
 def _ignore_interrupts() -> None:
-    """Ctrl-C is for the process that waits for the workers."""
+    """Ctrl-C is handled by the process that waits for the workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

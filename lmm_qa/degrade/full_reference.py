@@ -1,24 +1,24 @@
-"""Degraded copies of a clip in memory, and what each is worth against its source: full-reference labels.
+"""Degraded copies of a clip in memory, and their quality relative to the source: full-reference labels.
 
-Quality runs from 0 to 1. Where it comes from:
+Quality is between 0 and 1. It comes from:
 
-- **VMAF** (libvmaf, as imageio-ffmpeg carries it; model v0.6.1) of the copy against its source: blur, motion blur,
-  rescaling, all codecs. libvmaf's documentation (models.md) maps the votes "bad" to about 20 and "excellent" to 100;
-  the best copies get 96 to 100. So quality is (VMAF - 20) / 76, within 0 to 1, and a MOS is linear in it.
-- **VMAF of the damaged part** of the picture, for detail lost in the face: of the whole picture VMAF hardly sees it.
-  The clip loses a stated share of what the part loses (`PART`).
-- **VMAF or a stated curve, whichever is lower**: noise (VMAF gives 90 to a standard deviation of 15) and banding
-  (VMAF does not see it; Netflix made CAMBI for it).
-- **A stated curve** where VMAF cannot judge. It reads brightness, not colour; it forgives or even rewards a change of
-  contrast; it compares pixel by pixel and frame by frame, so that a face that is whole but moved, or a picture that is
-  whole but late, counts as lost detail. These are `DEPTH`, in proportion to the strength, and for the player's faults
-  curves of the seconds, after what people said: see `_waiting`, `_standing`, `_slow`.
-  A change of less than `FAINT` grey levels where it should be seen (a frozen mouth that was silent, a wobbling
-  background without texture) costs less, in proportion.
-- **Several causes**: one VMAF for all that VMAF judges on the whole picture; with everything else, the product (as Ou
-  et al., IEEE Trans. CSVT 21(3), 2011, combine picture and frame rate).
+- **VMAF** (libvmaf in imageio-ffmpeg; model v0.6.1) of the copy against its source, for blur, motion blur, rescaling
+  and all codecs. According to libvmaf's documentation (models.md), "bad" corresponds to about 20 and "excellent" to
+  100; the best copies reach 96 to 100. So quality is (VMAF - 20) / 76, limited to 0 to 1, and a MOS is linear in it.
+- **VMAF of the degraded region**, for lost detail in the face, to which VMAF of the whole picture is nearly blind. The
+  clip loses a fixed share of what the region loses (`REGION_WEIGHT`).
+- **The lower of VMAF and a fixed curve**, for noise (VMAF is 90 at a standard deviation of 15) and banding (to which
+  VMAF is blind; Netflix made CAMBI for it).
+- **A fixed curve** where VMAF cannot judge. It measures luma, not colour; it forgives or rewards changes of contrast;
+  it compares pixel by pixel and frame by frame, so that a face that moved or a picture that is late counts as lost
+  detail. Most curves are linear in the strength (`MAX_LOSS`); those of playback faults depend on seconds and follow
+  human opinions: see `_buffering_quality`, `_stall_quality`, `_frame_rate_quality`. If the pixels hardly change (a
+  frozen mouth that was silent, a wobbling background without texture), the loss is smaller in proportion
+  (`FULL_LOSS_CHANGE`).
+- **Several causes**: one VMAF for all causes that VMAF judges on the whole picture, multiplied by the qualities of all
+  others (as Ou et al., IEEE Trans. CSVT 21(3), 2011, combine picture quality and frame rate).
 
-The source itself is not assumed perfect: see `ceiling`.
+The source itself may be imperfect: see `quality_ceiling`.
 """
 
 from __future__ import annotations
@@ -34,26 +34,27 @@ from pathlib import Path
 
 import numpy as np
 
-from lmm_qa.degrade.causes import COMPRESSION, DEGRADATIONS, Degraded, Pixels, damage, noise_deviation, slowed
+from lmm_qa.degrade.causes import (
+    COMPRESSION,
+    DEGRADATIONS,
+    DegradedFrames,
+    Pixels,
+    degrade,
+    frame_rate_divisor,
+    noise_sigma,
+)
 from lmm_qa.errors import MissingExtra
 from lmm_qa.video.face import Box, Face
 
 BAD_VMAF, BEST_VMAF = 20.0, 96.0
 
+VMAF_CAUSES = ("blur", "motion_blur", "rescale", "noise", "banding", *COMPRESSION)
+"""Causes that one VMAF of the whole picture judges, for some of them together with a curve."""
 
-WHOLE_PICTURE = ("blur", "motion_blur", "rescale", "noise", "banding", *COMPRESSION)
+REGION_WEIGHT = {"defocus": 1.0, "mouth_smear": 0.8, "teeth_smear": 0.6}
+"""Causes that VMAF judges on the degraded region, and the share of the region's loss that the clip loses."""
 
-
-"""What one VMAF of the whole picture judges, with or without a curve."""
-
-
-PART = {"defocus": 1.0, "mouth_smear": 0.8, "teeth_smear": 0.6}
-
-
-"""What VMAF judges on the damaged part; and the share of the part's loss that the clip loses."""
-
-
-DEPTH = {
+MAX_LOSS = {
     "mouth_freeze": 0.7,
     "face_warp": 0.85,
     "background_wobble": 0.5,
@@ -66,26 +67,18 @@ DEPTH = {
     "banding": 0.75,
     "jitter": 0.65,
 }
+"""Loss of quality at strength 1."""
 
+FULL_LOSS_CHANGE = 1.0
+"""Mean change, in grey levels within place and seconds, at which a degradation of strength 1 has its full loss."""
 
-"""What a cause takes from the quality at strength 1."""
-
-
-FAINT = 1.0
-
-
-"""Mean change in grey levels, within its place and seconds, from which on a damage of strength 1 costs all it can."""
-
-
-SMALLEST = 32
-
-
-"""Pixels a side that libvmaf needs."""
+MIN_VMAF_SIDE = 32
+"""Pixels; libvmaf does not accept smaller pictures."""
 
 
 @dataclass(frozen=True)
-class Step:
-    """One damage of a copy."""
+class AppliedDegradation:
+    """One of the degradations of a copy."""
 
     cause: str
     strength: float
@@ -94,78 +87,79 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Copy:
-    """A damaged clip."""
+class DegradedCopy:
+    """A degraded clip."""
 
     frames: Pixels
-    steps: tuple[Step, ...]
-    """In the order in which they were done."""
+    degradations: tuple[AppliedDegradation, ...]
+    """In the order in which they were applied."""
     vmaf: float | None
-    """0 to 100: the lowest that was measured, of the whole picture or of a part; None where VMAF judges nothing."""
+    """0 to 100: the lowest measured, of the whole picture or a region; None if VMAF judges none of the causes."""
     quality: float
-    """0 to 1, against the source."""
+    """0 to 1, relative to the source."""
 
 
 def make_copy(
     frames: Pixels,
-    damages: Sequence[tuple[str, float]],
+    degradations: Sequence[tuple[str, float]],
     seed: int = 0,
     *,
     fps: float = 25.0,
     face: Face | None = None,
-    judged: Sequence[int] | None = None,
-) -> Copy:
-    """Damage a clip in one or several ways, and judge the outcome.
+    vmaf_frames: Sequence[int] | None = None,
+) -> DegradedCopy:
+    """Apply one or several degradations to a clip and determine the quality of the result.
 
     Args:
         frames: (T, H, W, 3) uint8 RGB.
-        damages: causes (keys of `DEGRADATIONS`) and strengths (0 to 1); done in the order of `DEGRADATIONS`.
+        degradations: causes (keys of `DEGRADATIONS`) and strengths (0 to 1); applied in the order of `DEGRADATIONS`.
         seed: the same seed gives the same copy.
-        fps: frames a second.
-        face: where the face is; by default it is looked for when a cause needs it.
-        judged: the frames that VMAF compares; by default all.
+        fps: frames per second.
+        face: of the clip; by default it is detected if a cause needs it.
+        vmaf_frames: numbers of the frames that VMAF compares; by default all.
 
     Raises:
-        ValueError: as for `damage`; or a cause is given twice.
-        MissingExtra: imageio-ffmpeg is needed, and not installed.
+        ValueError: see `degrade`; or a cause is given twice.
+        MissingExtra: imageio-ffmpeg is needed but not installed.
     """
-    if len({cause for cause, _ in damages}) < len(damages):
-        raise ValueError(f"each cause can befall a clip once, received {', '.join(cause for cause, _ in damages)}")
-    looked_at = slice(None) if judged is None else list(judged)
+    if len({cause for cause, _ in degradations}) < len(degradations):
+        raise ValueError(f"each cause can be applied once, received {', '.join(cause for cause, _ in degradations)}")
+    compared = slice(None) if vmaf_frames is None else list(vmaf_frames)
     now, quality = frames, 1.0
-    steps: list[Step] = []
+    applied: list[AppliedDegradation] = []
     measured: list[float] = []
-    ordered = sorted(damages, key=lambda one: list(DEGRADATIONS).index(one[0]) if one[0] in DEGRADATIONS else 0)
-    for together, group in groupby(ordered, key=lambda one: one[0] in WHOLE_PICTURE):
+    ordered = sorted(degradations, key=lambda each: list(DEGRADATIONS).index(each[0]) if each[0] in DEGRADATIONS else 0)
+    for by_vmaf, group in groupby(ordered, key=lambda each: each[0] in VMAF_CAUSES):
         before, limits = now, [1.0]
         for cause, strength in group:
-            done = damage(now, cause, strength, seed, fps=fps, face=face)
-            steps.append(Step(cause, strength, done.place, done.seconds))
-            if together:
-                limits.append(_limit(cause, strength))
-            elif cause in PART:
-                measured.append(vmaf(_part(done.frames[looked_at], done.place), _part(now[looked_at], done.place)))
-                quality *= 1 - PART[cause] * (1 - vmaf_quality(measured[-1]))
+            after = degrade(now, cause, strength, seed, fps=fps, face=face)
+            applied.append(AppliedDegradation(cause, strength, after.place, after.seconds))
+            if by_vmaf:
+                limits.append(_quality_limit(cause, strength))
+            elif cause in REGION_WEIGHT:
+                regions = (_region(each[compared], after.place) for each in (after.frames, now))
+                measured.append(vmaf(*regions))
+                quality *= 1 - REGION_WEIGHT[cause] * (1 - vmaf_quality(measured[-1]))
             else:
-                seen = min(1.0, change(now, done, fps) / (FAINT * strength)) if strength else 0.0
-                quality *= 1 - seen * (1 - _curve(cause, strength, done.seconds, fps))
-            now = done.frames
-        if together:
-            measured.append(vmaf(now[looked_at], before[looked_at]))
+                effect = min(1.0, mean_change(now, after, fps) / (FULL_LOSS_CHANGE * strength)) if strength else 0.0
+                quality *= 1 - effect * (1 - _curve_quality(cause, strength, after.seconds, fps))
+            now = after.frames
+        if by_vmaf:
+            measured.append(vmaf(now[compared], before[compared]))
             quality *= min(vmaf_quality(measured[-1]), *limits)
-    return Copy(now, tuple(steps), min(measured, default=None), quality)
+    return DegradedCopy(now, tuple(applied), min(measured, default=None), quality)
 
 
 def vmaf(distorted: Pixels, reference: Pixels) -> float:
-    """Mean VMAF (0 to 100) of two (T, H, W, 3) clips, by libvmaf.
+    """Mean VMAF (0 to 100) of a clip against its reference, both (T, H, W, 3), from libvmaf.
 
     Raises:
-        ValueError: the pictures are smaller than `SMALLEST`.
+        ValueError: the pictures are smaller than `MIN_VMAF_SIDE`.
         MissingExtra: imageio-ffmpeg is not installed.
     """
-    if min(reference.shape[1:3]) < SMALLEST:
+    if min(reference.shape[1:3]) < MIN_VMAF_SIDE:
         raise ValueError(
-            f"VMAF needs {SMALLEST} x {SMALLEST} pixels, received {reference.shape[2]} x {reference.shape[1]}"
+            f"VMAF needs {MIN_VMAF_SIDE} x {MIN_VMAF_SIDE} pixels, received {reference.shape[2]} x {reference.shape[1]}"
         )
     try:
         import imageio_ffmpeg
@@ -186,20 +180,20 @@ def vmaf(distorted: Pixels, reference: Pixels) -> float:
 
 
 def vmaf_quality(value: float) -> float:
-    """Quality (0 to 1) that a VMAF stands for."""
+    """Quality (0 to 1) that corresponds to a VMAF."""
     return min(max((value - BAD_VMAF) / (BEST_VMAF - BAD_VMAF), 0.0), 1.0)
 
 
-def ceiling(height: int, width: int, bits_per_pixel: float) -> float:
-    """Quality (0 to 1) that an undamaged source can have.
+def quality_ceiling(height: int, width: int, bits_per_pixel: float) -> float:
+    """Quality (0 to 1) of a source without degradations.
 
-    Up to 0.2 less for a small picture (short side from 480 down to 224 pixels), up to 0.15 less for hard compression
-    (from 0.06 bits a pixel down to an eighth of that); both are our choice.
+    It is reduced by up to 0.2 for a small picture (short side from 480 down to 224 pixels) and by up to 0.15 for strong
+    compression (from 0.06 bits per pixel down to an eighth of that). Both figures are assumptions.
 
     Args:
         height: pixels.
         width: pixels.
-        bits_per_pixel: bits of the video file for each pixel of each frame.
+        bits_per_pixel: of the video file, per pixel and frame.
     """
     small = min(max((480 - min(height, width)) / 256, 0.0), 1.0)
     starved = min(max(math.log2(0.06 / max(bits_per_pixel, 1e-4)) / 3, 0.0), 1.0)
@@ -207,66 +201,69 @@ def ceiling(height: int, width: int, bits_per_pixel: float) -> float:
 
 
 def mos(quality: float, scale: tuple[float, float]) -> float:
-    """Quality (0 to 1) on a scale from the worst to the best MOS."""
+    """Quality (0 to 1) as a MOS on a scale (worst, best)."""
     low, high = scale
     return low + (high - low) * quality
 
 
-# --- stated curves ---------------------------------------------------------------------------------------------------
+# --- Curves ----------------------------------------------------------------------------------------------------------
 
 
-def _limit(cause: str, strength: float) -> float:
-    """The best quality, whatever VMAF says."""
+def _quality_limit(cause: str, strength: float) -> float:
+    """Upper limit of the quality, whatever VMAF is."""
     if cause == "noise":
-        return math.exp(-noise_deviation(strength) / 30)
-    return 1 - DEPTH.get(cause, 0.0) * strength
+        return math.exp(-noise_sigma(strength) / 30)
+    return 1 - MAX_LOSS.get(cause, 0.0) * strength
 
 
-def _curve(cause: str, strength: float, seconds: tuple[float, float], fps: float) -> float:
-    """Quality (0 to 1) of a clip that is perfect but for one cause that VMAF cannot judge."""
+def _curve_quality(cause: str, strength: float, seconds: tuple[float, float], fps: float) -> float:
+    """Quality (0 to 1) of a perfect clip after one degradation that VMAF cannot judge."""
     length = seconds[1] - seconds[0]
-    curves = {"buffering": _waiting(length), "stall": _standing(length), "drop": _slow(fps / slowed(strength))}
-    return curves[cause] if cause in curves else 1 - DEPTH[cause] * strength
+    curves = {
+        "buffering": _buffering_quality(length),
+        "stall": _stall_quality(length),
+        "drop": _frame_rate_quality(fps / frame_rate_divisor(strength)),
+    }
+    return curves[cause] if cause in curves else 1 - MAX_LOSS[cause] * strength
 
 
-def _waiting(seconds: float) -> float:
-    """Nothing moves before the clip starts. People gave 2.77 of 5 for one second and 2.06 for two (mean MOS of 45 clips
-    each in THQA-NTIRE's training and validation labels, `pause_start`); 3.6 is taken for none.
+def _buffering_quality(seconds: float) -> float:
+    """Fitted to opinions: 2.77 of 5 for one second and 2.06 for two (mean MOS of 45 clips each in the training and
+    validation labels of THQA-NTIRE, `pause_start`); 3.6 is assumed without buffering.
     """
     return math.exp(-0.27 * seconds)
 
 
-def _standing(seconds: float) -> float:
-    """The picture stands in the middle of the clip. People gave 1.91 of 5 for one second and 1.45 for two (as above,
-    `pause_middle`)."""
+def _stall_quality(seconds: float) -> float:
+    """Fitted to opinions: 1.91 of 5 for one second and 1.45 for two (as above, `pause_middle`)."""
     return math.pow(1 + seconds, -0.9)
 
 
-def _slow(rate: float) -> float:
-    """A lower frame rate: the inverted exponential of Ou et al. (2011), with 30 frames a second as the best and 5 for
-    its falling rate, which depends on the content there and is our choice here.
+def _frame_rate_quality(rate: float) -> float:
+    """The inverted exponential of Ou et al. (2011), with 30 frames per second as the best rate. Its parameter depends
+    on the content there; 5 is assumed here.
     """
     return (1 - math.exp(-5 * min(rate / 30, 1.0))) / (1 - math.exp(-5))
 
 
-# --- parts of a clip -------------------------------------------------------------------------------------------------
+# --- Regions ---------------------------------------------------------------------------------------------------------
 
 
-def _part(frames: Pixels, place: Box) -> Pixels:
-    """The place, made larger about its middle where VMAF would have too few pixels."""
+def _region(frames: Pixels, place: Box) -> Pixels:
+    """The region of the frames, enlarged around its centre if VMAF needs more pixels."""
     spans = []
     for low, high, side in zip(place[1::-1], place[:1:-1], frames.shape[1:3], strict=True):
-        width = min(max(math.ceil((high - low) * side), SMALLEST), side)
+        width = min(max(math.ceil((high - low) * side), MIN_VMAF_SIDE), side)
         start = min(max(round((low + high) / 2 * side - width / 2), 0), side - width)
         spans.append(slice(start, start + width))
     return frames[:, spans[0], spans[1]]
 
 
-def change(before: Pixels, done: Degraded, fps: float) -> float:
-    """Mean absolute difference, in grey levels, within a damage's place and seconds."""
-    first, stop = (round(moment * fps) for moment in done.seconds)
+def mean_change(before: Pixels, after: DegradedFrames, fps: float) -> float:
+    """Mean absolute difference, in grey levels, within the place and seconds of a degradation."""
+    first, stop = (round(moment * fps) for moment in after.seconds)
     height, width = before.shape[1:3]
-    left, top, right, bottom = (round(edge * side) for edge, side in zip(done.place, (width, height) * 2, strict=True))
+    left, top, right, bottom = (round(edge * side) for edge, side in zip(after.place, (width, height) * 2, strict=True))
     window = (slice(first, stop, max(1, (stop - first) // 8)), slice(top, bottom, 2), slice(left, right, 2))
-    difference = before[window].astype(np.int16) - done.frames[window]
+    difference = before[window].astype(np.int16) - after.frames[window]
     return float(np.abs(difference).mean()) if difference.size else 0.0

@@ -19,18 +19,17 @@ import lmm_qa
 import lmm_qa.cli.app
 from lmm_qa.defects.explanation import mentioned_defects
 from lmm_qa.defects.vocabulary import reference_defects
-from lmm_qa.degrade.causes import COMPRESSION, DEGRADATIONS, FACIAL, PICTURE, TEMPORAL, damage
-from lmm_qa.degrade.dataset import BadSource, DegradedDataset, Recipe, _words, read_clip
-from lmm_qa.degrade.full_reference import ceiling, make_copy
+from lmm_qa.degrade.causes import COMPRESSION, DEGRADATIONS, FACIAL, PICTURE, TEMPORAL, degrade
+from lmm_qa.degrade.dataset import DegradationPlan, DegradedDataset, FailedSource, read_clip, training_columns
+from lmm_qa.degrade.full_reference import make_copy, quality_ceiling
 from lmm_qa.errors import ClipError, ClipTruncated, MissingExtra, ResultsError, UsageError
 from lmm_qa.evaluation.labels import read_labels
 from lmm_qa.manifest import expand
-from lmm_qa.ratings_io import read_rows, write_rows
-from lmm_qa.tables import Row
+from lmm_qa.tables import Row, read_rows, write_rows
 from lmm_qa.training.dataset import Data, load
 
 SAMPLES = Path(lmm_qa.__file__).parent / "samples"
-QUICK = Recipe(causes=("blur", "stall"), strengths=(0.5, 1.0), pairs=1, length=0.4)
+QUICK = DegradationPlan(causes=("blur", "stall"), strengths=(0.5, 1.0), pairs=1, length=0.4)
 
 
 @pytest.fixture
@@ -43,8 +42,8 @@ def sources(tmp_path: Path) -> Path:
     return folder
 
 
-def make(manifest: Path, sources: Path, recipe: Recipe = QUICK) -> list[Row | BadSource]:
-    return list(DegradedDataset(manifest, expand([sources]), recipe).make())
+def make(manifest: Path, sources: Path, plan: DegradationPlan = QUICK) -> list[Row | FailedSource]:
+    return list(DegradedDataset(manifest, expand([sources]), plan).make())
 
 
 def pictures(path: Path) -> np.ndarray:
@@ -56,24 +55,24 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "lmm_qa", *map(str, arguments)], capture_output=True, text=True)
 
 
-# --- which copies ----------------------------------------------------------------------------------------------------
+# --- The plan --------------------------------------------------------------------------------------------------------
 
 
-def test_each_cause_comes_at_each_strength() -> None:
-    singles = [one for one in Recipe().damages("a") if len(one) == 1]
+def test_each_cause_is_applied_at_each_strength() -> None:
+    singles = [each for each in DegradationPlan().copies("a") if len(each) == 1]
     assert len(singles) == len(set(singles)) == len(DEGRADATIONS) * 4
-    assert Recipe().damages("a")[0] == ()
+    assert DegradationPlan().copies("a")[0] == ()
 
 
-def test_pairs_are_of_different_kinds_and_drawn_for_each_source() -> None:
-    recipe = Recipe(pairs=40, seed=5)
-    pairs = [one for one in recipe.damages("a") if len(one) == 2]
+def test_pairs_are_of_different_groups_and_depend_on_the_source() -> None:
+    plan = DegradationPlan(pairs=40, seed=5)
+    pairs = [each for each in plan.copies("a") if len(each) == 2]
     assert len(pairs) == len(set(pairs)) == 40
-    for kind in (FACIAL, PICTURE, COMPRESSION, TEMPORAL):
-        assert not any({first, second} <= set(kind) for (first, _), (second, _) in pairs)
-    assert recipe.damages("a") == Recipe(pairs=40, seed=5).damages("a")
-    assert recipe.damages("a") != recipe.damages("b")
-    assert recipe.damages("a") != Recipe(pairs=40, seed=6).damages("a")
+    for group in (FACIAL, PICTURE, COMPRESSION, TEMPORAL):
+        assert not any({first, second} <= set(group) for (first, _), (second, _) in pairs)
+    assert plan.copies("a") == DegradationPlan(pairs=40, seed=5).copies("a")
+    assert plan.copies("a") != plan.copies("b")
+    assert plan.copies("a") != DegradationPlan(pairs=40, seed=6).copies("a")
 
 
 @pytest.mark.parametrize(
@@ -90,15 +89,15 @@ def test_pairs_are_of_different_kinds_and_drawn_for_each_source() -> None:
         ({"causes": ("blur", "h264"), "strengths": (0.5, 1), "pairs": 5}, "0 to 4 pairs can be made, received 5"),
     ],
 )
-def test_what_is_no_recipe(wrong: dict[str, object], message: str) -> None:
+def test_an_invalid_plan_is_refused(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        Recipe(**wrong)  # type: ignore[arg-type]
+        DegradationPlan(**wrong)  # type: ignore[arg-type]
 
 
-# --- reading a source ------------------------------------------------------------------------------------------------
+# --- Reading a source ------------------------------------------------------------------------------------------------
 
 
-def test_the_first_seconds_are_read_upright(clips_dir: Path) -> None:
+def test_the_first_seconds_are_read_and_rotated(clips_dir: Path) -> None:
     frames, fps, bits = read_clip(clips_dir / "turned_90.mp4", 0.5)
     assert fps == pytest.approx(25)
     assert np.array_equal(frames, ffmpeg_frames(clips_dir / "turned_90.mp4", 128, 192)[:12])
@@ -107,18 +106,18 @@ def test_the_first_seconds_are_read_upright(clips_dir: Path) -> None:
     assert bits > 0
 
 
-def test_what_cannot_be_read(clips_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(ClipError, match="22x10: 64 pixels a side"):
+def test_a_source_that_cannot_be_read_is_an_error(clips_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ClipError, match="22x10: sources need at least 64 pixels a side"):
         read_clip(clips_dir / "tiny.mp4", 1)
     (tmp_path / "cut.mp4").write_bytes((clips_dir / "h264.mp4").read_bytes()[:-400])
     with pytest.raises(ClipTruncated):
         read_clip(tmp_path / "cut.mp4", 10)
 
 
-# --- the set ---------------------------------------------------------------------------------------------------------
+# --- The data set ----------------------------------------------------------------------------------------------------
 
 
-def test_a_row_says_what_was_done(sources: Path, tmp_path: Path) -> None:
+def test_a_row_describes_its_copy(sources: Path, tmp_path: Path) -> None:
     rows = make(tmp_path / "set" / "labels.jsonl", sources)
     assert read_rows(tmp_path / "set" / "labels.jsonl") == rows
     assert len(rows) == 2 * 6
@@ -131,11 +130,11 @@ def test_a_row_says_what_was_done(sources: Path, tmp_path: Path) -> None:
     assert row["causes"] == ["stall"]
     assert row["strengths"] == [0.5]
     assert row["places"] == [[0, 0, 1, 1]]
-    assert row["seconds"] == [pytest.approx(list(copy.steps[0].seconds))]
+    assert row["seconds"] == [pytest.approx(list(copy.degradations[0].seconds))]
     assert row["source"] == row["group"] == "real.mp4"
     assert row["vmaf"] is None
     assert row["scale"] == [1, 5]
-    assert row["ceiling"] == pytest.approx(ceiling(384, 384, bits), abs=1e-4)
+    assert row["ceiling"] == pytest.approx(quality_ceiling(384, 384, bits), abs=1e-4)
     assert row["mos"] == pytest.approx(1 + 4 * copy.quality * row["ceiling"], abs=1e-3)
     assert row["face_found"] is True
     assert by_name["small--clean.mp4"]["face_found"] is False
@@ -146,12 +145,12 @@ def test_a_row_says_what_was_done(sources: Path, tmp_path: Path) -> None:
     assert sum(len(row["causes"]) == 2 for row in by_name.values()) == 2
 
 
-def test_a_file_holds_the_damaged_frames(sources: Path, tmp_path: Path) -> None:
-    rows = make(tmp_path / "set" / "labels.csv", sources, Recipe(("blur",), (0.7,), length=0.4))
+def test_a_file_contains_the_degraded_frames(sources: Path, tmp_path: Path) -> None:
+    rows = make(tmp_path / "set" / "labels.csv", sources, DegradationPlan(("blur",), (0.7,), length=0.4))
     frames, *_ = read_clip(sources / "real.mp4", 0.4)
     row = next(row for row in rows if isinstance(row, dict) and row["clip"] == "real--blur-0.7.mp4")
     stored = pictures(tmp_path / "set" / row["clip"])
-    assert np.abs(stored.astype(int) - damage(frames, "blur", 0.7, row["seed"]).frames).mean() < 2
+    assert np.abs(stored.astype(int) - degrade(frames, "blur", 0.7, row["seed"]).frames).mean() < 2
     with av.open(str(tmp_path / "set" / "small--clean.mp4")) as container:
         assert [stream.type for stream in container.streams] == ["video"]
         assert container.streams.video[0].average_rate == pytest.approx(25)
@@ -160,7 +159,7 @@ def test_a_file_holds_the_damaged_frames(sources: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
-def test_the_manifest_serves_as_labels_and_as_a_list(sources: Path, tmp_path: Path, suffix: str) -> None:
+def test_the_table_can_be_used_as_labels_and_as_a_list_of_clips(sources: Path, tmp_path: Path, suffix: str) -> None:
     manifest = tmp_path / "set" / f"labels{suffix}"
     rows = make(manifest, sources)
     labels = read_labels(manifest)
@@ -181,7 +180,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_manifest_teaches_defects_and_words(made: Path) -> None:
+def test_the_table_can_be_used_to_train_on_defects_and_explanations(made: Path) -> None:
     rows = {row["clip"]: row for row in read_rows(made / "set" / "labels.jsonl")}
     options = {"validation_share": 0, "calibration_share": 0}
     for suffix in (".jsonl", ".csv", ".parquet"):
@@ -193,9 +192,9 @@ def test_the_manifest_teaches_defects_and_words(made: Path) -> None:
             row = rows[example.name]
             known = reference_defects(zip(row["causes"], row["strengths"], strict=True))
             assert example.found is not None and example.explanation is not None
-            found = {one.defect for one in example.found}
-            assert found <= {name for name, there in known.items() if there}
-            assert set(example.absent) == {name for name, there in known.items() if there is False}
+            found = {finding.defect for finding in example.found}
+            assert found <= {name for name, present in known.items() if present}
+            assert set(example.absent) == {name for name, present in known.items() if present is False}
             assert mentioned_defects(example.explanation) == found
             level = ("bad", "poor", "fair", "good", "excellent")[round(row["mos"] - 1)]
             assert re.match(rf"The quality of this video is {level}\b", example.explanation)
@@ -205,7 +204,7 @@ def test_the_manifest_teaches_defects_and_words(made: Path) -> None:
         assert f"from {first} to {last} s" in rows["real--stall-0.5.mp4"]["explanation"]
 
 
-def test_an_older_manifest_learns_the_words(made: Path, tmp_path: Path) -> None:
+def test_missing_training_columns_are_added_to_an_older_table(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "set", tmp_path / "set")
     rows = read_rows(made / "set" / "labels.jsonl")
     older = [{name: row[name] for name in row if name not in ("defects", "explanation")} for row in rows]
@@ -217,43 +216,43 @@ def test_an_older_manifest_learns_the_words(made: Path, tmp_path: Path) -> None:
 ROW: Row = {"clip": "a--x.mp4", "seed": 3, "scale": [0, 5], "mos": 2.4, "quality": 0.5}
 
 
-def words(causes: dict[str, float], seconds: float = 4.0, **more: object) -> Row:
+def columns(causes: dict[str, float], seconds: float = 4.0, **more: object) -> Row:
     spans = [(0.0, seconds)] * len(causes)
-    return _words(ROW | {"causes": [*causes], "strengths": [*causes.values()], "seconds": spans} | more)
+    return training_columns(ROW | {"causes": [*causes], "strengths": [*causes.values()], "seconds": spans} | more)
 
 
-def test_the_strongest_defect_comes_first() -> None:
-    assert words({"blur": 0.3, "noise": 0.9})["defects"] == ["noise", "blur"]
-    assert words({"blur": 0.3, "rescale": 0.9, "noise": 0.6})["defects"] == ["blur", "noise"]
+def test_the_strongest_defect_is_first() -> None:
+    assert columns({"blur": 0.3, "noise": 0.9})["defects"] == ["noise", "blur"]
+    assert columns({"blur": 0.3, "rescale": 0.9, "noise": 0.6})["defects"] == ["blur", "noise"]
 
 
-def test_what_cannot_be_seen_is_neither_there_nor_absent() -> None:
-    assert words({"colour_cast": 0.9})["defects"] == ["colour"]
-    unseen = words({"colour_cast": 0.9}, quality=0.97, mos=4.9)
+def test_an_imperceptible_defect_is_neither_present_nor_absent() -> None:
+    assert columns({"colour_cast": 0.9})["defects"] == ["colour"]
+    unseen = columns({"colour_cast": 0.9}, quality=0.97, mos=4.9)
     assert unseen["defects"] == ["?colour"]
     assert not mentioned_defects(unseen["explanation"]) and "the video is" not in unseen["explanation"]
-    assert words({"colour_cast": 0.1})["defects"] == ["?colour"]
-    late = words({"bitrate_switch": 0.9, "buffering": 0.5})["defects"]
+    assert columns({"colour_cast": 0.1})["defects"] == ["?colour"]
+    late = columns({"bitrate_switch": 0.9, "buffering": 0.5})["defects"]
     assert late[0] == "buffering from 0.0 to 4.0 s" and "?bitrate_switch" in late, "its end may be cut off"
-    assert words({"stall": 0.3}, seconds=0.01)["defects"][0] == "stall", "no time that lasts nothing"
+    assert columns({"stall": 0.3}, seconds=0.01)["defects"][0] == "stall", "no empty span"
 
 
-def test_the_level_is_the_nearest_of_the_scale() -> None:
-    said = [words({}, mos=mos, quality=1)["explanation"] for mos in (0, 0.7, 2.4, 4.3, 4.5)]
-    levels = [re.findall(r"\w+", text)[6] for text in said]
+def test_the_level_is_the_nearest_on_the_scale() -> None:
+    texts = [columns({}, mos=mos, quality=1)["explanation"] for mos in (0, 0.7, 2.4, 4.3, 4.5)]
+    levels = [re.findall(r"\w+", text)[6] for text in texts]
     assert levels == ["bad", "poor", "fair", "good", "excellent"]
 
 
 def test_the_same_seed_makes_the_same_files(sources: Path, tmp_path: Path) -> None:
-    recipe = Recipe(("noise", "stall"), (0.5,), pairs=1, length=0.2)
+    plan = DegradationPlan(("noise", "stall"), (0.5,), pairs=1, length=0.2)
     for name in ("one", "two"):
-        make(tmp_path / name / "labels.jsonl", sources, recipe)
+        make(tmp_path / name / "labels.jsonl", sources, plan)
     assert (tmp_path / "one" / "labels.jsonl").read_bytes() == (tmp_path / "two" / "labels.jsonl").read_bytes()
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
 
 
-def test_what_is_there_is_not_made_again(sources: Path, tmp_path: Path) -> None:
+def test_an_existing_copy_is_not_made_again(sources: Path, tmp_path: Path) -> None:
     manifest = tmp_path / "set" / "labels.csv"
     make(manifest, sources)
     before = manifest.read_text()
@@ -270,71 +269,71 @@ def test_what_is_there_is_not_made_again(sources: Path, tmp_path: Path) -> None:
     }
 
 
-def test_what_would_be_another_copy_is_made_again(sources: Path, tmp_path: Path) -> None:
+def test_a_copy_with_another_identity_is_made_again(sources: Path, tmp_path: Path) -> None:
     manifest, one = tmp_path / "set" / "labels.jsonl", {"causes": ("blur",), "strengths": (0.5,), "length": 0.2}
-    make(manifest, sources, Recipe(**one))
-    assert len(make(manifest, sources, Recipe(**one, seed=1))) == 4
-    assert len(make(manifest, sources, Recipe(**one, seed=1, scale=(0, 5)))) == 4
-    assert len(make(manifest, sources, Recipe(**one | {"length": 0.1}, seed=1, scale=(0, 5)))) == 4
-    make(manifest, sources, Recipe(**one, seed=1, scale=(0, 5)))
+    make(manifest, sources, DegradationPlan(**one))
+    assert len(make(manifest, sources, DegradationPlan(**one, seed=1))) == 4
+    assert len(make(manifest, sources, DegradationPlan(**one, seed=1, scale=(0, 5)))) == 4
+    assert len(make(manifest, sources, DegradationPlan(**one | {"length": 0.1}, seed=1, scale=(0, 5)))) == 4
+    make(manifest, sources, DegradationPlan(**one, seed=1, scale=(0, 5)))
     write_clip(sources / "small.mp4", frames=9, size=(96, 64))
-    assert len(make(manifest, sources, Recipe(**one, seed=1, scale=(0, 5)))) == 2
+    assert len(make(manifest, sources, DegradationPlan(**one, seed=1, scale=(0, 5)))) == 2
     assert len(read_rows(manifest)) == 4
 
 
 def test_other_sources_keep_their_rows(sources: Path, tmp_path: Path) -> None:
-    manifest, recipe = tmp_path / "set" / "labels.parquet", Recipe(("blur",), (0.5,), length=0.2)
-    make(manifest, sources / "small.mp4", recipe)
-    make(manifest, sources / "real.mp4", recipe)
+    manifest, plan = tmp_path / "set" / "labels.parquet", DegradationPlan(("blur",), (0.5,), length=0.2)
+    make(manifest, sources / "small.mp4", plan)
+    make(manifest, sources / "real.mp4", plan)
     assert [row["source"] for row in read_rows(manifest)] == [
         str(sources / name) for name in ("small.mp4", "small.mp4", "real.mp4", "real.mp4")
     ]
 
 
-def test_sources_of_one_name_have_copies_of_their_own(sources: Path, tmp_path: Path) -> None:
+def test_sources_with_the_same_name_have_different_copies(sources: Path, tmp_path: Path) -> None:
     (sources / "more").mkdir()
     write_clip(sources / "more" / "small.mkv", frames=12, size=(64, 64))
-    rows = make(tmp_path / "set" / "labels.jsonl", sources, Recipe(("blur",), (0.5,), length=0.2))
+    rows = make(tmp_path / "set" / "labels.jsonl", sources, DegradationPlan(("blur",), (0.5,), length=0.2))
     assert len({row["clip"] for row in rows if isinstance(row, dict)}) == 6
 
 
-def test_a_bad_source_does_not_stop_the_others(sources: Path, tmp_path: Path) -> None:
+def test_a_failed_source_does_not_stop_the_others(sources: Path, tmp_path: Path) -> None:
     (sources / "text.mp4").write_text("no video")
     rows = make(tmp_path / "set" / "labels.jsonl", sources)
-    bad = [row for row in rows if isinstance(row, BadSource)]
-    assert [(one.source, one.copies) for one in bad] == [("text.mp4", 6)]
-    assert bad[0].error.startswith("ClipUnreadable: ")
+    failed = [row for row in rows if isinstance(row, FailedSource)]
+    assert [(each.source, each.copies) for each in failed] == [("text.mp4", 6)]
+    assert failed[0].error.startswith("ClipUnreadable: ")
     assert len(read_labels(tmp_path / "set" / "labels.jsonl")) == 12
 
 
-def test_copies_do_not_lie_beside_their_sources(sources: Path) -> None:
-    with pytest.raises(UsageError, match=r"beside their source real\.mp4: name a manifest in another folder"):
+def test_copies_are_not_written_next_to_their_sources(sources: Path) -> None:
+    with pytest.raises(UsageError, match=r"next to their source real\.mp4: name a table in another folder"):
         DegradedDataset(sources / "labels.jsonl", expand([sources]), QUICK)
 
 
-def test_without_the_extra_it_says_what_to_install(
+def test_a_missing_extra_is_an_error_that_says_what_to_install(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copies = DegradedDataset(tmp_path / "set" / "labels.csv", expand([sources]), QUICK)
+    dataset = DegradedDataset(tmp_path / "set" / "labels.csv", expand([sources]), QUICK)
     monkeypatch.setattr("lmm_qa.degrade.dataset.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"pip install 'lmm-qa\[degrade\]'"):
-        list(copies.make())
+        list(dataset.make())
 
 
-def test_another_table_is_left_alone(sources: Path, tmp_path: Path) -> None:
+def test_a_table_that_was_not_made_here_is_not_overwritten(sources: Path, tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("clip,mos\na.mp4,3\n")
-    with pytest.raises(ResultsError, match=r"labels\.csv exists and is no manifest of damaged copies"):
+    with pytest.raises(ResultsError, match=r"labels\.csv exists and is not a table of degraded copies"):
         DegradedDataset(tmp_path / "labels.csv", expand([sources]), QUICK)
     with pytest.raises(UsageError, match="by its suffix"):
         DegradedDataset(tmp_path / "set", expand([sources]), QUICK)
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
+# --- The command -----------------------------------------------------------------------------------------------------
 
 FEW = ("--causes", "blur,h264", "--strengths", "0.5", "--length", "0.2", "--workers", "1")
 
 
-def test_the_command_makes_a_set(sources: Path, tmp_path: Path) -> None:
+def test_the_command_makes_a_data_set(sources: Path, tmp_path: Path) -> None:
     (sources / "text.mp4").write_text("no video")
     missing = sources / "missing.mp4"
     manifest = tmp_path / "set" / "labels.csv"
@@ -344,23 +343,23 @@ def test_the_command_makes_a_set(sources: Path, tmp_path: Path) -> None:
     lines = done.stderr.splitlines()
     assert any(line.startswith("text.mp4: ClipUnreadable: ") for line in lines)
     assert any("missing.mp4: ClipNotFound: " in line for line in lines)
-    assert lines[-1].startswith("8 copies, 8 of 2 sources could not be made; 8 now, in ")
+    assert lines[-1].startswith("8 copies, 8 of 2 sources could not be made; 8 new, in ")
     assert len(read_labels(manifest)) == 8
     assert {tuple(row["scale"]) for row in read_rows(manifest)} == {(0, 5)}
     again = run("degrade", sources / "real.mp4", "-o", manifest, *FEW, "--pairs", "1", "--scale", "0", "5")
     assert again.returncode == 0
-    assert "4 copies are in" in again.stderr
+    assert "4 copies already in" in again.stderr
 
 
 def test_the_help_names_all_causes() -> None:
-    said = re.search(r"Causes: ([^.]*)\.", " ".join((lmm_qa.cli.degrade.__doc__ or "").split()))
-    assert said is not None
-    assert re.split("[,;] ", said[1]) == list(DEGRADATIONS)
+    listed = re.search(r"Causes: ([^.]*)\.", " ".join((lmm_qa.cli.app.degrade.__doc__ or "").split()))
+    assert listed is not None
+    assert re.split("[,;] ", listed[1]) == list(DEGRADATIONS)
 
 
-def test_what_the_command_refuses(sources: Path, tmp_path: Path) -> None:
+def test_the_command_refuses_invalid_options(sources: Path, tmp_path: Path) -> None:
     for arguments, message in (
-        (("--strengths", "a,b"), "--strengths are numbers with commas between them, received 'a,b'"),
+        (("--strengths", "a,b"), "--strengths are numbers separated by commas, received 'a,b'"),
         (("--causes", "fog"), "unknown cause 'fog'"),
     ):
         done = run("degrade", sources, "-o", tmp_path / "set" / "labels.csv", *arguments)
@@ -370,7 +369,7 @@ def test_what_the_command_refuses(sources: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_a_killed_run_goes_on_where_it_was(sources: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_is_continued(sources: Path, tmp_path: Path) -> None:
     manifest = tmp_path / "set" / "labels.csv"
     causes = ("--causes", "blur,rescale,jpeg", "--strengths", "0.2,0.4,0.6,0.8,1")
     command = [sys.executable, "-m", "lmm_qa", "degrade", str(sources / "real.mp4"), "-o", str(manifest), *causes]
@@ -379,9 +378,9 @@ def test_a_killed_run_goes_on_where_it_was(sources: Path, tmp_path: Path) -> Non
     while len(list(tmp_path.glob("set/real--*.mp4"))) < 4 and time.monotonic() < deadline:
         time.sleep(0.05)
     running.send_signal(signal.SIGINT)
-    _, said = running.communicate(timeout=60)
+    _, stderr = running.communicate(timeout=60)
     assert running.returncode == 130
-    assert "Traceback" not in said
+    assert "Traceback" not in stderr
     assert not manifest.exists()
     made = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("set/real--*.mp4")}
     done = subprocess.run([*command, "--workers", "1", "--length", "0.6"], capture_output=True, text=True)

@@ -16,7 +16,7 @@ from scipy.ndimage import gaussian_filter
 from skimage.measure import block_reduce
 
 from lmm_qa.config import Sampling, View
-from lmm_qa.degrade.causes import damage, encode
+from lmm_qa.degrade.causes import degrade, encode
 from lmm_qa.video.decode import read_frames
 from lmm_qa.video.temporal import (
     Cadence,
@@ -112,8 +112,8 @@ def test_pictures_that_change_their_size_can_be_measured() -> None:
 @pytest.mark.parametrize("strength", [0.25, 0.9])
 @pytest.mark.parametrize("other", [None, "noise", "blur"])
 def test_a_stall_is_found_where_it_is(tmp_path: Path, crf: int, strength: float, other: str | None) -> None:
-    frames = talking() if other is None else damage(talking(), other, 0.5).frames
-    stalled = damage(frames, "stall", strength, seed=3, fps=FPS)
+    frames = talking() if other is None else degrade(talking(), other, 0.5).frames
+    stalled = degrade(frames, "stall", strength, seed=3, fps=FPS)
     dynamics = traced(stalled.frames, tmp_path, crf)
     assert [close(found, stalled.seconds) for found in stalls(dynamics)] == [True]
     assert buffering(dynamics) is None
@@ -122,7 +122,7 @@ def test_a_stall_is_found_where_it_is(tmp_path: Path, crf: int, strength: float,
 @pytest.mark.parametrize("crf", [10, 28])
 @pytest.mark.parametrize("strength", [0.25, 0.9])
 def test_a_wait_is_found_at_the_beginning(tmp_path: Path, crf: int, strength: float) -> None:
-    waiting = damage(talking(), "buffering", strength, fps=FPS)
+    waiting = degrade(talking(), "buffering", strength, fps=FPS)
     dynamics = traced(waiting.frames, tmp_path, crf)
     found = buffering(dynamics)
     assert found is not None and found[0] == 0 and close(found, waiting.seconds)
@@ -139,7 +139,7 @@ def test_a_calm_face_does_not_stand(tmp_path: Path, crf: int, sway: float) -> No
 
 @pytest.mark.parametrize("cause", ["drop", "jitter"])
 def test_repeated_frames_are_no_stalls_but_a_low_rate(tmp_path: Path, cause: str) -> None:
-    dynamics = traced(damage(talking(), cause, 0.6, fps=FPS).frames, tmp_path, 18)
+    dynamics = traced(degrade(talking(), cause, 0.6, fps=FPS).frames, tmp_path, 18)
     assert stalls(dynamics) == []
     assert cadence(dynamics).rate < 15 < cadence(traced(talking(), tmp_path, 18)).rate
 
@@ -193,14 +193,14 @@ def test_a_clip_of_one_frame_has_nothing() -> None:
 @pytest.mark.parametrize(("seed", "opening"), [(0, True), (1, False)])
 @pytest.mark.parametrize("strength", [0.6, 0.9])
 def test_a_switch_is_found_where_it_is(tmp_path: Path, seed: int, opening: bool, strength: float) -> None:
-    switched = damage(talking(), "bitrate_switch", strength, seed=seed, fps=FPS)
+    switched = degrade(talking(), "bitrate_switch", strength, seed=seed, fps=FPS)
     assert (switched.seconds[0] == 0) == opening
     assert [close(found, switched.seconds) for found in switches(traced(switched.frames, tmp_path, 18))] == [True]
 
 
 @pytest.mark.parametrize("cause", [None, "noise", "h264"])
 def test_what_is_alike_all_the_time_is_no_switch(tmp_path: Path, cause: str | None) -> None:
-    frames = damage(talking(), cause, 0.7).frames if cause else talking()
+    frames = degrade(talking(), cause, 0.7).frames if cause else talking()
     assert switches(traced(frames, tmp_path)) == []
 
 
@@ -249,12 +249,12 @@ def test_a_step_at_an_end_is_no_switch() -> None:
 
 @pytest.mark.parametrize("strength", [0.2, 0.9])
 def test_flicker_is_found(tmp_path: Path, strength: float) -> None:
-    assert flicker(traced(damage(talking(), "flicker", strength, 3, fps=FPS).frames, tmp_path)) > FLICKERS
+    assert flicker(traced(degrade(talking(), "flicker", strength, 3, fps=FPS).frames, tmp_path)) > FLICKERS
 
 
 @pytest.mark.parametrize("cause", [None, "noise", "stall", "drop", "jitter", "h264"])
 def test_what_does_not_flicker(tmp_path: Path, cause: str | None) -> None:
-    frames = damage(talking(), cause, 0.8, 3, fps=FPS).frames if cause else talking()
+    frames = degrade(talking(), cause, 0.8, 3, fps=FPS).frames if cause else talking()
     assert flicker(traced(frames, tmp_path)) < FLICKERS / 2
 
 
