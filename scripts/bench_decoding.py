@@ -1,21 +1,24 @@
-"""How fast do decoders give the sampled frames of clips, and do they give the same pictures?
+"""Compare the speed and the pictures of video decoders on the sampled frames of clips.
 
     python scripts/bench_decoding.py [CLIPS ...] [--frames 8] [--runs 3] [-o runs/decoding.json]
 
-One process and one thread for each decoder, in turns, the median of several runs: PyAV that decodes every frame, decord
-and torchcodec (where they are installed) that seek, and ours (`lmm_qa.video.decode.read_frames`: strict, every frame, checked
-from end to end), which besides renders its view. Then ours in worker processes. Difference: of the pictures from those
-of PyAV, mean over all, in grey levels; "fails": clips that a decoder cannot open, or where it counts other frames.
+Decoders, each in this process on one thread, in turns, median of several runs: PyAV decoding every frame; decord and
+torchcodec (if installed) seeking; and `lmm_qa.video.decode.read_frames`, which decodes every frame strictly, checks the
+file and renders a view. Then lmm_qa in worker processes.
+
+difference: mean absolute difference from PyAV's pictures, in grey levels. fails: clips that a decoder cannot open, or
+in which it counts another number of frames.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import av
@@ -29,19 +32,19 @@ from lmm_qa.video.decoder_pool import DecoderPool
 from lmm_qa.video.probe import probe
 
 Pictures = NDArray[np.uint8]
-Decoder = Callable[[Path, Sequence[int]], Pictures]
+"""(frames, height, width, 3) RGB."""
 
 
 def with_pyav(path: Path, indices: Sequence[int]) -> Pictures:
     with av.open(str(path)) as container:
         container.streams.video[0].codec_context.thread_count = 1
         wanted = set(indices)
-        kept = {
+        pictures = {
             number: frame.to_ndarray(format="rgb24")
             for number, frame in enumerate(container.decode(video=0))
             if number in wanted
         }
-    return np.stack([kept[index] for index in indices])
+    return np.stack([pictures[index] for index in indices])
 
 
 def with_decord(path: Path, indices: Sequence[int]) -> Pictures:
@@ -59,95 +62,83 @@ def with_torchcodec(path: Path, indices: Sequence[int]) -> Pictures:
     return pictures
 
 
-def with_ours(path: Path, indices: Sequence[int]) -> Pictures:
-    frames = read_frames(path, Sampling(frames=len(indices)), (View(max_pixels=1 << 30),), 2)
-    return frames.views[0]
+def with_lmm_qa(path: Path, indices: Sequence[int]) -> Pictures:
+    return read_frames(path, Sampling(frames=len(indices)), (View(max_pixels=1 << 30),), 2).views[0]
 
 
-DECODERS: dict[str, Decoder] = {
-    "PyAV": with_pyav,
-    "decord": with_decord,
-    "torchcodec": with_torchcodec,
-    "ours": with_ours,
+DECODERS: dict[str, tuple[str, Callable[[Path, Sequence[int]], Pictures]]] = {
+    "PyAV": ("av", with_pyav),
+    "decord": ("decord", with_decord),
+    "torchcodec": ("torchcodec", with_torchcodec),
+    "lmm_qa": ("lmm_qa", with_lmm_qa),
 }
-
-
-def installed() -> dict[str, Decoder]:
-    import importlib.util
-
-    return {name: decode for name, decode in DECODERS.items()
-            if name in ("PyAV", "ours") or importlib.util.find_spec(name) is not None}  # fmt: skip
+"""Module that must be installed, and function, by name."""
 
 
 def bench(clips: Sequence[Path], frames: int, runs: int, workers: int) -> dict[str, Any]:
-    # What is compared is decoding, not sampling: all get the numbers that ours takes.
-    asked = {clip: read_frames(clip, Sampling(frames=frames), (View(),), 28).indices for clip in clips}
+    # Decoding is compared, not sampling: all decoders get the indices that lmm_qa samples.
+    indices = {clip: read_frames(clip, Sampling(frames=frames), (View(),), 28).indices for clip in clips}
+    expected = {clip: with_pyav(clip, numbers).astype(np.int16) for clip, numbers in indices.items()}
     infos = [probe(clip) for clip in clips]
-    expected = {clip: with_pyav(clip, indices).astype(np.int16) for clip, indices in asked.items()}
-    decoders = installed()
-    report: dict[str, Any] = {name: {"wall": [], "processor": [], "fails": [], "differences": []} for name in decoders}
-    for run in range(runs):
-        for name, decode in decoders.items():
-            mine = report[name]
-            wall, processor = time.perf_counter(), time.process_time()
-            got: dict[Path, Pictures] = {}
-            for clip, indices in asked.items():
-                try:
-                    got[clip] = decode(clip, indices)
-                except Exception as error:  # decoders have a dozen kinds
-                    if not run:
-                        mine["fails"].append(f"{clip.name}: {type(error).__name__}")
-            mine["wall"].append(time.perf_counter() - wall)
-            mine["processor"].append(time.process_time() - processor)
-            if not run:
-                mine["differences"] = [
-                    float(np.abs(pictures - expected[clip]).mean())
-                    for clip, pictures in got.items()
-                    if pictures.shape == expected[clip].shape
-                ]
-    pool_seconds = []
+    decoders = {name: read for name, (module, read) in DECODERS.items() if importlib.util.find_spec(module)}
+    results: dict[str, Any] = {name: {"wall": [], "processor": []} for name in decoders}
     for _ in range(runs):
-        began = time.perf_counter()
+        for name, decode in decoders.items():
+            result: dict[str, Any] = results[name] | {"fails": [], "differences": []}
+            decoded: dict[Path, Pictures] = {}
+            wall, processor = time.perf_counter(), time.process_time()
+            for clip, numbers in indices.items():
+                try:
+                    decoded[clip] = decode(clip, numbers)
+                except Exception as error:  # decoders raise a dozen kinds
+                    result["fails"].append(f"{clip.name}: {type(error).__name__}")
+            result["wall"].append(time.perf_counter() - wall)
+            result["processor"].append(time.process_time() - processor)
+            for clip, pictures in decoded.items():
+                if pictures.shape == expected[clip].shape:
+                    result["differences"].append(float(np.abs(pictures - expected[clip]).mean()))
+            results[name] = result
+    worker_seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
         with DecoderPool(workers) as pool:
-            for _result in pool.imap(clips, Sampling(frames=frames), (View(),), 28):
-                pass
-        pool_seconds.append(time.perf_counter() - began)
-    pixels = sum(info.frames * info.width * info.height for info in infos)
+            list(pool.imap(clips, Sampling(frames=frames), (View(),), 28))
+        worker_seconds.append(time.perf_counter() - start)
+    megapixels = sum(info.frames * info.width * info.height for info in infos) / 1e6
     return {
         "clips": len(clips),
-        "frames_asked": frames,
-        "frames_in_all": sum(info.frames for info in infos),
+        "sampled_frames": frames,
+        "frames": sum(info.frames for info in infos),
         "seconds_of_video": sum(info.duration for info in infos),
         "decoders": {
             name: {
-                "wall_seconds": statistics.median(mine["wall"]),
-                "processor_seconds": statistics.median(mine["processor"]),
-                "megapixels_per_second": pixels / 1e6 / statistics.median(mine["processor"]),
-                "mean_difference": statistics.fmean(mine["differences"]) if mine["differences"] else None,
-                "fails": mine["fails"],
+                "wall_seconds": median(result["wall"]),
+                "processor_seconds": median(result["processor"]),
+                "megapixels_per_second": megapixels / median(result["processor"]),
+                "mean_difference": fmean(result["differences"]) if result["differences"] else None,
+                "fails": result["fails"],
             }
-            for name, mine in report.items()
+            for name, result in results.items()
         },
-        "ours_in_processes": {"workers": workers, "wall_seconds": statistics.median(pool_seconds)},
+        "lmm_qa_in_workers": {"workers": workers, "wall_seconds": median(worker_seconds)},
     }
 
 
 def table(report: dict[str, Any]) -> str:
     lines = [
-        f"{report['frames_asked']} frames of each of {report['clips']} clips ({report['frames_in_all']} frames, "
+        f"{report['sampled_frames']} frames of each of {report['clips']} clips ({report['frames']} frames, "
         f"{report['seconds_of_video']:.0f} s of video)",
         f"{'':<12} {'wall s':>8} {'cpu s':>8} {'difference':>11} {'fails':>6}",
     ]
-    for name, each in report["decoders"].items():
-        difference = "" if each["mean_difference"] is None else f"{each['mean_difference']:.3f}"
+    for name, result in report["decoders"].items():
+        difference = "" if result["mean_difference"] is None else f"{result['mean_difference']:.3f}"
         lines.append(
-            f"{name:<12} {each['wall_seconds']:>8.2f} {each['processor_seconds']:>8.2f} {difference:>11} "
-            f"{len(each['fails']):>6}"
+            f"{name:<12} {result['wall_seconds']:>8.2f} {result['processor_seconds']:>8.2f} {difference:>11} "
+            f"{len(result['fails']):>6}"
         )
-    pool = report["ours_in_processes"]
-    return "\n".join(
-        [*lines, f"ours in {pool['workers']} processes, their start included: {pool['wall_seconds']:.2f} s"]
-    )
+    pool = report["lmm_qa_in_workers"]
+    lines.append(f"lmm_qa in {pool['workers']} worker processes, including their start: {pool['wall_seconds']:.2f} s")
+    return "\n".join(lines)
 
 
 def main() -> None:

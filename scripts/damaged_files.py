@@ -1,11 +1,12 @@
-"""Damage video files in every way we can think of, rate them with good clips among them, and check what comes out.
+"""Rate several hundred damaged files with good clips among them, and check the results.
 
     python scripts/damaged_files.py --work runs/damaged [--every 10] [-o runs/damaged/report.json]
 
-All files are made from one sample clip of the package; the same seed makes the same files. Checked: the command ends in
-time, without a traceback, with exit code 3; one row a file; what must fail failed, with an error of the right class;
-what is rated is rated with all its frames; the good clips have the scores that they have alone; memory stays bounded.
-Prints a table, ends with 1 where one of these does not hold.
+All files are made from one sample clip of the package, reproducibly for a seed. Checks: the command ends in time,
+without a traceback, with exit code 3; one row per file; every file that must fail does, with an error of the right
+class; clips are rated with all their frames; the good clips have the same scores as without the others; memory stays
+below a limit.
+Prints a table; exit code 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -26,44 +27,44 @@ from typing import Any
 
 import av
 import numpy as np
-from watched_run import Run, watched_run
+from rating_runs import Run, box, watched_run
 
 import lmm_qa
-from lmm_qa.ratings_io import read_rows
+from lmm_qa.tables import read_rows
 
 SAMPLES = Path(lmm_qa.__file__).parent / "samples"
 FRAMES = 36
-"""Frames of the clips that are damaged."""
+"""Frames of the clips before they are damaged."""
 TOLERANCE = 1e-4
-"""Scores may differ by what another order of floating-point sums makes."""
+"""Allowed difference of scores: sums of floating-point numbers depend on their order."""
 
 RATED, SHORT = "rated", "rated, with fewer frames"
 UNREADABLE = frozenset({"ClipUnreadable"})
 BROKEN = frozenset({"ClipTruncated", "ClipUnreadable"})
-SEEN_OR_WHOLE = BROKEN | {RATED}
-"""Where bytes changed inside a picture may still decode, and fields may turn out not to matter."""
-ANY = SEEN_OR_WHOLE | {SHORT}
-"""Where the file itself says, wrongly, that there are fewer frames, or that fewer are to be shown."""
+BROKEN_OR_RATED = BROKEN | {RATED}
+"""If changed bytes inside a picture can still decode, or a changed field can be irrelevant."""
+ANY = BROKEN_OR_RATED | {SHORT}
+"""If the changed file can declare that it has, or shows, fewer frames."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One file that is to be rated."""
+    """One file to rate."""
 
     name: str
-    """Path below the folder; its first part is the kind of damage."""
+    """Path in the folder; its first part is the kind of damage."""
     make: Callable[[Path], object]
     outcomes: frozenset[str] = BROKEN
-    """What may become of it: classes of errors, `RATED`, `SHORT`."""
+    """Allowed results: classes of errors, `RATED`, `SHORT`."""
     frames: int = FRAMES
-    """How many there are."""
+    """Frames of the undamaged file."""
 
     @property
     def kind(self) -> str:
         return self.name.partition("/")[0]
 
 
-# What is damaged
+# Undamaged files
 
 
 def pictures(count: int, width: int, height: int) -> list[np.ndarray]:
@@ -112,7 +113,7 @@ CONTAINERS: dict[str, tuple[str, str, dict[str, str]]] = {
 
 
 def write_sources(folder: Path) -> dict[str, bytes]:
-    """The clips that are damaged: the same pictures in each container. Their bytes by name."""
+    """Write the same pictures in each container; return the bytes of the files by name."""
     folder.mkdir(parents=True, exist_ok=True)
     frames = pictures(FRAMES, 256, 256)
     for name, (codec, pixel_format, muxer) in CONTAINERS.items():
@@ -120,21 +121,21 @@ def write_sources(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in CONTAINERS}
 
 
-# How
+# Damage
 
 
 def cases(sources: dict[str, bytes], seed: int) -> Iterator[Case]:
-    """Every file, those of one kind together."""
+    """All files, grouped by kind."""
     rng = random.Random(seed)
     yield from cut_short(sources)
-    yield from flipped(sources, rng)
+    yield from flipped_bits(sources, rng)
     yield from overwritten(sources, rng)
-    yield from wrong_headers(sources)
-    yield from no_video(rng)
+    yield from broken_headers(sources)
+    yield from not_videos(rng)
     yield from wrong_fields(sources)
     yield from unusual(sources)
-    yield from named(sources)
-    yield from no_files(sources)
+    yield from unusual_names(sources)
+    yield from special_files(sources)
 
 
 def cut_short(sources: dict[str, bytes]) -> Iterator[Case]:
@@ -146,10 +147,10 @@ def cut_short(sources: dict[str, bytes]) -> Iterator[Case]:
         yield stored(f"cut/last_byte_{name}", raw[:-1])
 
 
-def flipped(sources: dict[str, bytes], rng: random.Random) -> Iterator[Case]:
-    """Single bits and handfuls of them, at the start, in the index of an MP4, in the pictures, at the end.
+def flipped_bits(sources: dict[str, bytes], rng: random.Random) -> Iterator[Case]:
+    """Flip single and several bits at the start, in the index of an MP4, in the pictures and at the end.
 
-    At the start and in the index stand times and edit lists, which say what is shown; a GIF does not count its frames.
+    The start and the index contain times and edit lists, which can hide frames; a GIF does not declare its frames.
     """
     for name, raw in sources.items():
         index = raw.find(b"moov")
@@ -161,15 +162,15 @@ def flipped(sources: dict[str, bytes], rng: random.Random) -> Iterator[Case]:
                 changed = bytearray(raw)
                 for _ in range(bits):
                     changed[rng.randrange(begin, end)] ^= 1 << rng.randrange(8)
-                believed = place in ("start", "index") or name.endswith(".gif")
-                yield stored(f"flipped/{place}_{bits}_{name}", bytes(changed), ANY if believed else SEEN_OR_WHOLE)
+                hides_frames = place in ("start", "index") or name.endswith(".gif")
+                yield stored(f"flipped/{place}_{bits}_{name}", bytes(changed), ANY if hides_frames else BROKEN_OR_RATED)
 
 
 def overwritten(sources: dict[str, bytes], rng: random.Random) -> Iterator[Case]:
-    """A twelfth of the pictures. Some codecs decode whatever they are given (see `lmm_qa.video.decode`)."""
-    blind = {"vp9.webm": SEEN_OR_WHOLE, "hevc.mp4": SEEN_OR_WHOLE, "animation.gif": ANY}
+    """Overwrite or remove a twelfth of the picture data; some codecs decode anything (see docs/decoding.md)."""
+    undetected = {"vp9.webm": BROKEN_OR_RATED, "hevc.mp4": BROKEN_OR_RATED, "animation.gif": ANY}
     for name, raw in sources.items():
-        outcomes = blind.get(name, BROKEN)
+        outcomes = undetected.get(name, BROKEN)
         pictured = max(raw.find(b"mdat"), raw.find(b"movi"), 0)
         for place in (0.1, 0.5, 0.8):
             start = pictured + int((len(raw) - pictured) * place)
@@ -180,16 +181,16 @@ def overwritten(sources: dict[str, bytes], rng: random.Random) -> Iterator[Case]
             yield stored(f"overwritten/left_out_{place}_{name}", raw[:start] + raw[start + length :], outcomes)
 
 
-def wrong_headers(sources: dict[str, bytes]) -> Iterator[Case]:
+def broken_headers(sources: dict[str, bytes]) -> Iterator[Case]:
     for name, raw in sources.items():
-        outcomes = SEEN_OR_WHOLE if name.endswith(".ts") else BROKEN  # which repeats its header
+        outcomes = BROKEN_OR_RATED if name.endswith(".ts") else BROKEN  # MPEG-TS repeats its header
         yield stored(f"header/zeros_{name}", bytes(64) + raw[64:], outcomes)
         yield stored(f"header/none_{name}", raw[64:], outcomes)
         other = sources["h264.mkv" if name != "h264.mkv" else "mpeg4.avi"]
         yield stored(f"header/other_{name}", other[:64] + raw[64:], outcomes)
 
 
-def no_video(rng: random.Random) -> Iterator[Case]:
+def not_videos(rng: random.Random) -> Iterator[Case]:
     for suffix in ("mp4", "mkv", "gif"):
         for size in (0, 1, 8, 4096, 1 << 20):
             yield stored(f"no_video/{size}_zeros.{suffix}", bytes(size), UNREADABLE)
@@ -220,9 +221,9 @@ def no_video(rng: random.Random) -> Iterator[Case]:
 
 
 def wrong_fields(sources: dict[str, bytes]) -> Iterator[Case]:
-    """Sizes, counts, times and sides that cannot be, each written over one field (ISO/IEC 14496-12; AVI; GIF89a)."""
+    """Write an impossible size, count, time or dimension over one field (ISO/IEC 14496-12; AVI; GIF89a)."""
     most, large = b"\xff" * 4, b"\x7f\xff\xff\xff"
-    # (box, offset of the field behind the box's name, values); -4 is the box's own length.
+    # {box: {offset of the field after the box's name: values}}; -4 is the length of the box.
     fields = {
         "moov": {-4: (most, large, b"\0\0\0\x09")},
         "mdat": {-4: (most, large, b"\0\0\0\x10")},
@@ -239,35 +240,49 @@ def wrong_fields(sources: dict[str, bytes]) -> Iterator[Case]:
         "avcC": {0: (most,), 4: (b"\xff",), -4: (most, b"\0\0\0\x08")},
     }
     raw = sources["faststart.mp4"]
-    for box, places in fields.items():
+    for name, places in fields.items():
         for offset, values in places.items():
             for value in values:
-                changed = patched(raw, box.encode(), offset, value)
-                believed = (box, offset) in (("mdhd", 12), ("stts", 12))  # the times, against which an edit list cuts
-                outcomes = ANY if believed else SEEN_OR_WHOLE
-                yield stored(f"field/{box}{offset:+d}_{value.hex()}.mp4", changed, outcomes)
-    for box in ("moov", "trak", "mdia", "minf", "stbl", "stsd", "avc1", "avcC", "stts", "stsz", "stco", "stsc", "vide"):
-        yield stored(f"field/{box}_renamed.mp4", patched(raw, box.encode(), 0, b"zzzz", whole=True), SEEN_OR_WHOLE)
+                changed = patched(raw, name.encode(), offset, value)
+                hides_frames = (name, offset) in (("mdhd", 12), ("stts", 12))  # times, to which an edit list refers
+                outcomes = ANY if hides_frames else BROKEN_OR_RATED
+                yield stored(f"field/{name}{offset:+d}_{value.hex()}.mp4", changed, outcomes)
+    for name in (
+        "moov",
+        "trak",
+        "mdia",
+        "minf",
+        "stbl",
+        "stsd",
+        "avc1",
+        "avcC",
+        "stts",
+        "stsz",
+        "stco",
+        "stsc",
+        "vide",
+    ):
+        yield stored(f"field/{name}_renamed.mp4", patched(raw, name.encode(), 0, b"zzzz", whole=True), BROKEN_OR_RATED)
     gif, avi = sources["animation.gif"], sources["mpeg4.avi"]
-    yield stored("field/screen.gif", gif[:6] + b"\xff\xff\xff\xff" + gif[10:], SEEN_OR_WHOLE)
-    yield stored("field/picture.gif", patched(gif, b"\x2c\0\0\0\0", 0, most), SEEN_OR_WHOLE)
+    yield stored("field/screen.gif", gif[:6] + b"\xff\xff\xff\xff" + gif[10:], BROKEN_OR_RATED)
+    yield stored("field/picture.gif", patched(gif, b"\x2c\0\0\0\0", 0, most), BROKEN_OR_RATED)
     for offset in (8, 24, 40):
         yield stored(
-            f"field/main_header{offset}.avi", patched(avi, b"avih", offset, b"\xff\xff\xff\x7f"), SEEN_OR_WHOLE
+            f"field/main_header{offset}.avi", patched(avi, b"avih", offset, b"\xff\xff\xff\x7f"), BROKEN_OR_RATED
         )
     for offset in (24, 28, 36):
         for value in (bytes(4), b"\xff\xff\xff\x7f"):
             yield stored(
-                f"field/stream_header{offset}_{value.hex()}.avi", patched(avi, b"strh", offset, value), SEEN_OR_WHOLE
+                f"field/stream_header{offset}_{value.hex()}.avi", patched(avi, b"strh", offset, value), BROKEN_OR_RATED
             )
     duration = sources["h264.mkv"].find(b"\x44\x89\x88")
     for value in (b"\x7f\xef" + b"\xff" * 6, b"\x7f\xf8" + bytes(6), b"\xff\xf0" + bytes(6)):
         changed = patched(sources["h264.mkv"], b"\x44\x89\x88", 0, value)
-        yield stored(f"field/duration_{value[:2].hex()}.mkv", changed if duration > 0 else b"", SEEN_OR_WHOLE)
+        yield stored(f"field/duration_{value[:2].hex()}.mkv", changed if duration > 0 else b"", BROKEN_OR_RATED)
 
 
 def unusual(sources: dict[str, bytes]) -> Iterator[Case]:
-    """Nothing is wrong with these, or nothing that matters."""
+    """Valid files, or nearly so."""
     rated = frozenset({RATED})
     for frames in (1, 2, 3):
         yield encoded(f"unusual/{frames}_frames.mp4", frames, 64, 64)
@@ -280,13 +295,13 @@ def unusual(sources: dict[str, bytes]) -> Iterator[Case]:
     )
     raw = sources["h264.mp4"]
     yield stored("unusual/padded.mp4", raw + bytes(100_000), rated)
-    yield stored("unusual/junk_behind.mp4", raw + b"\xa5junk" * 10_000, SEEN_OR_WHOLE)
-    yield stored("unusual/twice.mp4", raw + raw, SEEN_OR_WHOLE)
+    yield stored("unusual/junk_behind.mp4", raw + b"\xa5junk" * 10_000, BROKEN_OR_RATED)
+    yield stored("unusual/twice.mp4", raw + raw, BROKEN_OR_RATED)
     for suffix in ("mkv", "avi", "gif", "ts", "webm", "mov"):
         yield stored(f"unusual/in_truth_mp4.{suffix}", raw, rated)
 
 
-def named(sources: dict[str, bytes]) -> Iterator[Case]:
+def unusual_names(sources: dict[str, bytes]) -> Iterator[Case]:
     names = [
         *("说话的头 视频", "متحدث", "говорящая голова", "話す頭", "หัวพูด", "דובר", "cafe\u0301", "👩🏽\u200d🚀"),
         *("two  spaces ", "new\nline", "tab\tback\\slash", "quote'\"`", "$(touch x);&|", "-rf", "--help", "a%03d"),
@@ -298,8 +313,8 @@ def named(sources: dict[str, bytes]) -> Iterator[Case]:
     yield stored(os.fsdecode(b"named/\xff\xfe\x80.mp4"), sources["h264.mp4"] + box(b"!"), frozenset({RATED}))
 
 
-def no_files(sources: dict[str, bytes]) -> Iterator[Case]:
-    """What lies in a folder besides files."""
+def special_files(sources: dict[str, bytes]) -> Iterator[Case]:
+    """Links, pipes, devices and folders, in place of files."""
     missing = frozenset({"ClipNotFound"})
     yield Case("no_file/loop.mp4", lambda path: path.symlink_to(path.name), UNREADABLE)
     yield Case("no_file/there.mp4", lambda path: path.symlink_to("back.mp4"), UNREADABLE)
@@ -328,7 +343,7 @@ def stored(name: str, data: bytes, outcomes: frozenset[str] = BROKEN) -> Case:
 def encoded(
     name: str, frames: int, width: int, height: int, codec: str = "libx264", pixel_format: str = "yuv420p"
 ) -> Case:
-    """A whole clip of some size."""
+    """An undamaged clip."""
     return Case(
         name,
         lambda path: write(path, pictures(frames, width, height), codec, pixel_format),
@@ -337,13 +352,8 @@ def encoded(
     )
 
 
-def box(data: bytes) -> bytes:
-    """An MP4 box that players skip: it makes a copy another file with the same pictures."""
-    return (8 + len(data)).to_bytes(4, "big") + b"free" + data
-
-
 def patched(raw: bytes, mark: bytes, offset: int, value: bytes, *, whole: bool = False) -> bytes:
-    """Write over what stands `offset` bytes behind a mark, or over the mark itself."""
+    """Overwrite the bytes at an offset after a mark, or the mark itself if `whole`."""
     at = raw.find(mark)
     if at < 0:
         raise ValueError(f"{mark!r} does not occur")
@@ -357,7 +367,7 @@ def sparse(path: Path, size: int) -> None:
 
 
 def listen(path: Path) -> None:
-    """A socket in the file system; its name may not be long, hence from inside its folder."""
+    """Make a socket, from inside its folder because socket paths must be short."""
     here = Path.cwd()
     os.chdir(path.parent)
     try:
@@ -366,21 +376,21 @@ def listen(path: Path) -> None:
         os.chdir(here)
 
 
-# What comes out
+# Results
 
 
 @dataclass
 class Report:
-    """What a run made of the files."""
+    """Results of a run."""
 
     files: int
     seconds: float
     peak_alone: int
     peak: int
     table: dict[str, dict[str, int]]
-    """How often each outcome, for each kind of damage."""
-    complaints: list[str] = field(default_factory=list)
-    """What should not have happened."""
+    """For each kind of damage, the number of files with each result."""
+    failures: list[str] = field(default_factory=list)
+    """Checks that failed."""
 
 
 def rate(inputs: Sequence[Path], output: Path, timeout: float, limit: float) -> Run:
@@ -396,30 +406,30 @@ def check(
     for row in read_rows(work / "together.jsonl"):
         rows[row["clip"]].append(row)
     table: dict[str, Counter[str]] = defaultdict(Counter)
-    wrong: list[str] = []
+    failures: list[str] = []
     if together.code != 3:
-        wrong.append(f"exit code {together.code} after {together.seconds:.0f} s: {together.complaints[-2000:]}")
-    if "Traceback" in together.complaints:
-        wrong.append(together.complaints[-2000:])
+        failures.append(f"exit code {together.code} after {together.seconds:.0f} s: {together.stderr[-2000:]}")
+    if "Traceback" in together.stderr:
+        failures.append(together.stderr[-2000:])
     for name, case in by_name.items():
-        found = rows.pop(name, [])
-        outcome = outcome_of(found[0], case.frames) if len(found) == 1 else f"{len(found)} rows"
+        matching = rows.pop(name, [])
+        outcome = outcome_of(matching[0], case.frames) if len(matching) == 1 else f"{len(matching)} rows"
         table[case.kind][outcome] += 1
         if outcome not in case.outcomes:
-            wrong.append(f"{name}: {outcome}, expected {' or '.join(sorted(case.outcomes))}: {told(found)}")
-        elif found[0]["error"] and Path(name).name not in found[0]["error"]["message"]:
-            wrong.append(f"{name}: the message does not name the file: {told(found)}")
+            failures.append(f"{name}: {outcome}, expected {' or '.join(sorted(case.outcomes))}: {describe(matching)}")
+        elif matching[0]["error"] and Path(name).name not in matching[0]["error"]["message"]:
+            failures.append(f"{name}: the message does not name the file: {describe(matching)}")
     expected = {row["content_id"]: row["score"] for row in read_rows(work / "alone.jsonl")}
     for path in good:
-        found = rows.pop(path.relative_to(folder).as_posix(), [])
-        table["good"][outcome_of(found[0]) if found else "no row"] += 1
-        if len(found) != 1 or abs((found[0]["score"] or 0) - expected[found[0]["content_id"]]) > TOLERANCE:
-            wrong.append(f"{path.name}: the score is not the one that it has alone: {told(found)}")
-    wrong += [f"{name}: a row for nothing" for name in rows]
+        matching = rows.pop(path.relative_to(folder).as_posix(), [])
+        table["good"][outcome_of(matching[0]) if matching else "no row"] += 1
+        if len(matching) != 1 or abs((matching[0]["score"] or 0) - expected[matching[0]["content_id"]]) > TOLERANCE:
+            failures.append(f"{path.name}: the score differs from that without the damaged files: {describe(matching)}")
+    failures += [f"{name}: a row for no file" for name in rows]
     if together.peak > memory:
-        wrong.append(f"memory: {together.peak / 2**30:.2f} GiB, at most {memory / 2**30:.2f} GiB expected")
+        failures.append(f"memory: {together.peak / 2**30:.2f} GiB, the limit is {memory / 2**30:.2f} GiB")
     counts = {kind: dict(outcomes.most_common()) for kind, outcomes in table.items()}
-    return Report(len(by_name), together.seconds, alone.peak, together.peak, counts, wrong)
+    return Report(len(by_name), together.seconds, alone.peak, together.peak, counts, failures)
 
 
 def outcome_of(row: dict[str, Any], frames: int = 0) -> str:
@@ -428,17 +438,17 @@ def outcome_of(row: dict[str, Any], frames: int = 0) -> str:
     return RATED if row["video"]["frames"] >= frames else SHORT
 
 
-def told(rows: Sequence[dict[str, Any]]) -> str:
+def describe(rows: Sequence[dict[str, Any]]) -> str:
     return "; ".join(row["error"]["message"] if row["error"] else f"score {row['score']}" for row in rows) or "no row"
 
 
 def printable(name: str) -> str:
-    """What rows call a file whose name is no text."""
+    """The name in rows of a file whose name is not valid UTF-8."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def survive(work: Path, every: int, seed: int, timeout: float, limit: float, memory: int) -> Report:
-    """Make the files, rate them, check the rows."""
+def run(work: Path, every: int, seed: int, timeout: float, limit: float, memory: int) -> Report:
+    """Make the files, rate the good clips alone and all files, check the rows."""
     folder = work / "files"
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "good").mkdir(parents=True)
@@ -457,26 +467,26 @@ def survive(work: Path, every: int, seed: int, timeout: float, limit: float, mem
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder for the files; what it holds is deleted")
-    parser.add_argument("--every", type=int, default=1, help="take only each Nth file")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the files; its content is deleted")
+    parser.add_argument("--every", type=int, default=1, help="use only every Nth file")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds that decoding one clip may take")
-    parser.add_argument("--limit", type=float, default=1800.0, help="seconds that the run may take")
-    parser.add_argument("--memory", type=float, default=4.0, help="GiB that all processes together may take")
+    parser.add_argument("--timeout", type=float, default=120.0, help="time limit for decoding one clip, seconds")
+    parser.add_argument("--limit", type=float, default=1800.0, help="time limit for the run, seconds")
+    parser.add_argument("--memory", type=float, default=4.0, help="limit for all processes together, GiB")
     parser.add_argument("-o", "--output", type=Path, help="the report, as JSON")
     args = parser.parse_args()
-    report = survive(args.work, args.every, args.seed, args.timeout, args.limit, int(args.memory * 2**30))
+    report = run(args.work, args.every, args.seed, args.timeout, args.limit, int(args.memory * 2**30))
     for kind, outcomes in report.table.items():
         print(f"{kind:<12} {sum(outcomes.values()):>4}  " + ", ".join(f"{n} {name}" for name, n in outcomes.items()))
     print(
         f"{report.files} damaged files and the good clips in {report.seconds:.0f} s; peak memory "
         f"{report.peak / 2**30:.2f} GiB, good clips alone {report.peak_alone / 2**30:.2f} GiB"
     )
-    for complaint in report.complaints:
-        print(f"WRONG  {complaint}")
+    for failure in report.failures:
+        print(f"FAILED  {failure}")
     if args.output:
         args.output.write_text(json.dumps(vars(report), indent=1))
-    sys.exit(bool(report.complaints))
+    sys.exit(bool(report.failures))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 `FrameDynamicsRecorder` measures frames while they are decoded; the other functions interpret its `FrameDynamics`. Their
 constants were fitted on degraded copies of real and generated clips, encoded again at constant rate factors of 10 to
-28; `scripts/when.py` evaluates them.
+28; `scripts/evaluate_temporal.py` evaluates them.
 
 Knows nothing of files, models or scores. numpy only: importing scipy.ndimage would cost each decode worker 0.2 s.
 """
