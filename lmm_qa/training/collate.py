@@ -163,13 +163,15 @@ class RatingDataset(Dataset[Sample]):
         return len(self.clips)
 
     def __getitem__(self, key: SampleKey) -> Sample:
-        clip, sampling, prompt = self._augment(key)
+        clip, sampling, prompt = self.augment(key)
         example = clip.example
         try:
             inputs, features, slots = self._inputs(SampledClip(example.path, clip.content_id, sampling), prompt)
         except ClipError as error:
             raise TrainingError(f"{example.path} cannot be read: {error}") from error
-        auxiliary = [] if self.auxiliary is None or isinstance(key, int) else self._auxiliary(clip, key[0], slots)
+        auxiliary = (
+            [] if self.auxiliary is None or isinstance(key, int) else self.auxiliary_examples(clip, key[0], slots)
+        )
         tokens = inputs["input_ids"].shape[1]
         prefix_length = tokens - len(self._prompt_ids(prompt, slots))
         tokens = max([tokens, *(prefix_length + len(one.input_ids) for one in auxiliary)])
@@ -201,7 +203,8 @@ class RatingDataset(Dataset[Sample]):
         count = self.augmentation.temporal_offsets
         return [self.settings.sampling.model_copy(update={"phase": (k + 0.5) / count}) for k in range(count)]
 
-    def _augment(self, key: SampleKey) -> tuple[LabelledClip, Sampling, Prompt]:
+    def augment(self, key: SampleKey) -> tuple[LabelledClip, Sampling, Prompt]:
+        """The clip of a key, with the frame selection and the prompt for this epoch."""
         prompt = self.settings.prompt
         if self.augmentation is None or isinstance(key, int):
             assert self.augmentation is None and isinstance(key, int), f"{key!r} does not fit the dataset's mode"
@@ -224,7 +227,8 @@ class RatingDataset(Dataset[Sample]):
         clip = clip_input(read_frames(sampled.path, sampled.sampling, views, self.factor))
         return dict(prepare_inputs(self.processor, [clip], prompt)), {}, clip.slots
 
-    def _auxiliary(self, clip: LabelledClip, epoch: int, slots: dict[str, float]) -> list[AuxiliaryExample]:
+    def auxiliary_examples(self, clip: LabelledClip, epoch: int, slots: dict[str, float]) -> list[AuxiliaryExample]:
+        """The auxiliary examples of a clip in this epoch. `slots`: values of the prompts' slots."""
         assert self.auxiliary is not None
         config, prompt = self.auxiliary, self.settings.prompt
         rng = random.Random(f"words {self.seed} {epoch} {clip.content_id}")
@@ -319,7 +323,7 @@ class RatingCollator:
 
     processor: Any
     share_prefix: bool = False
-    """Whether auxiliary examples share a row with their clip: see `lmm_qa.model.backbone.Backbone.can_share_prefill`."""
+    """Put auxiliary examples into the row of their clip: see `lmm_qa.model.backbone.Backbone.can_share_prefill`."""
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         rows, auxiliary, any_auxiliary = list(samples), None, any(sample["auxiliary"] for sample in samples)

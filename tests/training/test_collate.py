@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from lmm_qa.config import Sampling, View
-from lmm_qa.defects.explanation import Finding, explanation_prompt, opening
+from lmm_qa.defects.explanation import Finding, explanation_prompt, mentioned_defects, opening
 from lmm_qa.defects.questions import questions
+from lmm_qa.defects.vocabulary import BY_NAME, VISIBLE
 from lmm_qa.errors import TrainingError
 from lmm_qa.model import compat
 from lmm_qa.model.backbone import Backbone
@@ -39,6 +40,7 @@ from lmm_qa.training.collate import (
     RatingCollator,
     RatingDataset,
     explanation_target,
+    random_explanation,
     sample_defect_questions,
 )
 from lmm_qa.training.config import AugmentationConfig, AuxiliaryConfig
@@ -66,19 +68,17 @@ def equal(one: Any, two: Any) -> None:
 
 
 @pytest.mark.parametrize("family", QWEN)
-def test_another_question_costs_no_work_on_pixels_and_changes_nothing(
-    family: str, family_dir: Callable[[str], Path]
-) -> None:
+def test_another_question_reuses_the_processed_pixels(family: str, family_dir: Callable[[str], Path]) -> None:
     processor = load_processor(str(family_dir(family)))
-    seen = clip(0, patch_factor(processor) or 1)
-    first = remove_question(processor, prepare_inputs(processor, [seen], PROMPT), PROMPT, 2, SLOTS)
+    pixels = clip(0, patch_factor(processor) or 1)
+    first = remove_question(processor, prepare_inputs(processor, [pixels], PROMPT), PROMPT, 2, SLOTS)
     for question in (PROMPT.question, *PROMPT.paraphrases):
         other = PROMPT.model_copy(update={"question": question})
-        equal(append_question(processor, first, other, 2, SLOTS), dict(prepare_inputs(processor, [seen], other)))
+        equal(append_question(processor, first, other, 2, SLOTS), dict(prepare_inputs(processor, [pixels], other)))
 
 
 @pytest.mark.parametrize("family", [*QWEN, "llava_onevision"])
-def test_clips_prepared_singly_make_the_batch_of_all(family: str, family_dir: Callable[[str], Path]) -> None:
+def test_collated_clips_equal_a_batch_of_the_processor(family: str, family_dir: Callable[[str], Path]) -> None:
     processor = load_processor(str(family_dir(family)))
     factor = patch_factor(processor)
     clips = [clip(0, factor or 14), clip(1, factor or 14, (4, 2))]
@@ -87,7 +87,7 @@ def test_clips_prepared_singly_make_the_batch_of_all(family: str, family_dir: Ca
 
 
 @pytest.mark.parametrize("family", QWEN)
-def test_vision_features_stand_for_the_pixels(family: str, family_dir: Callable[[str], Path]) -> None:
+def test_vision_features_replace_the_pixels(family: str, family_dir: Callable[[str], Path]) -> None:
     backbone = Backbone.load(str(family_dir(family)), device="cpu")
     clips = [clip(0, patch_factor(backbone.processor) or 1), clip(1, patch_factor(backbone.processor) or 1, (4, 2))]
     single = [dict(prepare_inputs(backbone.processor, [one], PROMPT)) for one in clips]
@@ -103,15 +103,15 @@ def test_vision_features_stand_for_the_pixels(family: str, family_dir: Callable[
         wrong = backbone.model(**batch, **compat.vision_kwargs(swapped), logits_to_keep=1).logits
     assert ("deepstack" in joined) == (family == "qwen3_vl")
     torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-4)
-    assert (wrong - expected).abs().max() > 1e-2, "the features matter"
+    assert (wrong - expected).abs().max() > 1e-2, "the model depends on the features"
 
 
 @pytest.mark.parametrize(("clips", "samples"), [(5, 17), (5, 5), (7, 3)])
-def test_each_pass_sees_every_clip_once_in_another_order(clips: int, samples: int) -> None:
+def test_each_epoch_has_every_clip_once_in_its_own_order(clips: int, samples: int) -> None:
     keys = list(EpochSampler(clips, samples, seed=1))
     assert len(keys) == len(EpochSampler(clips, samples, seed=1)) == samples
     assert max(Counter(keys).values()) == 1
-    orders = [[index for number, index in keys if number == wanted] for wanted in range(-(-samples // clips))]
+    orders = [[index for number, index in keys if number == epoch] for epoch in range(-(-samples // clips))]
     assert all(sorted(order) == list(range(clips)) for order in orders if len(order) == clips)
     assert list(EpochSampler(clips, samples, seed=1)) == keys
     if samples > 2 * clips:
@@ -119,7 +119,7 @@ def test_each_pass_sees_every_clip_once_in_another_order(clips: int, samples: in
 
 
 @pytest.fixture
-def samples(family_dir: Callable[[str], Path], clips_dir: Path) -> RatingDataset:
+def dataset(family_dir: Callable[[str], Path], clips_dir: Path) -> RatingDataset:
     processor = load_processor(str(family_dir("qwen2_vl")))
     settings = RaterConfig(prompt=PROMPT, sampling=Sampling(frames=4), views=(View(max_pixels=56 * 56),))
     files = sorted(clips_dir.glob("*.mp4"))[:3]
@@ -135,93 +135,97 @@ def samples(family_dir: Callable[[str], Path], clips_dir: Path) -> RatingDataset
     )
 
 
-def test_a_sample_depends_on_seed_pass_and_clip_alone(samples: RatingDataset) -> None:
-    draws = {(number, index): samples._augment((number, index)) for number in range(40) for index in range(3)}
-    assert all(samples._augment(key) == drawn for key, drawn in reversed(draws.items()))
+def test_a_sample_depends_only_on_seed_epoch_and_clip(dataset: RatingDataset) -> None:
+    draws = {(number, index): dataset.augment((number, index)) for number in range(40) for index in range(3)}
+    assert all(dataset.augment(key) == drawn for key, drawn in reversed(draws.items()))
     phases = Counter(sampling.phase for _, sampling, _ in draws.values())
     questions = Counter(prompt.question for _, _, prompt in draws.values())
     assert sorted(phases) == pytest.approx([1 / 6, 0.5, 5 / 6]) and min(phases.values()) > 20
     assert 40 < questions[PROMPT.question] < 80 and min(questions[question] for question in PROMPT.paraphrases) > 12
-    assert {(look.content_id, look.sampling) for look in samples.sampled_clips()} == {
+    assert {(sampled.content_id, sampled.sampling) for sampled in dataset.sampled_clips()} == {
         (clip.content_id, sampling) for clip, sampling, _ in draws.values()
-    }, "what is kept is what is drawn"
+    }, "the cached frame selections are those that are drawn"
 
 
-def test_without_augmentation_it_is_what_rating_sees(samples: RatingDataset) -> None:
-    samples.augmentation = None
-    assert [look.sampling for look in samples.sampled_clips()] == [samples.settings.sampling] * 3
-    rated = samples[1]
-    frames = read_frames(samples.clips[1].example.path, samples.settings.sampling, samples.settings.views, 28)
-    equal(rated["inputs"], dict(prepare_inputs(samples.processor, [clip_input(frames)], PROMPT)))
+def test_without_augmentation_a_sample_has_the_inputs_of_rating(dataset: RatingDataset) -> None:
+    dataset.augmentation = None
+    assert [sampled.sampling for sampled in dataset.sampled_clips()] == [dataset.settings.sampling] * 3
+    sample = dataset[1]
+    frames = read_frames(dataset.clips[1].example.path, dataset.settings.sampling, dataset.settings.views, 28)
+    equal(sample["inputs"], dict(prepare_inputs(dataset.processor, [clip_input(frames)], PROMPT)))
 
 
-def test_a_clip_of_too_many_tokens_is_refused_by_name(samples: RatingDataset) -> None:
-    samples.max_tokens = 10
+def test_a_clip_with_too_many_tokens_is_named(dataset: RatingDataset) -> None:
+    dataset.max_tokens = 10
     with pytest.raises(TrainingError, match=r"\.mp4 takes \d+ tokens, the model's context holds 10: use fewer frames"):
-        samples[0, 0]
+        dataset[0, 0]
 
 
-def test_batches_hold_what_their_samples_hold(samples: RatingDataset) -> None:
-    first = samples.clips[0]
-    samples.clips = [first._replace(example=replace(first.example, std=0.5)), *samples.clips[1:]]
-    parts = [samples[0, index] for index in range(3)]
-    batch = RatingCollator(samples.processor)(parts)
-    assert batch["names"] == [clip.example.name for clip in samples.clips]
+def test_batches_contain_their_samples(dataset: RatingDataset) -> None:
+    first = dataset.clips[0]
+    dataset.clips = [first._replace(example=replace(first.example, std=0.5)), *dataset.clips[1:]]
+    parts = [dataset[0, index] for index in range(3)]
+    batch = RatingCollator(dataset.processor)(parts)
+    assert batch["names"] == [clip.example.name for clip in dataset.clips]
     assert batch["mos"] == [3.0] * 3 and [math.isnan(std) for std in batch["std"]] == [False, True, True]
-    equal(batch["inputs"], collate_inputs(samples.processor, [part["inputs"] for part in parts]))
+    equal(batch["inputs"], collate_inputs(dataset.processor, [part["inputs"] for part in parts]))
     assert batch["vision_features"] == {}
 
 
-def test_what_is_kept_is_named_by_all_that_determines_it(tmp_path: Path) -> None:
+def test_cache_files_are_named_by_everything_that_determines_their_content(tmp_path: Path) -> None:
     settings = RaterConfig()
-    store, look = VisionCache(tmp_path, "weights", settings), SampledClip(Path("a.mp4"), "content", Sampling())
+    cache, sampled = VisionCache(tmp_path, "weights", settings), SampledClip(Path("a.mp4"), "content", Sampling())
     others = [
-        store.path(look._replace(content_id="other")),
-        store.path(look._replace(sampling=Sampling(phase=0.25))),
-        VisionCache(tmp_path, "other", settings).path(look),
-        VisionCache(tmp_path, "weights", settings.override(views=(View(max_pixels=99999),))).path(look),
+        cache.path(sampled._replace(content_id="other")),
+        cache.path(sampled._replace(sampling=Sampling(phase=0.25))),
+        VisionCache(tmp_path, "other", settings).path(sampled),
+        VisionCache(tmp_path, "weights", settings.override(views=(View(max_pixels=99999),))).path(sampled),
         VisionCache(
             tmp_path, "weights", settings.override(prompt=settings.prompt.model_copy(update={"system": "Rate."}))
-        ).path(look),
+        ).path(sampled),
     ]
-    assert len({store.path(look), *others}) == 6
-    assert store.path(look._replace(path=Path("moved.mp4"))) == store.path(look), "a file may move"
-    assert store.missing([look, look._replace(path=Path("moved.mp4"))]) == [look._replace(path=Path("moved.mp4"))]
-    store.path(look).parent.mkdir(parents=True)
-    store.path(look).write_bytes(b"torn")
-    assert store.missing([look]) == []
+    assert len({cache.path(sampled), *others}) == 6
+    assert cache.path(sampled._replace(path=Path("moved.mp4"))) == cache.path(sampled), "a clip may be moved"
+    assert cache.missing([sampled, sampled._replace(path=Path("moved.mp4"))]) == [
+        sampled._replace(path=Path("moved.mp4"))
+    ]
+    cache.path(sampled).parent.mkdir(parents=True)
+    cache.path(sampled).write_bytes(b"damaged")
+    assert cache.missing([sampled]) == []
     with pytest.raises(TrainingError, match=r"the vision features of a\.mp4 cannot be read from"):
-        store.load(look)
-    assert store.missing([look]) == [look], "it is made anew"
+        cache.load(sampled)
+    assert cache.missing([sampled]) == [sampled], "a damaged file is computed again"
 
 
-# --- words beside the score ------------------------------------------------------------------------------------------
+# --- auxiliary examples ----------------------------------------------------------------------------------------------
 
 FOUND = (Finding("stall", 1.0, ((1.2, 2.0),)), Finding("blur", 1.0))
 SAID = "The quality is fair: it freezes from 1.2 to 2.0 s. "
 
 
-def described(clip: LabelledClip, **more: Any) -> LabelledClip:
-    return clip._replace(example=replace(clip.example, **more))
+def relabel(clip: LabelledClip, **labels: Any) -> LabelledClip:
+    return clip._replace(example=replace(clip.example, **labels))
 
 
 @pytest.fixture
-def asked(samples: RatingDataset) -> RatingDataset:
-    """Clips with much, nothing, and little to be asked."""
-    first, second, third = samples.clips
-    samples.clips = [
-        described(first, found=FOUND, absent=("noise", "seam"), explanation=SAID),
+def described(dataset: RatingDataset) -> RatingDataset:
+    """Three clips: with defects and an explanation, without labels, and without defects."""
+    first, second, third = dataset.clips
+    dataset.clips = [
+        relabel(first, found=FOUND, absent=("noise", "seam"), explanation=SAID),
         second,
-        described(third, found=(), absent=("noise",)),
+        relabel(third, found=(), absent=("noise",)),
     ]
-    samples.auxiliary = AuxiliaryConfig(defect_questions=3)
-    return samples
+    dataset.auxiliary = AuxiliaryConfig(defect_questions=3)
+    return dataset
 
 
-def alone(backbone: Backbone, samples: RatingDataset, index: int, prompt: Prompt, more: list[int]) -> torch.Tensor:
-    """Logits after each of the last 1 + len(more) tokens, of one clip and one prompt, as transformers prepares them."""
-    path, settings = samples.clips[index].example.path, samples.settings
-    frames = clip_input(read_frames(path, settings.sampling, settings.views, samples.factor))
+def reference_logits(
+    backbone: Backbone, dataset: RatingDataset, index: int, prompt: Prompt, more: list[int]
+) -> torch.Tensor:
+    """Logits after each of the last 1 + len(more) tokens, for one clip and one prompt in a row of their own."""
+    path, settings = dataset.clips[index].example.path, dataset.settings
+    frames = clip_input(read_frames(path, settings.sampling, settings.views, dataset.factor))
     inputs = dict(prepare_inputs(backbone.processor, [frames], prompt))
     tail = torch.tensor([more], dtype=torch.int64)
     for name, added in (("input_ids", tail), ("attention_mask", tail * 0 + 1), ("mm_token_type_ids", tail * 0)):
@@ -233,25 +237,27 @@ def alone(backbone: Backbone, samples: RatingDataset, index: int, prompt: Prompt
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", [*QWEN, "llava_onevision"])
-def test_records_know_nothing_of_each_other(
-    family: str, family_dir: Callable[[str], Path], asked: RatingDataset
+def test_auxiliary_examples_do_not_see_each_other(
+    family: str, family_dir: Callable[[str], Path], described: RatingDataset
 ) -> None:
     backbone = Backbone.load(str(family_dir(family)), device="cpu")
-    asked.processor, asked.factor = backbone.processor, patch_factor(backbone.processor) or 1
-    asked.augmentation = AugmentationConfig(paraphrase_probability=0, temporal_offsets=1)
+    described.processor, described.factor = backbone.processor, patch_factor(backbone.processor) or 1
+    described.augmentation = AugmentationConfig(paraphrase_probability=0, temporal_offsets=1)
     tokenizer = backbone.processor.tokenizer
     spoken = explanation_prompt(PROMPT, FOUND).model_copy(update={"stem": opening(PROMPT, "fair")})
     tokens = [*tokenizer(": it freezes from 1.2 to 2.0 s.")["input_ids"], tokenizer.eos_token_id]
-    logits = [alone(backbone, asked, 0, spoken, tokens[:-1])]
+    logits = [reference_logits(backbone, described, 0, spoken, tokens[:-1])]
     for index in (0, 2):
-        for name, there in sample_defect_questions(asked.clips[index].example, 3, chance(asked, index)).items():
-            logits.append(alone(backbone, asked, index, questions()[name], []))
-            tokens += tokenizer(" yes" if there else " no")["input_ids"]
-    ratings = torch.cat([alone(backbone, asked, index, PROMPT, []) for index in range(3)])
+        for name, present in sample_defect_questions(
+            described.clips[index].example, 3, auxiliary_rng(described, index)
+        ).items():
+            logits.append(reference_logits(backbone, described, index, questions()[name], []))
+            tokens += tokenizer(" yes" if present else " no")["input_ids"]
+    ratings = torch.cat([reference_logits(backbone, described, index, PROMPT, []) for index in range(3)])
     wanted = torch.cat(logits)
     assert backbone.can_share_prefill == (family != "llava_onevision")
     for shares in {False, backbone.can_share_prefill}:
-        batch = RatingCollator(backbone.processor, shares)([asked[0, index] for index in range(3)])
+        batch = RatingCollator(backbone.processor, shares)([described[0, index] for index in range(3)])
         found, answers = next_token_logits(backbone.model, batch)
         torch.testing.assert_close(found, ratings, atol=1e-4, rtol=1e-4)
         assert batch["auxiliary"] is not None and len(answers) == len(wanted) == len(tokens)
@@ -264,12 +270,12 @@ def test_records_know_nothing_of_each_other(
         assert weights.tolist() == pytest.approx([1 / (len(tokens) - 4)] * (len(tokens) - 4) + [1] * 4)
 
 
-def chance(samples: RatingDataset, index: int) -> random.Random:
-    """What a clip has in pass 0."""
-    return random.Random(f"words {samples.seed} 0 {samples.clips[index].content_id}")
+def auxiliary_rng(dataset: RatingDataset, index: int) -> random.Random:
+    """The RNG of a clip's auxiliary examples in epoch 0."""
+    return random.Random(f"words {dataset.seed} 0 {dataset.clips[index].content_id}")
 
 
-def test_what_is_there_is_asked_as_often_as_what_is_not() -> None:
+def test_half_of_the_defect_questions_are_about_present_defects() -> None:
     example = Example("a", Path("a"), 3.0, None, None, "g", (1, 5), FOUND, ("noise", "seam", "flicker"))
     for count in (1, 2, 3, 4):
         draws = [sample_defect_questions(example, count, random.Random(number)) for number in range(200)]
@@ -283,34 +289,58 @@ def test_what_is_there_is_asked_as_often_as_what_is_not() -> None:
     assert sample_defect_questions(replace(example, found=None, absent=()), 2, random.Random(0)) == {}
 
 
-def test_an_explanation_is_asked_as_in_rating() -> None:
+def test_the_explanation_prompt_is_that_of_rating() -> None:
     example = Example("a", Path("a"), 3.0, None, None, "g", (1, 5), FOUND, (), SAID)
     prompt, said = explanation_target(example, PROMPT)
     assert (prompt.stem, said) == ("It is fair", ": it freezes from 1.2 to 2.0 s.")
     assert "stall from 1.2 to 2.0 s; blur" in prompt.question
     told, _ = explanation_target(replace(example, found=None), PROMPT)
-    assert "Defects found: stall." in told.question, "what the text names"
+    assert "Defects found: stall." in told.question, "the defects that the text mentions"
     none, _ = explanation_target(replace(example, found=()), PROMPT)
     assert "Defects found: none." in none.question
     with pytest.raises(TrainingError, match=r"the explanation of 'a' has none of the words bad, poor, .*'It is exc"):
         explanation_target(replace(example, explanation="Blurred."), PROMPT)
 
 
-def test_records_depend_on_seed_pass_and_clip_alone(asked: RatingDataset) -> None:
-    asked.auxiliary = AuxiliaryConfig(defect_questions=1, explanation_probability=0.5)
-    draws = [asked._auxiliary(asked.clips[0], number, SLOTS) for number in range(20)]
-    assert draws[::-1] == [asked._auxiliary(asked.clips[0], number, SLOTS) for number in reversed(range(20))]
+def test_a_random_explanation_is_about_the_defects_in_its_prompt() -> None:
+    rng, levels = random.Random(0), set()
+    for _ in range(300):
+        prompt, text = random_explanation(PROMPT, rng)
+        level = prompt.stem.removeprefix("It is ")
+        told = prompt.question.partition("Defects found: ")[2]
+        named = {name for name in VISIBLE if BY_NAME[name].term in told}
+        assert mentioned_defects(text) == named and len(named) <= 3
+        levels.add(level)
+    assert levels == set(PROMPT.levels)
+
+
+def test_random_explanations_are_drawn_as_often_as_configured(described: RatingDataset) -> None:
+    own = explanation_target(described.clips[0].example, PROMPT)[1]
+    tokenizer = described.processor.tokenizer
+    for probability, fewest, most in ((0.0, 40, 40), (0.5, 10, 30), (1.0, 0, 0)):
+        described.auxiliary = AuxiliaryConfig(defect_questions=0, random_defects_probability=probability)
+        drawn = [described.auxiliary_examples(described.clips[0], epoch, SLOTS)[0] for epoch in range(40)]
+        texts = [tokenizer.decode(example.answer_ids, skip_special_tokens=True) for example in drawn]
+        assert fewest <= texts.count(own) <= most
+
+
+def test_auxiliary_examples_depend_only_on_seed_epoch_and_clip(described: RatingDataset) -> None:
+    described.auxiliary = AuxiliaryConfig(defect_questions=1, explanation_probability=0.5)
+    draws = [described.auxiliary_examples(described.clips[0], number, SLOTS) for number in range(20)]
+    assert draws[::-1] == [
+        described.auxiliary_examples(described.clips[0], number, SLOTS) for number in reversed(range(20))
+    ]
     assert 2 < sum(len(records) == 2 for records in draws) < 18
     assert len({tuple(records[0].prompt_ids) for records in draws}) == 4
-    asked.seed += 1
-    assert draws != [asked._auxiliary(asked.clips[0], number, SLOTS) for number in range(20)]
-    drawn = asked._augment((0, 0))
-    asked.auxiliary = None
-    assert asked._augment((0, 0)) == drawn, "what is looked at does not hang on what is asked"
+    described.seed += 1
+    assert draws != [described.auxiliary_examples(described.clips[0], number, SLOTS) for number in range(20)]
+    drawn = described.augment((0, 0))
+    described.auxiliary = None
+    assert described.augment((0, 0)) == drawn, "augmentation does not depend on auxiliary tasks"
 
 
-def test_a_record_of_too_many_tokens_is_refused(asked: RatingDataset) -> None:
-    asked.max_tokens = asked[0, 1]["inputs"]["input_ids"].shape[1] + 12
-    asked[0, 1]
+def test_a_clip_with_too_many_auxiliary_tokens_is_refused(described: RatingDataset) -> None:
+    described.max_tokens = described[0, 1]["inputs"]["input_ids"].shape[1] + 12
+    described[0, 1]
     with pytest.raises(TrainingError, match=r"takes \d+ tokens, the model's context holds"):
-        asked[0, 0]
+        described[0, 0]

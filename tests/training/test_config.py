@@ -15,12 +15,12 @@ from pydantic.fields import FieldInfo
 from lmm_qa.config import Sampling, Settings, View
 from lmm_qa.errors import ConfigError, ModelError, UsageError
 from lmm_qa.model.prompt import Prompt, load_prompt
-from lmm_qa.model.rater_config import resolve_model
-from lmm_qa.training.config import TrainingConfig
+from lmm_qa.model.source import resolve_model
+from lmm_qa.training.config import RENAMED_KEYS, TrainingConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if path.name != "embedded.yaml")  # that one is a script's
-LAUNCHES = sorted((CONFIGS / "accelerate").glob("*.yaml"))
+TRAINING_CONFIGS = sorted(CONFIGS.glob("*.yaml"))
+ACCELERATE_CONFIGS = sorted((CONFIGS / "accelerate").glob("*.yaml"))
 
 HUB = {
     "qwen2_vl_2b": "Qwen/Qwen2-VL-2B-Instruct",
@@ -49,11 +49,11 @@ def write(path: Path, values: Any) -> Path:
     return path
 
 
-# --- what ships ------------------------------------------------------------------------------------------------------
+# --- shipped files ---------------------------------------------------------------------------------------------------
 
 
 def comments(path: Path) -> list[tuple[Place, str]]:
-    """Each key of a YAML file, by its place (list items have none of their own), with the comment above it."""
+    """The path of each key in a YAML file (list items have none of their own), with the comment above it."""
     lines = path.read_text(encoding="utf-8").splitlines()
 
     def above(line: int) -> str:
@@ -76,7 +76,7 @@ def comments(path: Path) -> list[tuple[Place, str]]:
 
 
 def fields(model: type[Settings], place: Place = ()) -> Iterator[tuple[Place, FieldInfo]]:
-    """All that a recipe may say."""
+    """The path of each key that a configuration may have."""
     for name, field in model.model_fields.items():
         yield (*place, name), field
         for inner in settings_in(field.annotation):
@@ -90,7 +90,7 @@ def settings_in(annotation: Any) -> list[type[Settings]]:
 
 
 def plain(value: Any) -> Any:
-    """A default as YAML would give it."""
+    """A default value as YAML would load it."""
     if isinstance(value, tuple):
         return list(value)
     return str(value) if isinstance(value, Path) else value
@@ -100,17 +100,17 @@ FIELDS = dict(fields(TrainingConfig))
 TOLD = re.compile(r"\((?P<kind>[^();]+); (?:(?P<required>required)|default (?P<default>[^()]+))\)$")
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_shipped_recipe_loads_by_path_and_by_name(
+@pytest.mark.parametrize("path", TRAINING_CONFIGS, ids=lambda path: path.stem)
+def test_a_shipped_configuration_loads_by_path_and_by_name(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = TrainingConfig.load(path, ["data.root=/videos"])
-    assert recipe.data.root == Path("/videos")
+    config = TrainingConfig.load(path, ["data.root=/videos"])
+    assert config.data.root == Path("/videos")
     monkeypatch.chdir(tmp_path)
-    assert TrainingConfig.load(Path(path.stem), ["data.root=/videos"]) == recipe
+    assert TrainingConfig.load(Path(path.stem), ["data.root=/videos"]) == config
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", TRAINING_CONFIGS, ids=lambda path: path.stem)
 def test_each_key_has_a_comment_with_its_meaning_type_and_default(path: Path) -> None:
     for place, comment in comments(path):
         if place in FIELDS and settings_in(FIELDS[place].annotation) and len(place) == 1:
@@ -128,8 +128,7 @@ def test_each_key_has_a_comment_with_its_meaning_type_and_default(path: Path) ->
             assert yaml.safe_load(told["default"]) == pytest.approx(default), f"{path.name}: {place}"
 
 
-def test_a_comment_is_missed(tmp_path: Path) -> None:
-    """The test above would see it."""
+def test_comments_are_found(tmp_path: Path) -> None:
     path = write(tmp_path / "a.yaml", "# One (text; required)\na: 1\nb: 2\nc:\n- # Two\n  # lines\n  d: 3\n  e: 4\n")
     assert comments(path) == [
         (("a",), "One (text; required)"),
@@ -140,30 +139,30 @@ def test_a_comment_is_missed(tmp_path: Path) -> None:
     ]
 
 
-def test_one_recipe_has_every_key() -> None:
+def test_one_file_lists_every_key() -> None:
     listed = {place for place, _ in comments(CONFIGS / "thqa.yaml")}
-    elsewhere = (("data", "validation"), ("rating", "prompt"))  # as data.train, and as the files in prompts/
+    elsewhere = (("data", "validation"), ("rating", "prompt"))  # keys as in data.train, and as in prompts/
     wanted = {place for place in FIELDS if not (len(place) > 2 and place[:2] in elsewhere)}
     assert len(wanted) > 60
     assert wanted - listed == set()
 
 
-def test_each_backbone_has_a_recipe_for_each_card() -> None:
+def test_each_backbone_has_a_configuration_for_each_setup() -> None:
     cards = {"qlora": "4bit", "lora": None, "fsdp": None}
     named = {f"thqa_{backbone}_{card}" for backbone in HUB for card in cards}
     bases = {"thqa", "thqa_qlora", "thqa_fsdp", "konvid", "embedded_lora"}
-    assert {path.stem for path in RECIPES} == named | bases
+    assert {path.stem for path in TRAINING_CONFIGS} == named | bases
     for backbone, hub in HUB.items():
         for card, quantization in cards.items():
-            recipe = TrainingConfig.load(Path(f"thqa_{backbone}_{card}"))
-            assert (recipe.model.backbone, recipe.model.quantization) == (hub, quantization)
-            assert recipe.training.output_dir == Path(f"runs/thqa_{backbone}_{card}")
-            assert recipe.scale == (0, 5)
+            config = TrainingConfig.load(Path(f"thqa_{backbone}_{card}"))
+            assert (config.model.backbone, config.model.quantization) == (hub, quantization)
+            assert config.training.output_dir == Path(f"runs/thqa_{backbone}_{card}")
+            assert config.scale == (0, 5)
             processes = 4 if card == "fsdp" else 1
-            assert recipe.training.batch_size * recipe.training.gradient_accumulation_steps * processes == 16
+            assert config.training.batch_size * config.training.gradient_accumulation_steps * processes == 16
 
 
-def test_the_published_tables_are_read_as_the_recipe_says(shared_dir: Path, tmp_path: Path) -> None:
+def test_the_published_thqa_tables_load(shared_dir: Path, tmp_path: Path) -> None:
     from lmm_qa.training.dataset import load
 
     for name in ("train", "val"):
@@ -177,7 +176,7 @@ def test_the_published_tables_are_read_as_the_recipe_says(shared_dir: Path, tmp_
     assert splits.train[0].path.parent == tmp_path / "train"
 
 
-def test_the_second_layout_is_read_as_its_recipe_says(tmp_path: Path) -> None:
+def test_the_layout_of_konvid_loads(tmp_path: Path) -> None:
     from lmm_qa.training.dataset import load
 
     (tmp_path / "KoNViD_1k_videos").mkdir()
@@ -185,31 +184,31 @@ def test_the_second_layout_is_read_as_its_recipe_says(tmp_path: Path) -> None:
         (tmp_path / f"KoNViD_1k_videos/{3339962800 + number}.mp4").touch()
     rows = [f"{3339962800 + number},{1 + number / 10}" for number in range(40)]
     write(tmp_path / "KoNViD_1k_mos.csv", "\n".join(['"flickr_id","mos"', *rows]))
-    recipe = TrainingConfig.load(Path("konvid"), [f"data.root={tmp_path}"])
-    splits = load(recipe.data, seed=0)
+    config = TrainingConfig.load(Path("konvid"), [f"data.root={tmp_path}"])
+    splits = load(config.data, seed=0)
     assert [len(splits.train), len(splits.validation), len(splits.calibration)] == [32, 4, 4]
     assert all(example.path.is_file() for example in splits.train)
-    assert recipe.scale == (1, 5)
+    assert config.scale == (1, 5)
 
 
-# --- configurations of accelerate ------------------------------------------------------------------------------------
+# --- accelerate ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", LAUNCHES, ids=lambda path: path.stem)
-def test_accelerate_takes_its_configurations(path: Path) -> None:
+@pytest.mark.parametrize("path", ACCELERATE_CONFIGS, ids=lambda path: path.stem)
+def test_accelerate_accepts_the_files(path: Path) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
     config = load_config_from_file(str(path))
-    assert config.mixed_precision == "no", "the recipe decides"
+    assert config.mixed_precision == "no", "set by model.dtype instead"
     options = launch_command_parser().parse_args(["--config_file", str(path), "scripts/train.py"])
     for key in (*config.fsdp_config, *config.deepspeed_config):
-        assert hasattr(options, key), f"{path.name}: accelerate knows no {key}"
+        assert hasattr(options, key), f"{path.name}: accelerate has no option {key}"
     for place, comment in comments(path):
         assert place[-1] in {"fsdp_config", "deepspeed_config"} or TOLD.search(comment), f"{path.name}: {place}"
 
 
-def test_accelerate_launches_what_each_file_says() -> None:
+def test_accelerate_launches_as_configured() -> None:
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
     def launched(name: str) -> Any:
@@ -217,7 +216,13 @@ def test_accelerate_launches_what_each_file_says() -> None:
         options = launch_command_parser().parse_args(["--config_file", str(path), "scripts/train.py"])
         return _validate_launch_command(options)[0]
 
-    assert {path.stem for path in LAUNCHES} == {"one_gpu", "one_machine", "several_machines", "fsdp", "deepspeed"}
+    assert {path.stem for path in ACCELERATE_CONFIGS} == {
+        "one_gpu",
+        "one_machine",
+        "several_machines",
+        "fsdp",
+        "deepspeed",
+    }
     assert (launched("one_gpu").num_processes, launched("one_gpu").multi_gpu) == (1, False)
     assert (launched("one_machine").num_processes, launched("one_machine").multi_gpu) == (4, True)
     several = launched("several_machines")
@@ -248,10 +253,10 @@ def test_fsdp_is_configured_for_a_frozen_model_with_adapters(monkeypatch: pytest
     assert plugin.auto_wrap_policy is not None
 
 
-# --- a recipe that changes another one -------------------------------------------------------------------------------
+# --- extends ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_recipe_holds_what_differs_from_the_one_that_it_extends(tmp_path: Path) -> None:
+def test_a_file_overrides_the_one_that_it_extends(tmp_path: Path) -> None:
     write(tmp_path / "base.yaml", {**SMALL, "loss": {"plcc": 0.5, "fidelity": 0.25}, "model": {"backbone": "a/b"}})
     (tmp_path / "inner").mkdir()
     middle = {"extends": "../base.yaml", "loss": {"plcc": 0.0}, "model": {"quantization": "4bit"}}
@@ -259,21 +264,21 @@ def test_a_recipe_holds_what_differs_from_the_one_that_it_extends(tmp_path: Path
     table = {"path": "b.csv", "scale": [1, 5]}
     last = {"extends": "middle.yaml", "data": {"train": [table]}, "model": {"quantization": None}}
     path = write(tmp_path / "inner/last.yaml", last)
-    recipe = TrainingConfig.load(path, ["loss.fidelity=0.75"])
-    assert (recipe.loss.plcc, recipe.loss.fidelity) == (0.0, 0.75)
-    assert (recipe.model.backbone, recipe.model.quantization) == ("a/b", None)
-    assert [table.path for table in recipe.data.train] == ["b.csv"]
+    config = TrainingConfig.load(path, ["loss.fidelity=0.75"])
+    assert (config.loss.plcc, config.loss.fidelity) == (0.0, 0.75)
+    assert (config.model.backbone, config.model.quantization) == ("a/b", None)
+    assert [table.path for table in config.data.train] == ["b.csv"]
     assert TrainingConfig.load(tmp_path / "inner/middle.yaml").model.quantization == "4bit"
 
 
-def test_a_recipe_of_ones_own_extends_a_shipped_one_by_name(tmp_path: Path) -> None:
-    recipe = TrainingConfig.load(write(tmp_path / "mine.yaml", {"extends": "thqa_qlora", "training": {"epochs": 1}}))
+def test_a_file_extends_a_shipped_one_by_name(tmp_path: Path) -> None:
+    config = TrainingConfig.load(write(tmp_path / "mine.yaml", {"extends": "thqa_qlora", "training": {"epochs": 1}}))
     shipped = TrainingConfig.load(CONFIGS / "thqa_qlora.yaml")
-    assert recipe.training.epochs == 1
-    assert recipe.model_copy(update={"training": shipped.training}) == shipped
+    assert config.training.epochs == 1
+    assert config.model_copy(update={"training": shipped.training}) == shipped
 
 
-def test_a_recipe_cannot_extend_itself_or_what_is_not_there(tmp_path: Path) -> None:
+def test_a_file_cannot_extend_itself_or_a_missing_file(tmp_path: Path) -> None:
     write(tmp_path / "a.yaml", {"extends": "b.yaml"})
     write(tmp_path / "b.yaml", {"extends": "a.yaml"})
     with pytest.raises(ConfigError, match=r"[ab]\.yaml extends itself, by way of [ab]\.yaml"):
@@ -282,7 +287,7 @@ def test_a_recipe_cannot_extend_itself_or_what_is_not_there(tmp_path: Path) -> N
         TrainingConfig.load(write(tmp_path / "c.yaml", {"extends": "gone.yaml"}))
 
 
-# --- reading and changing --------------------------------------------------------------------------------------------
+# --- reading and overriding ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -299,19 +304,19 @@ def test_a_recipe_cannot_extend_itself_or_what_is_not_there(tmp_path: Path) -> N
         ("data.root=/a b", "data.root", Path("/a b")),
     ],
 )
-def test_a_change_has_its_effect(tmp_path: Path, change: str, place: str, value: object) -> None:
+def test_an_override_is_applied(tmp_path: Path, change: str, place: str, value: object) -> None:
     found: Any = TrainingConfig.load(write(tmp_path / "a.yaml", SMALL), [change])
     for name in place.split("."):
         found = getattr(found, name)
     assert found == value
 
 
-def test_a_change_reaches_into_a_list_and_the_last_one_counts(tmp_path: Path) -> None:
+def test_an_override_reaches_into_a_list_and_the_last_one_wins(tmp_path: Path) -> None:
     path = write(tmp_path / "a.yaml", SMALL)
-    recipe = TrainingConfig.load(
-        path, ["data.train.0.path=b.csv", "data.train.0.path=c.csv", "data.train.0.std=spread"]
+    config = TrainingConfig.load(
+        path, [f"data.train.0.{change}" for change in ("path=b.csv", "path=c.csv", "std=spread")]
     )
-    (table,) = recipe.data.train
+    (table,) = config.data.train
     assert (table.path, table.std, table.scale) == ("c.csv", "spread", (0, 5))
 
 
@@ -331,9 +336,17 @@ def test_a_change_reaches_into_a_list_and_the_last_one_counts(tmp_path: Path) ->
         ("data.train=[]", r"data.train: .* at least 1 item"),
     ],
 )
-def test_a_change_that_cannot_be_made_is_named(tmp_path: Path, change: str, complaint: str) -> None:
+def test_an_invalid_override_is_named(tmp_path: Path, change: str, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         TrainingConfig.load(write(tmp_path / "a.yaml", SMALL), [change])
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
+def test_a_renamed_key_is_refused_with_its_new_name(tmp_path: Path, old: str, new: str) -> None:
+    path = write(tmp_path / "a.yaml", SMALL)
+    with pytest.raises(ConfigError, match=rf"a\.yaml cannot be used:\n  {old} was renamed to {new}$"):
+        TrainingConfig.load(path, [f"{old}=1"])
+    assert tuple(new.split(".")) in FIELDS and tuple(old.split(".")) not in FIELDS
 
 
 @pytest.mark.parametrize(
@@ -345,7 +358,7 @@ def test_a_change_that_cannot_be_made_is_named(tmp_path: Path, change: str, comp
         ("model: {backbone: a/b}", "data: Field required"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, complaint: str) -> None:
+def test_an_invalid_file_is_refused(tmp_path: Path, text: str, complaint: str) -> None:
     path = write(tmp_path / "a.yaml", text)
     with pytest.raises(ConfigError, match=complaint) as refused:
         TrainingConfig.load(path)
@@ -355,8 +368,8 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, complain
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read .*nothing\.yaml: No such file"):
         TrainingConfig.load(tmp_path / "nothing.yaml")
-    with pytest.raises(ConfigError, match="cannot read no_such_recipe"):
-        TrainingConfig.load(Path("no_such_recipe"))
+    with pytest.raises(ConfigError, match="cannot read no_such_config"):
+        TrainingConfig.load(Path("no_such_config"))
 
 
 @pytest.mark.parametrize(
@@ -365,34 +378,34 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ({"model": {"backbone": "a/b", "quantization": "8bit"}, "tuning": {"method": "full"}}, "cannot be trained"),
         (
             {"training": {"output_dir": "a", "cache_vision_features": True}, "tuning": {"vision": True}},
-            "tower and the merger are frozen",
+            "merger are frozen",
         ),
         (
             {"training": {"output_dir": "a", "cache_vision_features": True}, "tuning": {"merger": True}},
-            "tower and the merger are frozen",
+            "merger are frozen",
         ),
         ({"loss": {"cross_entropy": 0, "fidelity": 0}}, "must have a weight above 0"),
     ],
 )
-def test_what_does_not_fit_together_is_refused(sections: dict[str, Any], complaint: str) -> None:
+def test_invalid_combinations_are_refused(sections: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         small(**sections)
 
 
-# --- the rater to be -------------------------------------------------------------------------------------------------
+# --- the resulting rater.json ----------------------------------------------------------------------------------------
 
 
-def test_the_scale_is_that_of_the_tables_unless_one_is_chosen() -> None:
+def test_the_scale_is_that_of_the_tables_unless_it_is_set() -> None:
     both = {"train": [{"path": "a.csv", "scale": [0, 5]}, {"path": "b.csv", "scale": [1, 5]}]}
     watched = {"train": [both["train"][0]], "validation": [both["train"][1]]}
     assert small().scale == (0, 5)
-    assert small(data=watched).scale == (0, 5), "it is trained on the scale of the training tables"
+    assert small(data=watched).scale == (0, 5), "the scale of the training tables"
     assert small(data=both, rating={"scale": [0, 100]}).scale == (0, 100)
     with pytest.raises(ConfigError, match=r"the scales \[\(0.0, 5.0\), \(1.0, 5.0\)\]: choose with rating.scale"):
         _ = small(data=both).scale
 
 
-def test_a_plain_backbone_is_asked_as_any_model(family_dir: Callable[[str], Path]) -> None:
+def test_a_plain_backbone_gets_the_general_defaults(family_dir: Callable[[str], Path]) -> None:
     folder = family_dir("qwen2_vl")
     rater = small(model={"backbone": str(folder)}).rater_config()
     assert rater.backbone == str(folder)
@@ -400,7 +413,7 @@ def test_a_plain_backbone_is_asked_as_any_model(family_dir: Callable[[str], Path
     assert (rater.prompt, rater.sampling, rater.views) == (load_prompt("talking_head"), Sampling(), (View(),))
 
 
-def test_the_recipe_decides_how_a_backbone_is_asked(family_dir: Callable[[str], Path]) -> None:
+def test_the_configuration_overrides_the_defaults(family_dir: Callable[[str], Path]) -> None:
     rating = {"prompt": "qalign", "sampling": {"frames": 4}, "views": [{"kind": "crop"}], "scale": [1, 9]}
     rater = small(model={"backbone": str(family_dir("qwen2_vl"))}, rating=rating).rater_config()
     assert rater.prompt == load_prompt("qalign")
@@ -412,7 +425,7 @@ def test_the_recipe_decides_how_a_backbone_is_asked(family_dir: Callable[[str], 
         small(model={"backbone": str(family_dir("qwen2_vl"))}, rating={"prompt": "no_such_prompt"}).rater_config()
 
 
-def test_the_embedded_base_keeps_its_way_of_looking() -> None:
+def test_the_embedded_base_keeps_its_sampling_and_views() -> None:
     embedded = resolve_model(None)
     rater = small(model={"backbone": "embedded"}).rater_config()
     assert rater.backbone == embedded.backbone
@@ -422,7 +435,7 @@ def test_the_embedded_base_keeps_its_way_of_looking() -> None:
     assert rater.scale == (0, 5)
 
 
-def test_what_is_no_backbone_is_refused(family_dir: Callable[[str], Path], tmp_path: Path) -> None:
+def test_an_invalid_backbone_is_refused(family_dir: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     write(
         tmp_path / "adapter/adapter_config.json", json.dumps({"base_model_name_or_path": str(family_dir("qwen2_vl"))})
