@@ -1,22 +1,23 @@
-"""How fast are clips rated, beside the path that public raters take and beside what the machine can do at most?
+"""Measure the speed of rating, against the usual implementation of public raters and against its upper limit.
 
     python scripts/bench_rating.py -o runs/bench.json                                   # the embedded model, on a CPU
     python scripts/bench_rating.py --config DIR --random-weights --clips 64 -o ...      # true size, on a GPU
 
-In one run, on the same clips, frames, pixels and weights, in turns, the median of several:
+All paths use the same clips, frames, pixels and weights and run in turns; results are the median of several runs:
 
-- reference: one clip at a time, decoded in the main thread (decord), the frames given as separate images, logits of the
-  whole vocabulary at all positions;
-- ours: `Rater.rate_all`;
-- bare decoding: the frames alone, read by as many processes as ours has;
-- bare forward: the model alone, on inputs that lie ready on its device.
+- reference: one clip at a time, decoded in the main thread (decord), frames as separate images, logits of the whole
+  vocabulary at all positions;
+- rater: `Rater.rate_all`;
+- decoding only: the frames, read by as many processes as the rater uses;
+- forward only: the model, on inputs that are already on its device.
 
-No path can be faster than the slower one of the last two; where the model runs on the CPU, they share its cores, and
-none can take less processor time than both together. Processor time is also what other work on the machine disturbs
-less. Set OMP_WAIT_POLICY=PASSIVE, as `lmm-qa rate` does. Besides, where the time of a clip goes, one stage after the
-other in one process; and what twelve closed questions cost on top of the score, on one prefill and in the reference's
-way: one full forward a question; and what a defect profile costs in use, with all that is measured for it. DIR holds
-config.json and the files of tokenizer and processor; no weights are needed.
+The slower one of the last two is an upper limit. On a CPU they share the cores, so the sum of their processor times is
+a limit as well. Processor time is less sensitive to other work on the machine than elapsed time. Set
+OMP_WAIT_POLICY=PASSIVE, as `lmm-qa rate` does.
+
+Also measured: the time of each stage, one after the other in one process; the cost of twelve closed questions on top of
+the score, on one prefill and in the way of the reference (one full forward pass per question); and the cost of a defect
+profile. DIR contains config.json and the files of tokenizer and processor; weights are not needed.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ import psutil
 import torch
 from damaged_files import SAMPLES
 from PIL import Image
-from watched_run import resident
+from rating_runs import resident_memory
 
 from lmm_qa import Rater, Rating
 from lmm_qa.config import Sampling, View
@@ -59,24 +60,24 @@ from lmm_qa.video.probe import probe
 from lmm_qa.video.sampling import sample_indices
 from lmm_qa.video.views import view_size
 
-Way = Callable[[], object]
+Task = Callable[[], object]
 STAGES = ("decode", "preprocess", "transfer", "vision", "prefill", "readout")
 QUESTIONS = 12
-"""Closed questions about defects that are asked besides the score."""
+"""Number of closed questions about defects."""
 
 
-# The paths
+# --- paths -----------------------------------------------------------------------------------------------------------
 
 
 def reference(rater: Rater, clips: Sequence[Path]) -> list[float]:
-    """Scores of clips as public raters get them."""
+    """Scores of clips, computed as public raters do."""
     readings = [reference_answers(rater, clip, [rater.settings.prompt])[0] for clip in clips]
     scale = rater.settings.declared_scale()
     return [read_levels(each.logits, each.log_normalizer, scale).score for each in readings]
 
 
 def reference_answers(rater: Rater, clip: Path, prompts: Sequence[Prompt]) -> list[LevelLogits]:
-    """What public raters get of a clip, decoded once: one full forward a prompt."""
+    """Level logits of a clip: decoded once, one full forward pass per prompt."""
     images = [Image.fromarray(picture) for picture in separate_images(rater, clip)]
     processor, answers = rater.backbone.processor, []
     for prompt in prompts:
@@ -92,7 +93,7 @@ def reference_answers(rater: Rater, clip: Path, prompts: Sequence[Prompt]) -> li
 
 
 def separate_images(rater: Rater, clip: Path) -> Iterator[np.ndarray]:
-    """Each sampled frame in each view, decoded here and now."""
+    """Each sampled frame in each view, decoded in this thread."""
     info = probe(clip)
     indices = sample_indices([number / info.fps for number in range(info.frames)], rater.settings.sampling)
     try:
@@ -104,10 +105,10 @@ def separate_images(rater: Rater, clip: Path) -> Iterator[np.ndarray]:
         pictures = decord.VideoReader(str(clip), num_threads=1).get_batch(indices).asnumpy()
     for view in rater.settings.views:
         for picture in pictures:
-            yield seen_through(view, picture, rater.factor)
+            yield render_view(view, picture, rater.factor)
 
 
-def seen_through(view: View, picture: np.ndarray, factor: int) -> np.ndarray:
+def render_view(view: View, picture: np.ndarray, factor: int) -> np.ndarray:
     rows, columns = view_size(*picture.shape[:2], view, factor)
     if view.kind == "whole":
         return np.asarray(Image.fromarray(picture).resize((columns, rows), Image.Resampling.BICUBIC))
@@ -118,18 +119,18 @@ def seen_through(view: View, picture: np.ndarray, factor: int) -> np.ndarray:
     return picture[top : top + rows, left : left + columns]
 
 
-def ours(rater: Rater, clips: Sequence[Path], batch_size: int, workers: int) -> list[float]:
+def rate(rater: Rater, clips: Sequence[Path], batch_size: int, workers: int) -> list[float]:
     results = rater.rate_all(clips, batch_size=batch_size, workers=workers)
     return [result.score for result in results if isinstance(result, Rating)]
 
 
-def bare_decoding(rater: Rater, clips: Sequence[Path], workers: int) -> list[Frames]:
+def decode_only(rater: Rater, clips: Sequence[Path], workers: int) -> list[Frames]:
     with DecoderPool(workers) as pool:
         decoded = pool.imap(clips, rater.settings.sampling, rater.settings.views, rater.factor)
         return [frames for frames in decoded if isinstance(frames, Frames)]
 
 
-def prepared(rater: Rater, clips: Sequence[Path], batch_size: int) -> list[Any]:
+def prepare(rater: Rater, clips: Sequence[Path], batch_size: int) -> list[Any]:
     """The inputs of all batches, on the model's device."""
     settings, backbone = rater.settings, rater.backbone
     frames = [clip_input(read_frames(clip, settings.sampling, settings.views, rater.factor)) for clip in clips]
@@ -141,54 +142,54 @@ def prepared(rater: Rater, clips: Sequence[Path], batch_size: int) -> list[Any]:
     ]
 
 
-def bare_forward(rater: Rater, batches: Sequence[Any]) -> None:
+def forward_only(rater: Rater, batches: Sequence[Any]) -> None:
     for inputs in batches:
         rater.backbone.next_token_logits(inputs)
 
 
-# What they take
+# --- measuring -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def peak_memory() -> Iterator[dict[str, int]]:
-    """Bytes, while the block runs: `host`, resident memory with all processes; `device`, what torch held on a GPU."""
-    found = {"host": 0, "device": 0}
+    """Peak bytes in the block: `host`, resident memory of all processes; `device`, allocated by torch on the GPU."""
+    peak = {"host": 0, "device": 0}
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(0.02):
-            found["host"] = max(found["host"], resident(psutil.Process()))
+            peak["host"] = max(peak["host"], resident_memory(psutil.Process()))
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
-        yield found
+        yield peak
     finally:
         done.set()
         watcher.join()
         if torch.cuda.is_available():
-            found["device"] = torch.cuda.max_memory_allocated()
+            peak["device"] = torch.cuda.max_memory_allocated()
 
 
-def in_turns(paths: dict[str, Way], clips: int, runs: int) -> dict[str, dict[str, Any]]:
-    """Run each path several times, one after the other, so that a busy moment of the machine meets all."""
+def run_in_turns(paths: dict[str, Task], clips: int, runs: int) -> dict[str, dict[str, Any]]:
+    """Run all paths in turns, several times, so that other work on the machine affects all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in paths}
     processor: dict[str, list[float]] = {name: [] for name in paths}
     memory: dict[str, dict[str, int]] = {}
     for _ in range(runs):
         for name, run in paths.items():
             with peak_memory() as peak:
-                began, busy = now(), processor_time()
+                start, busy = now(), processor_time()
                 run()
-                seconds[name].append(now() - began)
+                seconds[name].append(now() - start)
                 processor[name].append(processor_time() - busy)
             memory[name] = peak
     return {
         name: {
             "clips_per_second": clips / statistics.median(seconds[name]),
-            "processor_seconds_a_clip": statistics.median(processor[name]) / clips,
+            "processor_seconds_per_clip": statistics.median(processor[name]) / clips,
             "seconds": [round(each, 3) for each in seconds[name]],
             "peak_host_bytes": memory[name]["host"],
             "peak_device_bytes": memory[name]["device"],
@@ -198,37 +199,37 @@ def in_turns(paths: dict[str, Way], clips: int, runs: int) -> dict[str, dict[str
 
 
 def now() -> float:
-    """Seconds; all that the GPU was asked for is done."""
+    """Time in seconds, after all pending work of the GPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def processor_time() -> float:
-    """Seconds of all cores, in this process and in those of its children that have ended."""
+    """Seconds of all cores, of this process and of its children that have ended."""
     return sum(os.times()[:4])
 
 
 @torch.inference_mode()
 def stages(rater: Rater, clips: Sequence[Path], batch_size: int) -> dict[str, float]:
-    """Seconds a clip of each stage, nothing at the same time as anything else."""
+    """Seconds per clip of each stage, without any overlap."""
     spent = dict.fromkeys(STAGES, 0.0)
     settings, backbone = rater.settings, rater.backbone
     tower, head = module(backbone.model, "visual", "vision_tower"), module(backbone.model, "lm_head")
     hooks = [*timed(tower, spent, "vision"), *timed(head, spent, "readout")]
     tokens = list(backbone.level_tokens(settings.prompt, len(settings.views)))
-    for start in range(0, len(clips), batch_size):
-        began = now()
+    for first in range(0, len(clips), batch_size):
+        start = now()
         frames = [
             read_frames(clip, settings.sampling, settings.views, rater.factor)
-            for clip in clips[start : start + batch_size]
+            for clip in clips[first : first + batch_size]
         ]
-        spent["decode"] += now() - began
+        spent["decode"] += now() - start
         clips_in = [clip_input(each) for each in frames]
         for places in backbone.batches(clips_in):
-            began = now()
+            start = now()
             inputs = prepare_inputs(backbone.processor, [clips_in[place] for place in places], settings.prompt)
-            spent["preprocess"] += (ready := now()) - began
+            spent["preprocess"] += (ready := now()) - start
             inputs = inputs.to(backbone.device)
             spent["transfer"] += (moved := now()) - ready
             inside = spent["vision"] + spent["readout"]
@@ -248,21 +249,21 @@ def module(model: torch.nn.Module, *names: str) -> torch.nn.Module:
 
 
 def timed(part: torch.nn.Module, spent: dict[str, float], stage: str) -> list[Any]:
-    """Hooks that add the time spent in a module."""
-    began: list[float] = []
+    """Hooks that add up the time spent in a module."""
+    starts: list[float] = []
 
     def after(*_: object) -> None:
-        spent[stage] += now() - began.pop()
+        spent[stage] += now() - starts.pop()
 
-    return [part.register_forward_pre_hook(lambda *_: began.append(now())), part.register_forward_hook(after)]
+    return [part.register_forward_pre_hook(lambda *_: starts.append(now())), part.register_forward_hook(after)]
 
 
-# What is measured
+# --- the benchmark ---------------------------------------------------------------------------------------------------
 
 
 def cost_of_questions(rater: Rater, clips: Sequence[Path], runs: int) -> dict[str, Any]:
-    """What closed questions cost on top of the score, in this process, frames lying ready or decoded for it; and a
-    profile as `rate --defects` makes it: the questions that count, and what is measured of the clip."""
+    """Cost of closed questions on top of the score, with frames in memory and with decoding; and of a defect profile
+    as `rate --defects` makes it, with the measured features."""
     settings, backbone = rater.settings, rater.backbone
     score = settings.prompt
     closed = [each.model_copy(update={"system": score.system}) for each in questions().values()][:QUESTIONS]
@@ -279,7 +280,7 @@ def cost_of_questions(rater: Rater, clips: Sequence[Path], runs: int) -> dict[st
     together = answers(ready)  # this and the next also warm up
     one_by_one = zip(*(backbone.level_logits(ready, prompt) for prompt in asked), strict=True)
     pairs = [pair for rows in zip(together, one_by_one, strict=True) for pair in zip(*rows, strict=True)]
-    paths: dict[str, Way] = {
+    paths: dict[str, Task] = {
         "score": lambda: backbone.level_logits(ready, score),
         "score + questions": lambda: answers(ready),
         "decoding + score": lambda: backbone.level_logits(decoded(), score),
@@ -289,7 +290,7 @@ def cost_of_questions(rater: Rater, clips: Sequence[Path], runs: int) -> dict[st
         "reference": lambda: [reference_answers(rater, clip, [score]) for clip in clips],
         "reference + questions": lambda: [reference_answers(rater, clip, asked) for clip in clips],
     }
-    measured = in_turns(paths, len(clips), runs)
+    measured = run_in_turns(paths, len(clips), runs)
     return {
         "questions": len(closed),
         "clips": len(clips),
@@ -297,7 +298,7 @@ def cost_of_questions(rater: Rater, clips: Sequence[Path], runs: int) -> dict[st
         "paths": measured,
         "times_the_score": {
             name: {
-                "processor": with_questions["processor_seconds_a_clip"] / alone["processor_seconds_a_clip"],
+                "processor": with_questions["processor_seconds_per_clip"] / alone["processor_seconds_per_clip"],
                 "clock": alone["clips_per_second"] / with_questions["clips_per_second"],
             }
             for name, alone in measured.items()
@@ -307,7 +308,7 @@ def cost_of_questions(rater: Rater, clips: Sequence[Path], runs: int) -> dict[st
 
 
 def random_rater(config: Path, device: str | None, sampling: Sampling | None, views: list[View] | None) -> Rater:
-    """A rater of the size that a configuration says, with random weights."""
+    """A rater with the architecture of a config.json and random weights."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     plan = plan_rater(config, device=device, sampling=sampling, views=views)
@@ -327,18 +328,18 @@ def random_rater(config: Path, device: str | None, sampling: Sampling | None, vi
 
 
 def bench(rater: Rater, clips: Sequence[Path], batch_size: int, workers: int, runs: int) -> dict[str, Any]:
-    batches = prepared(rater, clips, batch_size)
+    batches = prepare(rater, clips, batch_size)
     few = clips[:batch_size]
-    scores = {"reference": reference(rater, few), "ours": ours(rater, few, batch_size, workers)}  # also warms up
-    paths: dict[str, Way] = {
+    scores = {"reference": reference(rater, few), "rater": rate(rater, few, batch_size, workers)}  # also warms up
+    paths: dict[str, Task] = {
         "reference": lambda: reference(rater, clips),
-        "ours": lambda: ours(rater, clips, batch_size, workers),
-        "bare decoding": lambda: bare_decoding(rater, clips, workers),
-        "bare forward": lambda: bare_forward(rater, batches),
+        "rater": lambda: rate(rater, clips, batch_size, workers),
+        "decoding only": lambda: decode_only(rater, clips, workers),
+        "forward only": lambda: forward_only(rater, batches),
     }
-    measured = in_turns(paths, len(clips), runs)
-    rate = {name: each["clips_per_second"] for name, each in measured.items()}
-    work = {name: each["processor_seconds_a_clip"] for name, each in measured.items()}
+    measured = run_in_turns(paths, len(clips), runs)
+    speed = {name: each["clips_per_second"] for name, each in measured.items()}
+    work = {name: each["processor_seconds_per_clip"] for name, each in measured.items()}
     return {
         "model": rater.source.name,
         "parameters": sum(parameter.numel() for parameter in rater.backbone.model.parameters()),
@@ -348,11 +349,11 @@ def bench(rater: Rater, clips: Sequence[Path], batch_size: int, workers: int, ru
         "clips": len(clips),
         "batch_size": batch_size,
         "workers": workers,
-        "tokens_a_clip": int(batches[0]["input_ids"].shape[1]),
+        "tokens_per_clip": int(batches[0]["input_ids"].shape[1]),
         "paths": measured,
-        "ours_over_reference": rate["ours"] / rate["reference"],
-        "ours_over_limit": rate["ours"] / min(rate["bare decoding"], rate["bare forward"]),
-        "needed_over_spent": (work["bare decoding"] + work["bare forward"]) / work["ours"],
+        "rater_over_reference": speed["rater"] / speed["reference"],
+        "rater_over_limit": speed["rater"] / min(speed["decoding only"], speed["forward only"]),
+        "needed_over_spent": (work["decoding only"] + work["forward only"]) / work["rater"],
         "stages": stages(rater, clips, batch_size),
         "questions": cost_of_questions(rater, few, runs),
         "scores": scores,
@@ -362,25 +363,27 @@ def bench(rater: Rater, clips: Sequence[Path], batch_size: int, workers: int, ru
 def table(report: dict[str, Any]) -> str:
     lines = [
         f"{report['model']}, {report['parameters'] / 1e6:,.0f} M parameters; {', '.join(report['choices'].values())}; "
-        f"{report['clips']} clips, {report['tokens_a_clip']} tokens each, batches of {report['batch_size']}, "
+        f"{report['clips']} clips, {report['tokens_per_clip']} tokens each, batches of {report['batch_size']}, "
         f"{report['workers']} decoding processes",
         f"{'':<14} {'clips/s':>8} {'cpu s/clip':>11} {'host GiB':>9} {'device GiB':>11}",
     ]
     for name, each in report["paths"].items():
         host, device = each["peak_host_bytes"] / 2**30, each["peak_device_bytes"] / 2**30
-        rate, processor = each["clips_per_second"], each["processor_seconds_a_clip"]
-        lines.append(f"{name:<14} {rate:>8.2f} {processor:>11.3f} {host:>9.2f} {device:>11.2f}")
+        speed, processor = each["clips_per_second"], each["processor_seconds_per_clip"]
+        lines.append(f"{name:<14} {speed:>8.2f} {processor:>11.3f} {host:>9.2f} {device:>11.2f}")
     lines.append(
-        f"ours: {report['ours_over_reference']:.2f} x the reference, {report['ours_over_limit']:.2f} of the limit; "
-        f"{report['needed_over_spent']:.2f} of its processor time is decoding and forward"
+        f"rater: {report['rater_over_reference']:.2f} x the reference, {report['rater_over_limit']:.2f} of the limit; "
+        f"{report['needed_over_spent']:.2f} of its processor time is decoding and forward pass"
     )
     spent = ", ".join(f"{name} {seconds * 1000:.0f}" for name, seconds in report["stages"].items())
-    lines.append(f"milliseconds a clip, one stage after the other: {spent}")
+    lines.append(f"milliseconds per clip of each stage, without overlap: {spent}")
     cost = report["questions"]
     times = "; ".join(
         f"{name} {each['processor']:.2f} (clock {each['clock']:.2f})" for name, each in cost["times_the_score"].items()
     )
-    return "\n".join([*lines, f"{cost['questions']} questions besides, times the processor time without: {times}"])
+    return "\n".join(
+        [*lines, f"{cost['questions']} questions: processor time as a multiple of that without them: {times}"]
+    )
 
 
 def main() -> None:
@@ -388,15 +391,15 @@ def main() -> None:
     parser.add_argument("inputs", nargs="*", type=Path, help="video files; by default the package's samples")
     parser.add_argument("--model", help="as for lmm-qa rate")
     parser.add_argument("--config", type=Path, help="directory with config.json and the processor's files")
-    parser.add_argument("--random-weights", action="store_true", help="what --config needs: nothing else is loaded")
+    parser.add_argument("--random-weights", action="store_true", help="required with --config: no weights are loaded")
     parser.add_argument("--device")
     parser.add_argument("--sampling", type=Sampling.from_text)
     parser.add_argument("--view", type=View.from_text, action="append")
-    parser.add_argument("--clips", type=int, default=24, help="how many are rated; the files are taken again and again")
+    parser.add_argument("--clips", type=int, default=24, help="number of clips; files are repeated as needed")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("-o", "--output", type=Path, help="all figures, as JSON")
+    parser.add_argument("-o", "--output", type=Path, help="all results, as JSON")
     args = parser.parse_args()
     if (args.config is not None) != args.random_weights:
         parser.error("--config DIR and --random-weights belong together")

@@ -1,13 +1,12 @@
-"""Kill a rating run again and again, resume it, and check that no row is lost, doubled or changed.
+"""Kill a rating run again and again, resume it, and check that no row is lost, duplicated or changed.
 
     python scripts/kill_and_resume.py --work runs/kill [--kills 20] [--clips 24] [-o runs/kill/report.json]
 
-Each kill is SIGKILL at a random moment, while the run starts or a while after a row was written: of the whole process
-group, or, every other time, of the command alone, whose decoding processes must then end by themselves. After each kill
-the rows so far are read; the same command then goes on. A run that gets to its end is compared with an undisturbed one
-(all columns but `seconds`), and another begins, in another form of file, until there were enough kills. Then accidents:
-a full disk, an output that cannot be written, model files cut short; each must end with a clear error, earlier rows
-intact. Ends with 1 where something of this does not hold.
+Each kill is a SIGKILL at a random moment: of the whole process group, or, every other time, of the command alone, whose
+decoding processes must then end on their own. After each kill the rows written so far are checked, and the same command
+resumes. A run that completes is compared with an undisturbed one (all columns but `seconds`), and another one starts
+with the next file format, until there were enough kills. Then faults: a full disk, an output that cannot be written,
+truncated model files. Each must end with a clear error, with earlier rows intact. Exits with 1 if any check fails.
 """
 
 from __future__ import annotations
@@ -33,26 +32,20 @@ from typing import Any
 
 import psutil
 import pyarrow.parquet
-from damaged_files import SAMPLES, TOLERANCE, box
+from damaged_files import SAMPLES, TOLERANCE
+from rating_runs import make_clips, process_tree
 
-import lmm_qa
-from lmm_qa.ratings_io import journal, read_rows
+from lmm_qa.model.source import EMBEDDED
+from lmm_qa.tables import Row, journal, read_rows
 
-Row = dict[str, Any]
-FORMS = (".jsonl", ".parquet", ".csv")
-EMBEDDED = Path(lmm_qa.__file__).parent / "embedded"
+FORMATS = (".jsonl", ".parquet", ".csv")
+EMBEDDED_MODEL = EMBEDDED.parent
 
 
-def make_clips(folder: Path, count: int) -> list[Path]:
-    """Sample clips under many names, each with other bytes and the same pictures."""
-    folder.mkdir(parents=True, exist_ok=True)
+def sample_videos() -> list[bytes]:
+    """The six smallest sample clips."""
     samples = sorted(SAMPLES.glob("*.mp4"), key=lambda path: path.stat().st_size)[:6]
-    paths = []
-    for number, sample in zip(range(count), itertools.cycle(samples), strict=False):
-        path = folder / f"{number:04}_{sample.name}"
-        path.write_bytes(sample.read_bytes() + box(number.to_bytes(4, "big")))
-        paths.append(path)
-    return paths
+    return [sample.read_bytes() for sample in samples]
 
 
 def command(clips: Path, output: Path, *options: str | Path) -> list[str]:
@@ -61,29 +54,36 @@ def command(clips: Path, output: Path, *options: str | Path) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Ended:
+class Finished:
     code: int
-    complaints: str
+    stderr: str
     seconds: float
 
 
-def finish(arguments: Sequence[str], largest_file: int | None = None) -> Ended:
-    """Run a command to its end; it may write no file larger than so many bytes."""
+def finish(arguments: Sequence[str], largest_file: int | None = None) -> Finished:
+    """Run a command; files it writes are limited to `largest_file` bytes."""
 
     def limit() -> None:
         if largest_file is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
-    began = time.monotonic()
+    start = time.monotonic()
     done = subprocess.run(arguments, capture_output=True, text=True, preexec_fn=limit)
-    return Ended(done.returncode, done.stderr, time.monotonic() - began)
+    return Finished(done.returncode, done.stderr, time.monotonic() - start)
 
 
-def kill(arguments: Sequence[str], growing: Path, rows: int, pause: float, alone: bool, patience: float = 60) -> bool:
-    """Start a command and kill it, `pause` seconds after it has written so many rows; whether it still ran then.
+def kill(arguments: Sequence[str], growing: Path, rows: int, pause: float, alone: bool, wait: float = 60) -> bool:
+    """Start a command and kill it `pause` seconds after it has written `rows` more rows.
+
+    Args:
+        alone: kill the command only, not its process group.
+        wait: seconds in which all of its processes must end.
+
+    Returns:
+        Whether it was still running then.
 
     Raises:
-        AssertionError: it failed before, or a process of it outlived it.
+        AssertionError: it failed before, or one of its processes outlived it.
     """
     enough = lines(growing) + rows
     with subprocess.Popen(
@@ -92,19 +92,19 @@ def kill(arguments: Sequence[str], growing: Path, rows: int, pause: float, alone
         while process.poll() is None and lines(growing) < enough:
             time.sleep(0.01)
         try:
-            complaints = process.communicate(timeout=pause)[1].decode()
+            stderr = process.communicate(timeout=pause)[1].decode()
         except subprocess.TimeoutExpired:
-            children = psutil.Process(process.pid).children(recursive=True)
+            children = process_tree(psutil.Process(process.pid))[1:]
             if alone:
                 process.kill()
             else:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            # Nobody may be there to bury those whose parent is gone.
-            left = [each for each in psutil.wait_procs(children, timeout=patience)[1] if alive(each)]
+            # Orphans may stay zombies.
+            left = [each for each in psutil.wait_procs(children, timeout=wait)[1] if alive(each)]
             assert not left, f"outlived the command: {left}"
             return True
-    assert process.returncode == 0, complaints
+    assert process.returncode == 0, stderr
     return False
 
 
@@ -119,22 +119,22 @@ def lines(path: Path) -> int:
 
 
 def stored(output: Path) -> dict[str, Row]:
-    """The rows that a run left, in the output or in the journal beside it, by clip.
+    """The rows that a run has written to the output and its journal, by clip.
 
     Raises:
-        AssertionError: one file holds two rows of a clip.
+        AssertionError: a file contains two rows of one clip.
     """
     found: dict[str, Row] = {}
     for path in (output, journal(output)):
         if path.exists() and path.stat().st_size:
             clips = clips_in(path)
-            assert len(clips) == len(set(clips)), f"{path} holds two rows of a clip"
+            assert len(clips) == len(set(clips)), f"{path} contains two rows of a clip"
             found |= {row["clip"]: row for row in read_rows(path)}
     return found
 
 
 def clips_in(path: Path) -> list[str]:
-    """The clip of each row, read by other means than ours, which leave out what is double."""
+    """The clip of each row, duplicates included (`read_rows` would drop them)."""
     if path.suffix == ".parquet":
         return list(pyarrow.parquet.read_table(path, columns=["clip"])["clip"].to_pylist())
     if path.suffix == ".csv":
@@ -159,34 +159,34 @@ def same(value: Any, other: Any) -> bool:
     return bool(value == other)
 
 
-def kill_often(work: Path, kills: int, clips: int, seed: int) -> Iterator[str]:
-    """Kill and resume; a line for each kill and for each run that got to its end.
+def kill_repeatedly(work: Path, kills: int, clips: int, seed: int) -> Iterator[str]:
+    """Kill and resume; yields a line for each kill and each complete run.
 
     Raises:
-        AssertionError: a row was lost, doubled or changed.
+        AssertionError: a row was lost, duplicated or changed.
     """
     rng = random.Random(seed)
-    names = [path.name for path in make_clips(work / "clips", clips)]
+    names = make_clips(work / "clips", sample_videos(), clips)
     undisturbed = finish(command(work / "clips", work / "undisturbed.jsonl", "--overwrite"))
-    assert undisturbed.code == 0, undisturbed.complaints
+    assert undisturbed.code == 0, undisturbed.stderr
     expected = {row["clip"]: row for row in read_rows(work / "undisturbed.jsonl")}
     assert sorted(expected) == sorted(names)
     yield f"undisturbed: {clips} clips in {undisturbed.seconds:.0f} s"
     done = 0
-    for life in itertools.count():
-        output = work / f"ratings{FORMS[life % len(FORMS)]}"
+    for run in itertools.count():
+        output = work / f"ratings{FORMATS[run % len(FORMATS)]}"
         for path in (output, journal(output)):
             path.unlink(missing_ok=True)
         kept: dict[str, Row] = {}
         while True:
-            fresh, alone = rng.randrange(5), done % 2 == 1
-            pause = rng.uniform(0, 0.5 if fresh else undisturbed.seconds / 4)
+            new, alone = rng.randrange(5), done % 2 == 1
+            pause = rng.uniform(0, 0.5 if new else undisturbed.seconds / 4)
             growing = output if output.suffix == ".jsonl" else journal(output)
             if killed := done < kills:
-                killed = kill(command(work / "clips", output), growing, fresh, pause, alone)
-            else:  # the last one is left in peace
+                killed = kill(command(work / "clips", output), growing, new, pause, alone)
+            else:
                 ended = finish(command(work / "clips", output))
-                assert ended.code == 0, ended.complaints
+                assert ended.code == 0, ended.stderr
             rows = stored(output)
             assert kept.keys() <= rows.keys(), f"lost: {kept.keys() - rows.keys()}"
             for clip, row in rows.items():
@@ -197,22 +197,22 @@ def kill_often(work: Path, kills: int, clips: int, seed: int) -> Iterator[str]:
                 break
             done += 1
             who = "the command" if alone else "the group"
-            yield f"kill {done:>2}, of {who}, {pause:4.1f} s after row {fresh}: {len(rows):>3} rows in {output.name}"
+            yield f"kill {done:>2}, of {who}, {pause:4.1f} s after {new} rows: {len(rows):>3} rows in {output.name}"
         assert clips_in(output) == names, "not every clip once, in order"
-        yield f"to the end: {len(kept)} rows, as undisturbed, in {output.name}"
+        yield f"complete: {len(kept)} rows, as undisturbed, in {output.name}"
         if done == kills:
             return
 
 
-def accidents(work: Path) -> Iterator[tuple[str, Ended, str]]:
-    """What can go wrong around a run: its name, how the command ended, and what was expected in its last line."""
-    make_clips(work / "few", 6)
-    output = work / "accident.jsonl"
+def faults(work: Path) -> Iterator[tuple[str, Finished, str]]:
+    """Faults outside the program: name, how the command ended, and what its last line should contain."""
+    make_clips(work / "few", sample_videos(), 6)
+    output = work / "faults.jsonl"
     first = finish(command(work / "few", output, "--overwrite"))
-    assert first.code == 0, first.complaints
+    assert first.code == 0, first.stderr
     whole = output.read_bytes()
     written = whole.splitlines(keepends=True)
-    for suffix in FORMS:
+    for suffix in FORMATS:
         path = work / f"full{suffix}"
         growing = path if suffix == ".jsonl" else journal(path)
         path.unlink(missing_ok=True)
@@ -222,7 +222,7 @@ def accidents(work: Path) -> Iterator[tuple[str, Ended, str]]:
         assert 2 <= len(stored(path)) <= 3, f"{len(stored(path))} rows"
         yield f"disk full {suffix}", ended, "File too large"
         again = finish(command(work / "few", path))
-        assert again.code == 0 and len(read_rows(path)) == 6, again.complaints
+        assert again.code == 0 and len(read_rows(path)) == 6, again.stderr
     yield "output in /proc", finish(command(work / "few", Path("/proc/ratings.jsonl"))), "cannot write /proc/ratings"
     (work / "taken.jsonl").mkdir(exist_ok=True)
     yield "output is a folder", finish(command(work / "few", work / "taken.jsonl")), "it is a folder"
@@ -230,13 +230,13 @@ def accidents(work: Path) -> Iterator[tuple[str, Ended, str]]:
                  "adapter/adapter_model.safetensors", "adapter/adapter_config.json", "adapter/rater.json"):  # fmt: skip
         model = work / "model"
         shutil.rmtree(model, ignore_errors=True)
-        shutil.copytree(EMBEDDED, model)
+        shutil.copytree(EMBEDDED_MODEL, model)
         with (model / name).open("r+b") as file:
             file.truncate((model / name).stat().st_size // 2)
         unrated = work / "unrated.jsonl"
         ended = finish(command(work / "few", unrated, "-m", model / "adapter"))
-        assert not unrated.exists(), f"{name} cut short, and {unrated} was written"
-        yield f"{name} cut short", ended, ""
+        assert not unrated.exists(), f"{name} truncated, and {unrated} was written"
+        yield f"{name} truncated", ended, ""
     assert output.read_bytes() == whole
 
 
@@ -246,21 +246,21 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--clips", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("-o", "--output", type=Path, help="what happened, as JSON")
+    parser.add_argument("-o", "--output", type=Path, help="all results, as JSON")
     args = parser.parse_args()
-    told = []
-    for line in kill_often(args.work, args.kills, args.clips, args.seed):
+    results = []
+    for line in kill_repeatedly(args.work, args.kills, args.clips, args.seed):
         print(line, flush=True)
-        told.append(line)
+        results.append(line)
     failed = 0
-    for name, ended, expected in accidents(args.work):
-        last = (ended.complaints.strip().splitlines() or [""])[-1]
+    for name, ended, expected in faults(args.work):
+        last = (ended.stderr.strip().splitlines() or [""])[-1]
         clear = ended.code in (1, 2) and last.startswith("error: ") and expected in last
-        failed += not clear or "Traceback" in ended.complaints
-        told.append(f"{'as it should' if clear else 'WRONG'}: {name}: exit code {ended.code}, {last}")
-        print(told[-1], flush=True)
+        failed += not clear or "Traceback" in ended.stderr
+        results.append(f"{'ok' if clear else 'WRONG'}: {name}: exit code {ended.code}, {last}")
+        print(results[-1], flush=True)
     if args.output:
-        args.output.write_text(json.dumps(told, indent=1))
+        args.output.write_text(json.dumps(results, indent=1))
     sys.exit(failed > 0)
 
 
