@@ -1,11 +1,11 @@
-"""How fast are training steps, with vision features that are kept and with pixels that go through the tower each time?
+"""Speed of training steps with cached vision features, and with pixels that go through the vision tower in every step.
 
     python scripts/bench_training.py -o runs/bench_training.json                          # the embedded model, on a CPU
-    python scripts/bench_training.py --config DIR --random-weights    # true size, on a GPU
+    python scripts/bench_training.py --config DIR --random-weights    # full size, on a GPU
 
-LoRA on the language model, in one run, on the same clips, in turns: samples made from the clips, loss, backward pass
-and optimizer step. Making samples is timed apart, for in training other processes do it. DIR holds config.json and the
-files of tokenizer and processor; no weights are needed.
+Both variants alternate in one run with LoRA on the language model and the same clips. Preparing the samples is timed
+apart from loss, backward pass and optimizer step, because in training other processes do it. DIR holds config.json and
+the files of tokenizer and processor; no weights are needed.
 """
 
 from __future__ import annotations
@@ -32,55 +32,56 @@ from lmm_qa.training.trainer import level_logits, weighted_loss
 from lmm_qa.training.vision_cache import VisionCache
 
 
-def bench(recipe: TrainingConfig, backbone: Backbone, clips: list[Path], steps: int) -> dict[str, Any]:
-    """Seconds a step on both ways, and peak memory on a GPU."""
-    settings, processor = recipe.rater_config(), backbone.processor
+def bench(config: TrainingConfig, backbone: Backbone, clips: list[Path], steps: int) -> dict[str, Any]:
+    """Seconds per step of both variants, and peak memory on a GPU."""
+    settings, processor = config.rater_config(), backbone.processor
     with tempfile.TemporaryDirectory() as folder:
-        store = VisionCache(Path(folder), "bench", settings)
+        cache = VisionCache(Path(folder), "bench", settings)
         examples = [
             LabelledClip(Example(p.name, p, 1 + n % 5, None, None, p, (1, 5)), content_id(p))
             for n, p in enumerate(clips)
         ]
-        ways = {
+        variants = {
             "pixels": RatingDataset(examples, settings, processor, 1 << 31, None),
-            "kept": RatingDataset(examples, settings, processor, 1 << 31, store),
+            "cached": RatingDataset(examples, settings, processor, 1 << 31, cache),
         }
-        began = now()
-        store.fill(ways["kept"].sampled_clips(), backbone, 2, lambda *_: None)
-        filled = (now() - began) / len(clips)
-        model = trainable_model(backbone.model, recipe)
-        step = stepper(model, recipe, backbone)
-        report: dict[str, Any] = {way: {"samples": [], "step": [], "loss": []} for way in ways}
+        start = now()
+        cache.fill(variants["cached"].sampled_clips(), backbone, 2, lambda *_: None)
+        per_clip = (now() - start) / len(clips)
+        model = trainable_model(backbone.model, config)
+        step = stepper(model, config, backbone)
+        report: dict[str, Any] = {variant: {"samples": [], "step": [], "loss": []} for variant in variants}
         for number in range(steps + 1):
-            for way, samples in ways.items():
-                size = recipe.training.batch_size
+            for variant, samples in variants.items():
+                size = config.training.batch_size
                 chosen = [(number * size + place) % len(clips) for place in range(size)]
-                began = now()
+                start = now()
                 batch = RatingCollator(processor)([samples[place] for place in chosen])
-                made = now() - began
+                prepared = now() - start
                 if backbone.device.type == "cuda":
                     torch.cuda.reset_peak_memory_stats()
-                began = now()
+                start = now()
                 loss = step(batch)
                 if number:  # the first one warms up
-                    report[way]["samples"].append(made)
-                    report[way]["step"].append(now() - began)
-                    report[way]["loss"].append(loss)
+                    report[variant]["samples"].append(prepared)
+                    report[variant]["step"].append(now() - start)
+                    report[variant]["loss"].append(loss)
                 if backbone.device.type == "cuda":
-                    peak = max(report[way].get("peak_bytes", 0), torch.cuda.max_memory_allocated())
-                    report[way]["peak_bytes"] = peak
+                    peak = max(report[variant].get("peak_bytes", 0), torch.cuda.max_memory_allocated())
+                    report[variant]["peak_bytes"] = peak
     tokens = int(batch["inputs"]["input_ids"].shape[1])
     medians = {
-        way: {part: statistics.median(values[part]) for part in ("samples", "step")} for way, values in report.items()
+        variant: {part: statistics.median(values[part]) for part in ("samples", "step")}
+        for variant, values in report.items()
     }
-    gain = statistics.median(a / b for a, b in zip(report["pixels"]["step"], report["kept"]["step"], strict=True))
-    return {"tokens": tokens, "batch": recipe.training.batch_size, "keeping": filled, "seconds": medians, "gain": gain,
-            "runs": report}  # fmt: skip
+    gain = statistics.median(a / b for a, b in zip(report["pixels"]["step"], report["cached"]["step"], strict=True))
+    return {"tokens": tokens, "batch": config.training.batch_size, "seconds_per_cached_clip": per_clip,
+            "seconds": medians, "gain": gain, "runs": report}  # fmt: skip
 
 
-def stepper(model: Any, recipe: TrainingConfig, backbone: Backbone) -> Callable[[Batch], float]:
+def stepper(model: Any, config: TrainingConfig, backbone: Backbone) -> Callable[[Batch], float]:
     """Loss, backward pass and optimizer step of a batch."""
-    settings = recipe.rater_config()
+    settings = config.rater_config()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5)
     anchors = torch.tensor(settings.declared_scale().anchors())
@@ -92,9 +93,9 @@ def stepper(model: Any, recipe: TrainingConfig, backbone: Backbone) -> Callable[
         for part in (batch["inputs"], batch["vision_features"]):
             part |= {name: value.to(backbone.device, non_blocking=True) for name, value in part.items()}
         with autocast:
-            read = level_logits(model, batch, tokens)
-        opinions = (torch.tensor(batch[name], device=backbone.device) for name in ("mos", "std"))
-        loss, _ = weighted_loss(recipe.loss, anchors, *read, *opinions)
+            logits = level_logits(model, batch, tokens)
+        labels = (torch.tensor(batch[name], device=backbone.device) for name in ("mos", "std"))
+        loss, _ = weighted_loss(config.loss, anchors, *logits, *labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -104,17 +105,19 @@ def stepper(model: Any, recipe: TrainingConfig, backbone: Backbone) -> Callable[
 
 
 def table(report: dict[str, Any]) -> str:
-    """For people."""
+    """The report as readable text."""
     lines = [
-        f"{report['tokens']} tokens a clip, batches of {report['batch']}",
+        f"{report['tokens']} tokens per clip, batches of {report['batch']}",
         "",
-        "way       step s   samples s   peak GiB",
+        "variant   step s   samples s   peak GiB",
     ]
-    for way, seconds in report["seconds"].items():
-        peak = report["runs"][way].get("peak_bytes")
-        lines.append(f"{way:<8} {seconds['step']:8.3f} {seconds['samples']:11.3f} {peak / 2**30 if peak else 0:10.2f}")
-    lines += ["", f"kept vision features: steps {report['gain']:.2f} times as fast; keeping one clip took "
-              f"{report['keeping']:.3f} s, once"]  # fmt: skip
+    for variant, seconds in report["seconds"].items():
+        peak = report["runs"][variant].get("peak_bytes")
+        lines.append(
+            f"{variant:<8} {seconds['step']:8.3f} {seconds['samples']:11.3f} {peak / 2**30 if peak else 0:10.2f}"
+        )
+    lines += ["", f"cached vision features: steps {report['gain']:.2f} times as fast; caching one clip took "
+              f"{report['seconds_per_cached_clip']:.3f} s, once"]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -128,7 +131,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
-    recipe = TrainingConfig.parse(
+    config = TrainingConfig.parse(
         {
             "model": {"backbone": str(args.config or "embedded")},
             "data": {"train": [{"path": "none.csv", "scale": [1, 5]}]},
@@ -140,8 +143,8 @@ def main() -> None:
     if args.random_weights:
         backbone = random_rater(args.config, None, None, None).backbone
     else:
-        backbone = Backbone.load(str(recipe.rater_config().backbone))
-    report = bench(recipe, backbone, args.clips, args.steps)
+        backbone = Backbone.load(str(config.rater_config().backbone))
+    report = bench(config, backbone, args.clips, args.steps)
     print(table(report))
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

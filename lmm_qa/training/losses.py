@@ -88,7 +88,7 @@ def level_targets(mos: Tensor, anchors: Tensor, kind: TargetKind = "two_hot", st
     return targets.float().to(mos.device)
 
 
-def read(logits: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+def score_and_variance(logits: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
     """Differentiable version of `lmm_qa.model.levels.read_levels`.
 
     Args:

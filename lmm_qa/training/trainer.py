@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
 
 from lmm_qa.atomic import replacing
 from lmm_qa.errors import ScoresError, TrainingError
@@ -121,6 +121,22 @@ class RatingTrainer(Trainer):
             self.loss_parts, self.clip_names = {}, []
         super().log(logs, *rest, **named)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._holds_whole_model():
+            compat.load_saved_weights(self.model if model is None else model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._holds_whole_model() and self.state.best_model_checkpoint:
+            compat.load_saved_weights(self.model, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+    def _holds_whole_model(self) -> bool:
+        """Whether checkpoints are written by the model's own `save_pretrained`, not by PEFT, FSDP or DeepSpeed."""
+        return isinstance(self.model, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
     def _get_train_sampler(self, *_: Any) -> EpochSampler:
         return self.sampler
 
@@ -189,7 +205,7 @@ def weighted_loss(
         std: (B,), NaN where unknown.
     """
     anchors = anchors.to(logits.device)
-    score, variance = losses.read(logits, anchors)
+    score, variance = losses.score_and_variance(logits, anchors)
     targets = losses.level_targets(mos, anchors, loss.target, std)
     parts = {"cross_entropy": losses.cross_entropy(logits, targets)}
     if loss.level_mass:
@@ -210,7 +226,7 @@ def validation_metrics(prediction: EvalPrediction, anchors: Tensor) -> dict[str,
     """
     if not np.isfinite(prediction.predictions).all():
         raise TrainingError("the model's outputs on validation clips are not finite: lower training.learning_rate")
-    score, _ = losses.read(torch.as_tensor(prediction.predictions), anchors)
+    score, _ = losses.score_and_variance(torch.as_tensor(prediction.predictions), anchors)
     try:
         found = agreement(score.numpy(), np.asarray(prediction.label_ids))
     except ScoresError:

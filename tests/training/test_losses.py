@@ -24,7 +24,7 @@ from lmm_qa.training.losses import (
     level_mass,
     level_targets,
     plcc,
-    read,
+    score_and_variance,
 )
 
 ANCHORS = torch.tensor(Scale(1, 5).anchors())
@@ -88,7 +88,7 @@ def test_gaussian_is_a_normal_density_at_the_anchors(scale: Scale, shares: list[
     np.testing.assert_allclose(bends[seen], -1 / spread**2, rtol=1e-4)
 
 
-def test_gaussian_is_that_of_scipy_where_nothing_needs_correction() -> None:
+def test_gaussian_equals_scipy_at_the_middle_of_the_scale() -> None:
     std = np.array([0.4, 0.8, 1.5])
     targets = level_targets(torch.full((3,), 3.0), ANCHORS, "gaussian", torch.tensor(std)).numpy()
     density = norm.pdf(ANCHORS.numpy(), 3, std[:, None])
@@ -103,7 +103,7 @@ def test_gaussian_keeps_the_spread_of_the_opinions() -> None:
 
 
 @given(scales, counts, shares, st.floats(0, 0.1))
-def test_a_gaussian_of_no_spread_is_two_hot(scale: Scale, count: int, shares: list[float], spread: float) -> None:
+def test_a_gaussian_with_a_small_std_is_two_hot(scale: Scale, count: int, shares: list[float], spread: float) -> None:
     mos, anchors = on(scale, count, shares)
     std = torch.full_like(mos, spread * float(anchors.diff().min()))
     torch.testing.assert_close(
@@ -111,7 +111,7 @@ def test_a_gaussian_of_no_spread_is_two_hot(scale: Scale, count: int, shares: li
     )
 
 
-def test_gaussian_without_a_std_is_two_hot_for_that_clip_alone() -> None:
+def test_clips_without_a_std_get_two_hot() -> None:
     mos = torch.tensor([1.7, 3.2, 4.9])
     two_hot = level_targets(mos, ANCHORS)
     mixed = level_targets(mos, ANCHORS, "gaussian", torch.tensor([NAN, 0.8, NAN]))
@@ -123,7 +123,7 @@ def test_gaussian_without_a_std_is_two_hot_for_that_clip_alone() -> None:
     assert torch.equal(level_targets(mos, ANCHORS, "two_hot", torch.tensor([NAN, 0.8, NAN])), two_hot)
 
 
-def test_one_hot_is_the_nearest_level_and_half_way_the_worse() -> None:
+def test_one_hot_is_the_nearest_level_and_the_worse_one_for_a_tie() -> None:
     mos = torch.tensor([1, 1.49, 1.5, 1.51, 3.5, 4.4, 4.6, 5])
     levels = [0, 0, 0, 1, 2, 3, 4, 4]
     assert torch.equal(level_targets(mos, ANCHORS, "one_hot"), torch.eye(5)[levels])
@@ -145,7 +145,7 @@ def test_anchors_may_be_unevenly_spaced() -> None:
 
 @given(scales, st.sampled_from(("two_hot", "gaussian", "one_hot")), st.lists(st.floats(0, 1), min_size=2, max_size=6))
 def test_a_better_clip_has_better_targets(scale: Scale, kind: str, shares: list[float]) -> None:
-    """A higher MOS never puts more on the levels up to any level (stochastic dominance)."""
+    """Stochastic dominance: a higher MOS never increases the probability of a level or worse."""
     mos, anchors = on(scale, 5, sorted(shares))
     std = torch.full_like(mos, 0.2 * (scale.high - scale.low))
     worse_or_equal = level_targets(mos, anchors, kind, std).cumsum(-1)  # type: ignore[arg-type]
@@ -153,39 +153,39 @@ def test_a_better_clip_has_better_targets(scale: Scale, kind: str, shares: list[
 
 
 @pytest.mark.parametrize("mos", [0.9, 5.1, NAN, math.inf])
-def test_a_mos_off_the_scale_is_refused(mos: float) -> None:
+def test_a_mos_outside_the_scale_is_refused(mos: float) -> None:
     with pytest.raises(UsageError, match=rf"on the scale \[1, 5\]; received {mos} for clip 2 of 3: declare the scale"):
         level_targets(torch.tensor([1.0, mos, 5.0]), ANCHORS)
 
 
 @pytest.mark.parametrize("std", [-0.1, math.inf])
-def test_a_std_that_cannot_be_is_refused(std: float) -> None:
+def test_an_invalid_std_is_refused(std: float) -> None:
     with pytest.raises(UsageError, match=f"a number >= 0; received {std} for clip 1 of 2: NaN stands for unknown"):
         level_targets(torch.tensor([2.0, 3.0]), ANCHORS, "gaussian", torch.tensor([std, 0.5]))
 
 
-def test_a_scale_whose_end_float32_cannot_hold_has_its_ends() -> None:
+def test_the_ends_of_a_scale_that_float32_cannot_represent_are_valid() -> None:
     anchors = torch.tensor(Scale(-1.3, 0.1).anchors())
     targets = level_targets(torch.tensor([-1.3, 0.1], dtype=torch.float64), anchors)
     assert torch.equal(targets, torch.eye(5)[[0, 4]])
 
 
-# Reading
+# Score and variance
 
 
 @given(scales, st.lists(st.lists(st.floats(-1e4, 1e4, width=32), min_size=5, max_size=5), min_size=1, max_size=4))
-def test_a_reading_is_that_of_levels(scale: Scale, rows: list[list[float]]) -> None:
-    score, variance = read(torch.tensor(rows), torch.tensor(scale.anchors()))
+def test_score_and_variance_equal_those_of_read_levels(scale: Scale, rows: list[list[float]]) -> None:
+    score, variance = score_and_variance(torch.tensor(rows), torch.tensor(scale.anchors()))
     expected = [read_levels(np.float32(row), max(row), scale) for row in rows]
     width = scale.high - scale.low
     np.testing.assert_allclose(score.numpy(), [each.score for each in expected], atol=1e-6 * width, rtol=1e-6)
     np.testing.assert_allclose(variance.numpy(), [each.std**2 for each in expected], atol=1e-5 * width**2, rtol=1e-5)
 
 
-def test_a_reading_of_the_targets_gives_the_mos_back() -> None:
+def test_the_score_of_the_targets_is_the_mos() -> None:
     mos = torch.tensor([1.0, 2.2, 3.5, 5.0])
     targets = level_targets(mos, ANCHORS)
-    score, variance = read(targets.log(), ANCHORS)
+    score, variance = score_and_variance(targets.log(), ANCHORS)
     torch.testing.assert_close(score, mos)
     torch.testing.assert_close(variance, (mos % 1) * (1 - mos % 1), rtol=0, atol=1e-5)
 
@@ -193,7 +193,7 @@ def test_a_reading_of_the_targets_gives_the_mos_back() -> None:
 # Losses
 
 
-def test_gradients_are_those_of_finite_differences() -> None:
+def test_gradients_equal_finite_differences() -> None:
     logits, anchors = draw(4, 5).requires_grad_(), ANCHORS.double()
     targets = draw(4, 5, seed=1).softmax(-1)
     others = draw(4, 9, seed=2).requires_grad_()
@@ -202,12 +202,12 @@ def test_gradients_are_those_of_finite_differences() -> None:
     def mass(logits: Tensor, others: Tensor) -> Tensor:
         return level_mass(logits, torch.cat([logits, others], 1).logsumexp(1))
 
-    assert gradcheck(lambda z: read(z, anchors), logits)
+    assert gradcheck(lambda z: score_and_variance(z, anchors), logits)
     assert gradcheck(lambda z: cross_entropy(z, targets), logits)
     assert gradcheck(mass, (logits, others))
-    assert gradcheck(lambda z: fidelity(*read(z, anchors), mos), logits)
-    assert gradcheck(lambda z: fidelity(*read(z, anchors), mos, std), logits)
-    assert gradcheck(lambda z: plcc(read(z, anchors)[0], mos), logits)
+    assert gradcheck(lambda z: fidelity(*score_and_variance(z, anchors), mos), logits)
+    assert gradcheck(lambda z: fidelity(*score_and_variance(z, anchors), mos, std), logits)
+    assert gradcheck(lambda z: plcc(score_and_variance(z, anchors)[0], mos), logits)
 
 
 def test_cross_entropy_and_level_mass_are_the_cross_entropy_over_the_vocabulary() -> None:
@@ -219,8 +219,8 @@ def test_cross_entropy_and_level_mass_are_the_cross_entropy_over_the_vocabulary(
     torch.testing.assert_close(mass, -vocabulary.softmax(1)[:, :5].sum(1).log().mean())
 
 
-def test_answers_count_once_however_long_they_are() -> None:
-    """Two answers of the second kind, of one token and of three: each counts as its mean."""
+def test_answers_have_equal_weight_whatever_their_length() -> None:
+    """Two answers of the second task, of one token and of three: each counts as its mean."""
     logits, tokens = draw(4, 9), torch.tensor([3, 0, 8, 3])
     shares = torch.tensor([1, 1 / 3, 1 / 3, 1 / 3])
     found = answers(logits, tokens, shares, torch.tensor([1, 1, 1, 1]), 2)
@@ -230,17 +230,17 @@ def test_answers_count_once_however_long_they_are() -> None:
     assert none.tolist() == [0, 0]
     both = cross_entropy(logits[:1, [3, 5]], torch.tensor([[1.0, 0.0]]))
     mass = level_mass(logits[:1, [3, 5]], logits[:1].logsumexp(-1))
-    assert float(both + mass) == pytest.approx(float(wanted[0])), "of a closed question: both words, and their mass"
+    assert float(both + mass) == pytest.approx(float(wanted[0])), "a closed question: both words, and their mass"
 
 
-def test_level_mass_is_0_where_the_levels_hold_all_and_never_below() -> None:
+def test_level_mass_is_never_negative() -> None:
     logits = draw(200, 5, dtype=torch.float32) * 30
     assert level_mass(logits, logits.logsumexp(1)) == 0
     assert level_mass(logits, logits.double().logsumexp(1).float() - 1e-5) == 0
 
 
 @given(st.integers(0, 1000))
-def test_cross_entropy_is_least_at_the_targets(seed: int) -> None:
+def test_cross_entropy_has_its_minimum_at_the_targets(seed: int) -> None:
     targets = draw(3, 5, seed=seed).softmax(-1)
     entropy = -(targets * targets.log()).sum(1).mean()
     best = targets.log().requires_grad_()
@@ -269,8 +269,8 @@ def test_fidelity_is_the_formula_over_all_pairs(clips: list[tuple[float, float, 
         guess = (s - s_other) / math.sqrt(v + v_other + VARIANCE_FLOOR)
         order = np.inf * (mos - mos_other) if mos != mos_other else 0
         judged = (mos - mos_other) / math.sqrt(std**2 + std_other**2 + VARIANCE_FLOOR)
-        for with_std, reference_defects in ((True, order if math.isnan(judged) else judged), (False, order)):
-            overlaps = (math.sqrt(side(guess) * side(reference_defects)) for side in (norm.cdf, norm.sf))
+        for with_std, reference in ((True, order if math.isnan(judged) else judged), (False, order)):
+            overlaps = (math.sqrt(side(guess) * side(reference)) for side in (norm.cdf, norm.sf))
             losses[with_std].append(1 - sum(overlaps))
     assert len(losses[True]) == len(clips) * (len(clips) - 1) / 2
     score, variance, mos, std = torch.tensor(clips, dtype=torch.float64).T
@@ -278,7 +278,7 @@ def test_fidelity_is_the_formula_over_all_pairs(clips: list[tuple[float, float, 
     assert float(fidelity(score, variance, mos)) == pytest.approx(np.mean(losses[False]), abs=1e-9)
 
 
-def test_fidelity_is_0_at_the_truth_alone() -> None:
+def test_fidelity_is_0_only_at_the_labels() -> None:
     mos, std = torch.tensor([1.2, 2.9, 3.0, 4.6]), torch.tensor([0.6, 0.8, 0.0, 0.5])
     score = mos.clone().requires_grad_()
     loss = fidelity(score, std.square(), mos, std)
@@ -288,7 +288,7 @@ def test_fidelity_is_0_at_the_truth_alone() -> None:
     assert fidelity(mos, std.square() * 2, mos, std) > 1e-4
 
 
-def test_two_readings_without_variance_are_not_sure_of_a_small_difference() -> None:
+def test_a_small_difference_without_variance_is_not_certain() -> None:
     score = torch.tensor([3.0, 3.01]).requires_grad_()
     loss = fidelity(score, torch.zeros(2), torch.tensor([4.0, 2.0]))
     better = norm.cdf(-0.01 / math.sqrt(VARIANCE_FLOOR))
@@ -297,7 +297,7 @@ def test_two_readings_without_variance_are_not_sure_of_a_small_difference() -> N
     assert 1 < gradients(loss, score)[0].abs().max() < 100
 
 
-def test_fidelity_pulls_a_pair_into_the_order_of_the_opinions() -> None:
+def test_the_gradient_of_fidelity_sorts_a_pair() -> None:
     score = torch.tensor([3.0, 3.0]).requires_grad_()
     loss = fidelity(score, torch.tensor([0.5, 0.5]), torch.tensor([2.0, 4.0]))
     assert loss.item() == pytest.approx(1 - math.sqrt(0.5))
@@ -326,7 +326,7 @@ def test_fidelity_has_finite_gradients_everywhere(pairs: list[tuple[float, float
 def test_all_losses_and_their_gradients_are_finite_at_extreme_logits(size: float, clips: int) -> None:
     logits = (draw(clips, 5, dtype=torch.float32) * size).requires_grad_()
     mos = torch.linspace(1, 5, clips)
-    score, variance = read(logits, ANCHORS)
+    score, variance = score_and_variance(logits, ANCHORS)
     for loss in (
         cross_entropy(logits, level_targets(mos, ANCHORS)),
         level_mass(logits, logits.logsumexp(1) + 1e3),
@@ -338,7 +338,7 @@ def test_all_losses_and_their_gradients_are_finite_at_extreme_logits(size: float
         assert bool(torch.autograd.grad(loss, logits, retain_graph=True)[0].isfinite().all())
 
 
-def test_one_clip_has_no_pairs_but_a_graph() -> None:
+def test_fidelity_of_one_clip_is_0_with_zero_gradients() -> None:
     score, variance = torch.tensor([3.0]).requires_grad_(), torch.tensor([0.3]).requires_grad_()
     loss = fidelity(score, variance, torch.tensor([2.0]), torch.tensor([0.5]))
     assert loss == 0
@@ -346,13 +346,13 @@ def test_one_clip_has_no_pairs_but_a_graph() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(1, 5), st.floats(1, 5)), min_size=3, max_size=8))
-def test_plcc_is_that_of_scipy(pairs: list[tuple[float, float]]) -> None:
+def test_plcc_equals_scipy(pairs: list[tuple[float, float]]) -> None:
     score, mos = torch.tensor(pairs, dtype=torch.float64).T
     if min(score.std(), mos.std()) > 1e-3:
         assert float(plcc(score, mos)) == pytest.approx(1 - pearsonr(score, mos).statistic, abs=1e-9)
 
 
-def test_plcc_is_0_at_the_truth_and_2_at_its_opposite() -> None:
+def test_plcc_is_0_for_correlation_1_and_2_for_correlation_minus_1() -> None:
     mos = torch.tensor([1.0, 2.5, 4.0, 4.5])
     assert float(plcc(0.1 * mos + 3, mos)) == pytest.approx(0, abs=1e-6)
     assert float(plcc(-mos, mos)) == pytest.approx(2, abs=1e-6)
@@ -367,21 +367,21 @@ def test_plcc_is_0_at_the_truth_and_2_at_its_opposite() -> None:
         ([2.1], [3.0]),
     ],
 )
-def test_plcc_of_what_does_not_vary_is_0_with_a_graph(scores: list[float], labels: list[float]) -> None:
+def test_plcc_of_constant_values_is_0_with_zero_gradients(scores: list[float], labels: list[float]) -> None:
     score = torch.tensor(scores, dtype=torch.float32).requires_grad_()
     loss = plcc(score, torch.tensor(labels))
     assert loss == 0
     assert gradients(loss, score)[0].tolist() == [0] * len(scores)
 
 
-def test_a_small_but_true_spread_counts() -> None:
+def test_plcc_of_a_small_spread_is_not_taken_for_constant() -> None:
     mos = torch.tensor([1.0, 2.0, 3.0, 5.0])
     assert float(plcc(3 + mos * 1e-3, mos)) == pytest.approx(0, abs=1e-4)
     assert float(plcc(3 - mos * 1e-3, mos)) == pytest.approx(2, abs=1e-4)
 
 
 def all_losses(logits: Tensor, mos: Tensor, std: Tensor, log_normalizer: Tensor) -> Tensor:
-    score, variance = read(logits, ANCHORS)
+    score, variance = score_and_variance(logits, ANCHORS)
     return torch.stack(
         [
             cross_entropy(logits, level_targets(mos, ANCHORS, "gaussian", std)),
@@ -404,7 +404,7 @@ def test_the_order_of_the_batch_does_not_matter() -> None:
     torch.testing.assert_close(all_losses(*(each[order] for each in batch)), all_losses(*batch), rtol=0, atol=1e-6)
 
 
-def test_sixteen_bits_come_in_but_no_arithmetic_is_done_in_them() -> None:
+def test_16_bit_inputs_are_computed_in_float32() -> None:
     logits, *labels = a_batch(torch.bfloat16)
     expected = all_losses(logits.float(), *labels)
     assert torch.equal(all_losses(logits, *labels), expected)
@@ -413,15 +413,15 @@ def test_sixteen_bits_come_in_but_no_arithmetic_is_done_in_them() -> None:
         assert torch.equal(all_losses(logits.float(), *labels), expected)
 
 
-def test_descent_on_the_losses_finds_the_mos() -> None:
+def test_gradient_descent_finds_the_mos() -> None:
     mos = torch.tensor([1.2, 4.4, 3.0, 2.1])
     logits = torch.zeros(4, 5, requires_grad=True)
     targets = level_targets(mos, ANCHORS)
     optimizer = torch.optim.Adam([logits], lr=0.1)
     for _ in range(200):
-        score, variance = read(logits, ANCHORS)
+        score, variance = score_and_variance(logits, ANCHORS)
         loss = cross_entropy(logits, targets) + fidelity(score, variance, mos) + plcc(score, mos)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    torch.testing.assert_close(read(logits, ANCHORS)[0].detach(), mos, rtol=0, atol=0.1)
+    torch.testing.assert_close(score_and_variance(logits, ANCHORS)[0].detach(), mos, rtol=0, atol=0.1)
