@@ -22,14 +22,14 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import tee
 from pathlib import Path
-from typing import Unpack
+from typing import Unpack, get_args
 
 import torch
 
 from lmm_qa.defects.calibration import UNCALIBRATED, read_calibration
 from lmm_qa.defects.diagnosis import Explanation, ask_profiles, profile_id, write_explanations
 from lmm_qa.defects.features import FeatureExtractor
-from lmm_qa.defects.profile import Profile
+from lmm_qa.defects.profile import AnswerSource, Profile
 from lmm_qa.errors import ClipError, UsageError
 from lmm_qa.manifest import Clip, content_id
 from lmm_qa.model.backbone import Backbone
@@ -80,6 +80,9 @@ class Rater:
         self.defect_calibration = read_calibration(plan.source.defects)
         self.raw_rater_id = plan.raw_rater_id
         self.rater_id = plan.rater_id
+        self._profile_ids = {
+            answers_from: profile_id(plan.source, answers_from) for answers_from in get_args(AnswerSource)
+        }
         self.factor = patch_factor(backbone.processor) or 1
         backbone.level_tokens(self.settings.prompt, len(self.settings.views))
 
@@ -214,17 +217,16 @@ class Rater:
         profiles: Sequence[Profile | None] = [None] * len(clips)
         explanations: Sequence[Explanation | None] = [None] * len(clips)
         if details.profile:
-            readings, profiles, explanations = self._read_with_profiles(clips, inputs, details)
+            readings, profiles, explanations = self._diagnose(clips, inputs, details)
         else:
-            readings = self._read(inputs)
+            readings = self._read_levels(inputs)
         timelines = [self._timeline(clip.windows) if clip.windows else None for clip in clips]
         seconds = (time.perf_counter() - start) / len(clips)
-        profile_identity = profile_id(self.source, details.answers_from) if details.profile else None
         return [
             replace(
                 self._rating(clip, reading, seconds),
                 profile=profile,
-                profile_id=profile_identity,
+                profile_id=self._profile_ids[details.answers_from] if profile else None,
                 explanation=explanation.text if explanation else None,
                 explained_by=explanation.source if explanation else None,
                 timeline=timeline,
@@ -234,18 +236,15 @@ class Rater:
             )
         ]
 
-    def _read(self, inputs: Sequence[ClipInput]) -> list[LevelReading]:
-        """Ask for the level of each clip, nothing else."""
+    def _read_levels(self, inputs: Sequence[ClipInput]) -> list[LevelReading]:
+        """The quality level of each clip, and nothing else."""
         scale = self.settings.declared_scale()
         return [
             read_levels(each.logits, each.log_normalizer, scale)
             for each in self.backbone.level_logits(inputs, self.settings.prompt)
         ]
 
-    def _answers_from_base(self, details: Details) -> bool:
-        return details.answers_from == "base" and self.source.adapter is not None
-
-    def _read_with_profiles(
+    def _diagnose(
         self, clips: Sequence[DecodedClip], inputs: Sequence[ClipInput], details: Details
     ) -> tuple[list[LevelReading], list[Profile], Sequence[Explanation | None]]:
         """Level, defect profile and explanation of each clip, on one prefill.
@@ -253,8 +252,8 @@ class Rater:
         With answers from the base model there are two: the level is always read with the adapter.
         """
         prompt, scale = self.settings.prompt, self.settings.declared_scale()
-        base = self._answers_from_base(details)
-        readings = self._read(inputs) if base else None
+        base = details.answers_from == "base" and self.source.adapter is not None
+        readings = self._read_levels(inputs) if base else None
         with self.backbone.without_adapter() if base else nullcontext():
             prefill = SharedPrefill(self.backbone, inputs, prompt.system)
             calibration = UNCALIBRATED if base else self.defect_calibration
@@ -264,18 +263,15 @@ class Rater:
                 return readings, profiles, [None] * len(clips)
             levels = [prompt.levels[reading.level] for reading in readings]
             contents = [clip.content_id for clip in clips]
-            return (
-                readings,
-                profiles,
-                write_explanations(prefill, prompt, levels, profiles, contents, self.settings.explanation_check),
-            )
+            check = self.settings.explanation_check
+            return readings, profiles, write_explanations(prefill, prompt, levels, profiles, contents, check)
 
     def _timeline(self, windows: Windows) -> Timeline:
         """Rate each window as a clip of its own, and calibrate its score as that of a clip."""
         readings: list[LevelReading] = []
         for start in range(0, len(windows), WINDOWS_PER_PREFILL):
             stop = min(start + WINDOWS_PER_PREFILL, len(windows))
-            readings += self._read([clip_input(windows[number]) for number in range(start, stop)])
+            readings += self._read_levels([clip_input(windows[number]) for number in range(start, stop)])
         scores = [reading.score for reading in readings]
         if self.calibration:
             scores = [self.calibration.apply(reading.score, reading.std).mos for reading in readings]

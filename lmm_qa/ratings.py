@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from lmm_qa.defects.profile import Profile
+from lmm_qa.defects.profile import AnswerSource, Profile
 from lmm_qa.errors import ClipError
 from lmm_qa.video.decode import Frames
 
@@ -17,8 +17,6 @@ from itertools import pairwise
 from statistics import median
 
 from lmm_qa.video.temporal import Span
-
-AnswerSource = Literal["adapter", "base"]
 
 
 @dataclass(frozen=True)

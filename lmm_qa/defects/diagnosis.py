@@ -10,23 +10,20 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Literal
 
 import numpy as np
 
 from lmm_qa.defects import classifier
 from lmm_qa.defects.calibration import DefectCalibration
 from lmm_qa.defects.explanation import explain, explanation_prompt, opening
-from lmm_qa.defects.profile import Profile, read_profile
+from lmm_qa.defects.profile import AnswerSource, Profile, read_profile
 from lmm_qa.defects.questions import questions
 from lmm_qa.model.levels import LevelLogits
 from lmm_qa.model.prefill import SharedPrefill
 from lmm_qa.model.prompt import Prompt
-from lmm_qa.model.rater_config import ExplanationCheck, ModelSource
+from lmm_qa.model.rater_config import ExplanationCheck
+from lmm_qa.model.source import ModelSource
 from lmm_qa.video.decode import Frames
-
-AnswerSource = Literal["adapter", "base"]
-"""Which model answers: the one with the adapter, or the one it was tuned from."""
 
 MAX_TOKENS = 96
 """Length limit of an explanation: about three clauses and a positive remark in the embedded model's vocabulary."""

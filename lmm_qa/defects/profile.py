@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from lmm_qa.defects.calibration import DefectCalibration
 from lmm_qa.defects.explanation import Finding
 from lmm_qa.defects.vocabulary import DEFECTS
 from lmm_qa.video.temporal import FrameDynamics, Span, buffering, stalls, switches
+
+AnswerSource = Literal["adapter", "base"]
+"""Which model answers questions about defects: the one with the adapter, or the base model it was tuned from."""
 
 
 @dataclass(frozen=True)
