@@ -3,7 +3,7 @@
     from lmm_qa import Rater
     Rater.from_pretrained().rate("clip.mp4").score
 
-What is public here is imported when it is first used, so that `import lmm_qa` loads neither torch nor transformers.
+Public names are imported on first use, so that `import lmm_qa` loads neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lmm_qa.rater import Rater
     from lmm_qa.ratings import Details, Failure, Rating
 
-_HOMES = {
+_MODULES = {
     "ClipError": "errors",
     "Details": "ratings",
     "Failure": "ratings",
@@ -46,9 +46,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'lmm_qa' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"lmm_qa.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"lmm_qa.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:
