@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from lmm_qa.cli.options import (
+    CORES,
     DEFAULT_WORKERS,
     AnswersFrom,
     AnswerSource,
@@ -48,7 +49,7 @@ app = typer.Typer(
 def lmm_qa() -> None:
     """Rate the visual quality of talking-head video with a large multimodal model.
 
-    Without `--model`, a small model that comes with the package does it: no GPU, no download.
+    Without `--model`, it uses a small model that is included in the package and needs neither a GPU nor a download.
     """
 
 
@@ -506,7 +507,7 @@ def degrade(
         tuple[float, float], typer.Option(help="MOS of the worst and of the best quality, e.g. --scale 0 5.")
     ] = (1.0, 5.0),
     seed: Annotated[int, typer.Option(help="Seed of the random choices.")] = 0,
-    workers: Annotated[int, typer.Option(min=1, help="Number of processes.")] = DEFAULT_WORKERS,
+    workers: Annotated[int, typer.Option(min=1, help="Number of processes.", show_default=CORES)] = DEFAULT_WORKERS,
     root: Root = None,
 ) -> None:
     """Create degraded copies of clean clips, with reference labels: cause, strength, place, time and MOS.

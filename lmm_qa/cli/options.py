@@ -79,7 +79,9 @@ BatchSize = Annotated[
     ),
 ]
 
-Workers = Annotated[int, typer.Option(min=1, help="Number of decoding processes.")]
+CORES = "the number of cores, at most 4"
+
+Workers = Annotated[int, typer.Option(min=1, help="Number of decoding processes.", show_default=CORES)]
 
 Timeout = Annotated[float, typer.Option(min=0.1, help="Time limit for decoding one clip, in seconds.")]
 
