@@ -59,6 +59,16 @@ def position_ids(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor
     return positions
 
 
+def load_saved_weights(model: Any, folder: str) -> None:
+    """Load weights that the model's `save_pretrained` wrote.
+
+    It saves some architectures (Qwen2-VL) under the parameter names of their first release. `from_pretrained` renames
+    them, `Trainer` does not: https://github.com/huggingface/transformers/issues/43701
+    """
+    saved: Any = type(model)
+    model.load_state_dict(saved.from_pretrained(folder, dtype=model.dtype).state_dict())
+
+
 def caches_every_token(config: Any) -> bool:
     """Whether the KV cache of a model holds every token: no layer has a sliding window or a recurrent state.
 
