@@ -276,4 +276,4 @@ def test_the_command_reports_an_error_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "r.txt").unlink()
     missing = command(tmp_path / "r.txt", tmp_path / "l.csv")
     assert (missing.returncode, missing.stdout) == (2, "")
-    assert "r.txt cannot be read: No such file or directory" in missing.stderr
+    assert "r.txt: No such file or directory" in missing.stderr
