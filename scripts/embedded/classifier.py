@@ -34,7 +34,7 @@ from lmm_qa.defects.features import FeatureExtractor
 from lmm_qa.defects.vocabulary import reference_defects
 from lmm_qa.degrade.causes import REPRODUCIBLE_X264, encode
 from lmm_qa.degrade.dataset import read_clip
-from lmm_qa.ratings_io import read_rows, write_rows
+from lmm_qa.tables import read_rows, write_rows
 from lmm_qa.training.dataset import Data, load
 from lmm_qa.video.decode import read_frames
 

@@ -25,9 +25,9 @@ from PIL import Image
 from lmm_qa.config import Sampling, View
 from lmm_qa.defects.vocabulary import BY_NAME
 from lmm_qa.degrade.causes import DEGRADATIONS, FACIAL, Pixels, encode
-from lmm_qa.degrade.dataset import LOSSLESS, BadSource, DegradedDataset, Recipe, read_clip
+from lmm_qa.degrade.dataset import NEAR_LOSSLESS, DegradationPlan, DegradedDataset, FailedSource, read_clip
 from lmm_qa.manifest import Clip
-from lmm_qa.ratings_io import read_rows, write_rows
+from lmm_qa.tables import read_rows, write_rows
 from lmm_qa.video.decode import read_frames
 
 SCALE = (1.0, 5.0)
@@ -129,14 +129,14 @@ def make_copies(sources: Sequence[Path], out: Path, causes: Sequence[str], stren
         causes = [cause for cause in causes if cause in settings["causes"]]
     if not clips:
         return
-    recipe = Recipe(causes=tuple(causes), strengths=tuple(strengths), pairs=settings["pairs"], scale=SCALE,
+    plan = DegradationPlan(causes=tuple(causes), strengths=tuple(strengths), pairs=settings["pairs"], scale=SCALE,
                     length=settings["length"])  # fmt: skip
-    dataset = DegradedDataset(out / "labels.jsonl", clips, recipe)
+    dataset = DegradedDataset(out / "labels.jsonl", clips, plan)
     for number, outcome in enumerate(dataset.make(workers), 1):
-        if isinstance(outcome, BadSource):
+        if isinstance(outcome, FailedSource):
             print(f"{outcome.source}: {outcome.error}", flush=True)
-        elif number % 50 == 0 or number == len(dataset.waiting):
-            print(f"{out.name}, strengths {list(strengths)}: {number} of {len(dataset.waiting)} copies", flush=True)
+        elif number % 50 == 0 or number == len(dataset.pending):
+            print(f"{out.name}, strengths {list(strengths)}: {number} of {len(dataset.pending)} copies", flush=True)
 
 
 def write_table(folder: Path, segments: Mapping[str, Segment]) -> None:
@@ -168,7 +168,7 @@ def make_segment(segment: Segment, folder: Path, length: float) -> str | None:
             frames, fps = pan_photograph(segment, length, rng), float(FPS)
         path = segment.path(folder)
         partial_file = path.with_name(f".{path.name}")
-        encode(frames, "libx264", LOSSLESS, Fraction(fps).limit_denominator(1001), str(partial_file))
+        encode(frames, "libx264", NEAR_LOSSLESS, Fraction(fps).limit_denominator(1001), str(partial_file))
         partial_file.replace(path)
     except Exception as error:
         return f"{segment.source.name}: {type(error).__name__}: {error}"

@@ -5,11 +5,23 @@ The scripts that make the embedded model: single steps, then the whole experimen
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from paths import SCRIPTS
+import yaml
+from paths import SAMPLES, SCRIPTS
+from PIL import Image
+
+from lmm_qa import Rater
+from lmm_qa.defects.calibration import DefectCalibration
+from lmm_qa.ratings import Details
+from lmm_qa.tables import read_rows, write_rows
 
 
 @pytest.fixture(autouse=True)
@@ -59,3 +71,94 @@ def test_answers_count_where_they_help_on_sources_left_out(answers_help: bool, o
     assert found.average_precision == pytest.approx(average_precision_score(present[used], p), abs=1e-3)
     best = max(f1_score(present[used], p >= limit) for limit in np.linspace(0.25, 0.95, 71))
     assert f1_score(present[used], p >= found.threshold - 1e-4) >= best - 1e-9
+
+
+# --- the whole experiment --------------------------------------------------------------------------------------------
+
+
+def test_the_training_table_says_nothing_about_defects_that_its_sources_cannot_show(tmp_path: Path) -> None:
+    """The lips of a photograph do not move; a landscape has no head."""
+    from embedded.data import HEAD_DEFECTS, Segment, write_table
+
+    segments = [Segment(Path("a.mp4"), "clip", 0), Segment(Path("b.jpg"), "portrait", 0),
+                Segment(Path("c.jpg"), "picture", 0)]  # fmt: skip
+    by_name = {segment.path(tmp_path).name: segment for segment in segments}
+    rows = [{"clip": f"{number}.mp4", "source": name, "mos": 3.0, "explanation": "fair", "defects": ["blur", "?mouth"]}
+            for number, name in enumerate(by_name)]  # fmt: skip
+    write_rows(tmp_path / "labels.jsonl", rows)
+    write_table(tmp_path, by_name)
+    clip, portrait, picture = read_rows(tmp_path / "table.jsonl")
+    assert clip == {"clip": "0.mp4", "mos": 3.0, "group": "a.mp4", "defects": ["blur", "?mouth"], "explanation": "fair"}
+    assert portrait["defects"] == ["blur", "?mouth", "?lips"] and portrait["group"] == "b.jpg"
+    assert sorted(picture["defects"]) == sorted(["blur", *(f"?{name}" for name in HEAD_DEFECTS)])
+    assert picture["explanation"] is None
+
+
+def test_patches_are_those_of_the_processor() -> None:
+    import torch
+    from embedded.vision import patchify
+    from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+
+    frames = torch.randint(256, (2, 4, 112, 84, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    half = [0.5, 0.5, 0.5]
+    processor = Qwen2VLVideoProcessor(image_mean=half, image_std=half, cap_pixels_per_frame=False)
+    expected = processor([clip.permute(0, 3, 1, 2) for clip in frames], do_resize=False, return_tensors="pt")
+    patches, grid = patchify(frames)
+    assert torch.allclose(patches, expected["pixel_values_videos"], atol=1e-5)
+    assert torch.equal(grid, expected["video_grid_thw"])
+
+
+def tiny_settings() -> dict[str, Any]:
+    """model.yaml, as small as every step allows."""
+    settings: dict[str, Any] = yaml.safe_load((SCRIPTS / "embedded" / "model.yaml").read_text())
+    settings["vision"] |= {"depth": 1, "embed_dim": 48, "num_heads": 2}
+    settings["text"] |= {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
+                         "num_key_value_heads": 1, "mrope_section": [4, 6, 6]}  # fmt: skip
+    settings["data"] |= {"strengths": [[0.8]], "held_out_strengths": [0.4, 0.8], "causes": ["blur", "stall"],
+                         "pairs": 0, "length": 1.0}  # fmt: skip
+    settings["vision_phase"] |= {"max_steps": 2, "batch_size": 2, "eval_steps": 1}
+    settings["joint_phase"] = ["training.epochs=0.7", "training.batch_size=2", "training.eval_steps=2",
+                               "augmentation.temporal_offsets=1"]  # fmt: skip
+    settings["adapter_phase"] = settings["joint_phase"]
+    settings["classifier"] |= {"n_estimators": 5, "features": 20}
+    return settings
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_one_command_makes_a_rater_and_does_nothing_twice(tmp_path: Path) -> None:
+    from skimage.data import astronaut
+
+    clips, portraits, work = tmp_path / "clips", tmp_path / "portraits", tmp_path / "work"
+    clips.mkdir()
+    portraits.mkdir()
+    splits = {"train": "astronaut_clean", "val": "avatar_clean", "test": "astronaut_noise_mild"}
+    for split, name in splits.items():
+        shutil.copyfile(SAMPLES / f"{name}.mp4", clips / f"{split}.mp4")
+    index = [f"{split}.mp4,me/{split},{split}" for split in splits]
+    (clips / "index.csv").write_text("\n".join(["clip,repository,split", *index, ""]))
+    Image.fromarray(astronaut()).save(portraits / "portrait.png")
+    (portraits / "index.csv").write_text("image,repository\nportrait.png,me/other\nmissing.png,me/test\n")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_settings()))
+    command = [sys.executable, str(SCRIPTS / "embedded" / "make.py"), "--clips", str(clips), "--portraits",
+               str(portraits), "--work", str(work), "--config", str(tmp_path / "tiny.yaml")]  # fmt: skip
+    subprocess.run(command, check=True)
+
+    rater = Rater.from_pretrained(work / "model" / "adapter")
+    rating = rater.rate(SAMPLES / "avatar_clean.mp4", details=Details(defects=True, explanation=True))
+    assert rating.adapter is not None and 1 <= rating.score <= 5 and rating.explanation
+    calibration = DefectCalibration.read(work / "model" / "adapter" / "defects.json")
+    assert calibration.defects.keys() <= {"blur", "stall"} and calibration.defects
+    report = json.loads((work / "report.json").read_text())
+    assert report["copies"] == 5 and report["average_precision"].keys() == {"blur", "stall"}
+    assert report["robustness"].keys() == {"reencoding", "mirroring", "trimming"}
+    phases = json.loads((work / "model" / "adapter" / "rater.json").read_text())["training"]["phases"]
+    assert phases["adapter"]["clips"] == {"train": 6, "validation": 5, "calibration": 0}
+
+    files = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
+    again = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert files == {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
+    steps = [json.loads(line)["step"] for line in (work / "steps.jsonl").read_text().splitlines()]
+    assert [line for line in again.stdout.splitlines() if line.endswith(": done")] == [
+        f"{step}: done" for step in steps
+    ]
