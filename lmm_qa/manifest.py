@@ -6,10 +6,8 @@ reads its bytes without understanding them.
 
 from __future__ import annotations
 
-import csv
 import glob
 import hashlib
-import json
 import os
 import re
 import stat
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lmm_qa.errors import ClipNotFound, ClipUnreadable, ManifestError
+from lmm_qa.tables import CLIP_COLUMNS, TABLE_SUFFIXES, Column, read_lines, read_table
 
 VIDEO_SUFFIXES = (
     *(".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"),
@@ -30,16 +29,8 @@ VIDEO_SUFFIXES = (
 """What a folder is searched for. A file that is named outright may have any suffix."""
 
 
-MANIFEST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet", ".txt")
-
-
-"""Lists of clips; `.txt` holds one path a line, without a header."""
-
-
-CLIP_COLUMNS = ("clip", "video", "path", "file", "filename", "name")
-
-
-"""The column of a list that names the clip: the first of these that it has, in any case."""
+MANIFEST_SUFFIXES = (*TABLE_SUFFIXES, ".txt")
+"""Lists of clips. A .txt file has one path per line and no header."""
 
 
 @dataclass(frozen=True)
@@ -170,93 +161,34 @@ def _videos(folder: Path) -> Iterator[Path]:
 
 # --- lists of clips --------------------------------------------------------------------------------------------------
 
-Entries = Iterable[tuple[int, object]]
-
-
-"""Line (or row) number, and what stands there for a clip."""
-
 
 def _in_manifest(manifest: Path, root: Path | None) -> list[_Found]:
-    read = {".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".parquet": _parquet, ".txt": _txt}
     base = manifest.parent if root is None else root
-    try:
-        entries = [(line, _entry(value, manifest, line)) for line, value in read[manifest.suffix.lower()](manifest)]
-    except OSError as error:
-        raise ManifestError(f"{manifest} cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"{manifest} is not UTF-8 text: {error}; save it as UTF-8") from None
+    values: Iterable[tuple[str, object]]
+    if manifest.suffix.lower() == ".txt":
+        values = read_lines(manifest)
+    else:
+        values = ((where, row["clip"]) for where, row in read_table(manifest, [Column("clip", CLIP_COLUMNS)]))
+    entries = [(where, _entry(value, where)) for where, value in values]
     if not entries:
         raise ManifestError(f"{manifest} lists no clips")
-    return [_Found(base / entry, _names(Path(entry), base / entry), f"{manifest}:{line}") for line, entry in entries]
+    return [_Found(base / entry, _names(Path(entry), base / entry), where) for where, entry in entries]
 
 
-def _entry(value: object, manifest: Path, line: int) -> str:
-    """The path that stands in a list, checked to be one."""
+def _entry(value: object, where: str) -> str:
+    """The path of a clip that a list contains.
+
+    Raises:
+        ManifestError: it cannot be a path.
+    """
     if not isinstance(value, str) or not value.strip():
-        raise ManifestError(f"{manifest}:{line}: a path of a clip was expected, received {value!r}")
+        raise ManifestError(f"{where}: the path of a clip was expected, received {value!r}")
     try:
         if b"\0" not in os.fsencode(value):
             return value.strip()
     except UnicodeEncodeError:
         pass
-    raise ManifestError(f"{manifest}:{line}: {value!r} cannot be the name of a file")
-
-
-def _csv(manifest: Path) -> Entries:
-    with manifest.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file, delimiter="\t" if manifest.suffix.lower() == ".tsv" else ",")
-        try:
-            header = next(reader, [])
-            column = header.index(_clip_column(header, manifest))
-            for row in reader:
-                if any(cell.strip() for cell in row):
-                    yield reader.line_num, row[column] if column < len(row) else None
-        except csv.Error as error:
-            raise ManifestError(f"{manifest}:{reader.line_num}: this is no CSV: {error}") from None
-
-
-def _jsonl(manifest: Path) -> Entries:
-    with manifest.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ManifestError(f"{manifest}:{number}: this is no JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ManifestError(f"{manifest}:{number}: an object was expected, received {line.strip()[:80]!r}")
-            yield number, row[_clip_column(list(row), manifest, number)]
-
-
-def _parquet(manifest: Path) -> Entries:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(manifest)
-        column = _clip_column(file.schema_arrow.names, manifest)
-        values = file.read(columns=[column]).column(column).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise ManifestError(f"{manifest} is no Parquet file: {error}") from None
-    yield from enumerate(values, 1)
-
-
-def _txt(manifest: Path) -> Entries:
-    with manifest.open(encoding="utf-8-sig") as file:
-        yield from ((number, line) for number, line in enumerate(file, 1) if line.strip())
-
-
-def _clip_column(columns: Sequence[str], manifest: Path, line: int = 1) -> str:
-    known = {column.strip().casefold(): column for column in reversed(columns)}
-    for candidate in CLIP_COLUMNS:
-        if candidate in known:
-            return known[candidate]
-    if not columns:
-        raise ManifestError(f"{manifest} is empty: a header with a column named {_either(CLIP_COLUMNS)} was expected")
-    raise ManifestError(
-        f"{manifest}:{line}: no column is named {_either(CLIP_COLUMNS)}; the columns are: {', '.join(columns)}"
-    )
+    raise ManifestError(f"{where}: {value!r} cannot be a file name")
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -297,7 +229,3 @@ def _natural(text: str) -> tuple[list[str | int], str]:
     """A sort key by which clip2 comes before clip10."""
     parts = re.split(r"(\d+)", text.casefold())
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], text
-
-
-def _either(words: Sequence[str]) -> str:
-    return f"{', '.join(words[:-1])} or {words[-1]}"

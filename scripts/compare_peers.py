@@ -45,15 +45,14 @@ import numpy as np
 
 from lmm_qa.config import Sampling, View
 from lmm_qa.degrade.causes import COMPRESSION, DEGRADATIONS, FACIAL, PICTURE, TEMPORAL, Pixels
-from lmm_qa.degrade.dataset import COLUMNS
+from lmm_qa.degrade.dataset import REQUIRED_COLUMNS
 from lmm_qa.errors import LmmQaError, ScoresError
 from lmm_qa.evaluation import metrics
 from lmm_qa.evaluation.labels import Label, join, read_scores
 from lmm_qa.evaluation.metrics import Bootstrap
 from lmm_qa.manifest import content_id
 from lmm_qa.model.calibration import Floats
-from lmm_qa.ratings_io import read_rows, to_json, write_rows
-from lmm_qa.tables import Row
+from lmm_qa.tables import Row, read_rows, to_json, write_rows
 from lmm_qa.video.decode import read_frames
 
 if TYPE_CHECKING:  # imports torch, which the peers do not need
@@ -360,7 +359,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
     folder = args.manifest.parent
     rows = read_rows(args.manifest)
-    if lacking := [column for column in (*COLUMNS, "strengths") if any(column not in row for row in rows)]:
+    if lacking := [column for column in (*REQUIRED_COLUMNS, "strengths") if any(column not in row for row in rows)]:
         raise ScoresError(f"{args.manifest} is no manifest of degraded copies: it lacks {', '.join(lacking)}")
     rows = stratified(rows, args.clips or len(rows), args.seed)
     clips = [row["clip"] for row in rows]

@@ -32,7 +32,8 @@ import lmm_qa.distributed
 from lmm_qa.distributed import MAX_LOSSES, ClipQueue, Ranks, RayRaters
 from lmm_qa.errors import LmmQaError, MissingExtra, ModelError, RankLost, ResultsError, UsageError
 from lmm_qa.manifest import Clip
-from lmm_qa.ratings_io import RatingsWriter, journal, read_rows, shard, write_rows
+from lmm_qa.ratings_io import RatingsWriter, shard
+from lmm_qa.tables import journal, read_rows, write_rows
 
 fcntl = pytest.importorskip("fcntl", reason="Windows has neither these locks nor SIGKILL")
 
@@ -404,7 +405,7 @@ def test_a_rank_that_is_done_needs_no_heartbeat(monkeypatch: pytest.MonkeyPatch,
 QUICK_HEARTBEAT = """
 import lmm_qa.distributed
 from lmm_qa.cli.app import main
-lmm_qa.distributed.HEARTBEAT_SECONDS, lmm_qa.distributed.HEARTBEAT_TIMEOUT = 0.2, 3.0
+lmm_qa.distributed.HEARTBEAT_SECONDS, lmm_qa.distributed.HEARTBEAT_TIMEOUT = 0.2, 10.0
 main()
 """
 
@@ -426,7 +427,7 @@ def start_ranks(world: int, folder: Path, output: str, model: Path) -> list[subp
 @pytest.mark.parametrize(
     ("killed", "message"),
     [
-        (1, "error: rank 1 of 3 has died or cannot be reached: no heartbeat for 3 s. Rows written so far are kept"),
+        (1, "error: rank 1 of 3 has died or cannot be reached: no heartbeat for 10 s. Rows written so far are kept"),
         (0, "error: lost the connection between the ranks; rank 0 or the launcher has died"),
     ],
 )

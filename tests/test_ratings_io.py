@@ -22,8 +22,8 @@ from rich.console import Console
 
 from lmm_qa.cli.console import render_table
 from lmm_qa.errors import ResultsError, UsageError
-from lmm_qa.ratings_io import RatingsWriter, journal, print_row, read_rows, write_rows
-from lmm_qa.tables import Row
+from lmm_qa.ratings_io import RatingsWriter, print_row, read_ratings
+from lmm_qa.tables import Row, journal, write_rows
 
 FORMS = pytest.mark.parametrize("form", [".jsonl", ".csv", ".parquet"])
 LEVELS = ("bad", "poor", "fair", "good", "excellent")
@@ -88,7 +88,7 @@ def test_a_run_leaves_one_row_a_clip_in_the_order_of_the_run(tmp_path: Path, for
     with RatingsWriter(path, ["b.mp4", "gone.mp4", "a.mp4"], "tiny-1") as sink:
         for row in reversed(rows):
             sink.write(row)
-    assert read_rows(path) == rows == sink.rows
+    assert read_ratings(path) == rows == sink.rows
     assert os.listdir(path.parent) == [path.name]
 
 
@@ -118,7 +118,7 @@ def test_failures_are_tried_again(tmp_path: Path, form: str) -> None:
     run(path, [failure("a.mp4", "A"), rating("b.mp4"), failure("c.mp4", "C")])
     again = [rating("a.mp4", "A"), rating("b.mp4"), failure("c.mp4", "C", "still broken")]
     assert run(path, again)[1] == ["a.mp4", "c.mp4"]
-    assert read_rows(path) == again
+    assert read_ratings(path) == again
 
 
 @FORMS
@@ -127,7 +127,7 @@ def test_the_same_content_under_another_name_is_known(tmp_path: Path, form: str)
     run(path, [rating("a.mp4", "A", 1.5), rating("old.mp4", "B", 2.5)])
     sink, rated = run(path, [rating("clips/a.mp4", "A"), rating("copy.mp4", "A"), rating("old.mp4", "B")])
     assert (rated, sink.reused) == ([], 3)
-    assert [(row["clip"], row["score"]) for row in read_rows(path)] == [
+    assert [(row["clip"], row["score"]) for row in read_ratings(path)] == [
         ("clips/a.mp4", 1.5),
         ("copy.mp4", 1.5),
         ("old.mp4", 2.5),
@@ -139,7 +139,7 @@ def test_new_content_under_a_known_name_is_rated_anew(tmp_path: Path, form: str)
     path = tmp_path / f"r{form}"
     run(path, [rating("a.mp4", "old", 1.0), rating("b.mp4")])
     assert run(path, [rating("a.mp4", "new", 4.0), rating("b.mp4")])[1] == ["a.mp4"]
-    assert [row["score"] for row in read_rows(path)] == [4.0, 3.25]
+    assert [row["score"] for row in read_ratings(path)] == [4.0, 3.25]
 
 
 @FORMS
@@ -147,7 +147,7 @@ def test_clips_that_a_later_run_does_not_ask_for_stay(tmp_path: Path, form: str)
     path = tmp_path / f"r{form}"
     run(path, [rating("a.mp4"), failure("lost.mp4"), rating("b.mp4")])
     run(path, [rating("c.mp4"), rating("b.mp4")])
-    assert [row["clip"] for row in read_rows(path)] == ["a.mp4", "lost.mp4", "c.mp4", "b.mp4"]
+    assert [row["clip"] for row in read_ratings(path)] == ["a.mp4", "lost.mp4", "c.mp4", "b.mp4"]
 
 
 @FORMS
@@ -156,7 +156,7 @@ def test_overwrite_begins_anew(tmp_path: Path, form: str) -> None:
     run(path, [rating("a.mp4", score=1.0), rating("b.mp4")])
     journal(path).write_text("leftovers\n")
     assert run(path, [rating("a.mp4", score=2.0)], overwrite=True)[1] == ["a.mp4"]
-    assert [(row["clip"], row["score"]) for row in read_rows(path)] == [("a.mp4", 2.0)]
+    assert [(row["clip"], row["score"]) for row in read_ratings(path)] == [("a.mp4", 2.0)]
 
 
 @FORMS
@@ -174,7 +174,7 @@ def test_a_run_that_forgets_a_clip_says_so(tmp_path: Path) -> None:
         RatingsWriter(tmp_path / "r.csv", ["a.mp4", "b.mp4"], "tiny-1") as sink,
     ):
         sink.write(rating("a.mp4"))
-    assert read_rows(journal(tmp_path / "r.csv")) == [rating("a.mp4")]
+    assert read_ratings(journal(tmp_path / "r.csv")) == [rating("a.mp4")]
 
 
 def test_rows_of_other_clips_are_refused(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_link_to_the_output_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "r.csv").symlink_to("data/real.csv")
     run(tmp_path / "r.csv", [rating("a.mp4")])
     assert (tmp_path / "r.csv").is_symlink()
-    assert read_rows(tmp_path / "data" / "real.csv") == [rating("a.mp4")]
+    assert read_ratings(tmp_path / "data" / "real.csv") == [rating("a.mp4")]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permission bits are POSIX's")
@@ -213,7 +213,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, form: str) -> None:
             sink.write(row)
         raise KeyboardInterrupt
     assert run(path, rows)[1] == ["c.mp4", "d.mp4"]
-    assert read_rows(path) == rows
+    assert read_ratings(path) == rows
     assert os.listdir(tmp_path) == [path.name]
 
 
@@ -224,7 +224,7 @@ def test_kill_9_loses_no_row_that_was_written(tmp_path: Path, form: str) -> None
     code = f"""
 import sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_results import Path, RatingsWriter, rating
+from test_ratings_io import Path, RatingsWriter, rating
 with RatingsWriter(Path({str(path)!r}), [f"{{n}}.mp4" for n in range(9)], "tiny-1") as sink:
     for n in range(4):
         sink.write(rating(f"{{n}}.mp4"))
@@ -237,7 +237,7 @@ with RatingsWriter(Path({str(path)!r}), [f"{{n}}.mp4" for n in range(9)], "tiny-
         process.kill()
     rows = [rating(f"{n}.mp4") for n in range(9)]
     assert run(path, rows)[1] == [f"{n}.mp4" for n in range(4, 9)]
-    assert read_rows(path) == rows
+    assert read_ratings(path) == rows
 
 
 @FORMS
@@ -249,30 +249,30 @@ def test_a_row_cut_short_is_dropped_and_written_again(tmp_path: Path, form: str)
     for length in (1, cut.index("é".encode()) + 1, len(cut) - 1):
         path.unlink(missing_ok=True)
         growing.write_bytes(whole + b"\n" + cut[:length])
-        assert read_rows(growing) == rows[:1]
+        assert read_ratings(growing) == rows[:1]
         assert run(path, rows)[1] == ["é.mp4"]
-        assert read_rows(path) == rows
+        assert read_ratings(path) == rows
 
 
 def test_a_whole_last_row_without_a_newline_counts(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps(rating("a.mp4")))
     assert run(path, [rating("a.mp4"), rating("b.mp4")])[1] == ["b.mp4"]
-    assert read_rows(path) == [rating("a.mp4"), rating("b.mp4")]
+    assert read_ratings(path) == [rating("a.mp4"), rating("b.mp4")]
 
 
 def test_after_a_kill_the_later_row_of_a_clip_counts(tmp_path: Path) -> None:
     rows = [failure("a.mp4", "A"), rating("b.mp4"), rating("a.mp4", "A"), rating("a.mp4", "A", rater="other")]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert read_rows(tmp_path / "r.jsonl") == [rows[2], rows[1], rows[3]]
+    assert read_ratings(tmp_path / "r.jsonl") == [rows[2], rows[1], rows[3]]
 
 
 def test_a_row_broken_in_the_middle_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps(rating("a.mp4")) + '\n{"clip": "b.m\n' + json.dumps(rating("c.mp4")) + "\n")
-    with pytest.raises(ResultsError, match=r"r\.jsonl:2: a row of JSON was expected, received .*b\.m"):
-        read_rows(path)
-    assert "r.jsonl:2: a row of JSON was expected" in refusal(path)
+    with pytest.raises(ResultsError, match=r"r\.jsonl:2: a JSON object was expected, received .*b\.m"):
+        read_ratings(path)
+    assert "r.jsonl:2: a JSON object was expected" in refusal(path)
 
 
 def test_an_unfinished_table_is_named_when_it_is_read(tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def test_an_unfinished_table_is_named_when_it_is_read(tmp_path: Path) -> None:
     with pytest.raises(
         ResultsError, match=r"No such file or directory; an unfinished run left .*r\.csv\.partial\.jsonl"
     ):
-        read_rows(tmp_path / "r.csv")
+        read_ratings(tmp_path / "r.csv")
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ def test_an_unfinished_table_is_named_when_it_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["r.txt", "r", "r.json", "r.jsonl.gz"])
 def test_other_suffixes_are_refused(tmp_path: Path, name: str) -> None:
-    for use in (lambda: RatingsWriter(tmp_path / name, [], "t"), lambda: read_rows(tmp_path / name)):
+    for use in (lambda: RatingsWriter(tmp_path / name, [], "t"), lambda: read_ratings(tmp_path / name)):
         with pytest.raises(UsageError, match=r"use \.jsonl, \.csv or \.parquet"):
             use()
 
@@ -316,14 +316,14 @@ def test_a_file_that_is_none_of_ours_is_never_touched(tmp_path: Path, name: str,
     assert str(path) in message
     assert "--overwrite" in message
     run(path, [rating("a.mp4")], overwrite=True)
-    assert read_rows(path) == [rating("a.mp4")]
+    assert read_ratings(path) == [rating("a.mp4")]
 
 
 @FORMS
 def test_an_empty_file_is_no_obstacle(tmp_path: Path, form: str) -> None:
     (tmp_path / f"r{form}").touch()
     run(tmp_path / f"r{form}", [rating("a.mp4")])
-    assert read_rows(tmp_path / f"r{form}") == [rating("a.mp4")]
+    assert read_ratings(tmp_path / f"r{form}") == [rating("a.mp4")]
 
 
 @FORMS
@@ -339,7 +339,7 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "device.csv").symlink_to(os.devnull)
     for place, reason in (
         ("folder.csv", r"folder\.csv: it is a folder"),
-        ("device.csv", "it is no regular file"),
+        ("device.csv", "it is not a regular file"),
         ("file/r.csv", r"r\.csv: (Not a directory|File exists)"),
     ):
         with pytest.raises(ResultsError, match=reason), RatingsWriter(tmp_path / place, [], "tiny-1"):
@@ -352,7 +352,7 @@ def test_a_row_that_is_no_json_is_refused(tmp_path: Path) -> None:
             with pytest.raises(ResultsError, match=r"row of 'a\.mp4' cannot be written as JSON"):
                 sink.write(rating("a.mp4") | {"score": value})
         sink.write(rating("a.mp4"))
-    assert read_rows(tmp_path / "r.jsonl") == [rating("a.mp4")]
+    assert read_ratings(tmp_path / "r.jsonl") == [rating("a.mp4")]
 
 
 @FORMS
@@ -362,7 +362,7 @@ def test_a_disk_that_fills_up_leaves_earlier_rows_whole(tmp_path: Path, form: st
     code = f"""
 import resource, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_results import Path, RatingsWriter, rating
+from test_ratings_io import Path, RatingsWriter, rating
 resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500))
 with RatingsWriter(Path({str(path)!r}), [f"{{n}}.mp4" for n in range(9)], "tiny-1") as sink:
     for n in range(9):
@@ -371,7 +371,7 @@ with RatingsWriter(Path({str(path)!r}), [f"{{n}}.mp4" for n in range(9)], "tiny-
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "File too large" in done.stderr
     growing = path if form == ".jsonl" else journal(path)
-    kept = read_rows(growing)
+    kept = read_ratings(growing)
     assert kept == [rating(f"{n}.mp4") for n in range(len(kept))]
     assert 0 < len(kept) < 9
     assert growing.read_bytes().endswith(b"\n")
@@ -384,7 +384,7 @@ def test_two_runs_cannot_write_one_file(tmp_path: Path) -> None:
         first.write(rating("a.mp4", score=1.0))
         with pytest.raises(ResultsError, match="another run is writing it"), second:
             second.write(rating("a.mp4", score=2.0))
-    assert [row["score"] for row in read_rows(tmp_path / "r.csv")] == [1.0]
+    assert [row["score"] for row in read_ratings(tmp_path / "r.csv")] == [1.0]
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -452,16 +452,16 @@ def any_rating(draw: st.DrawFn) -> Row:
 def test_rows_come_back_as_they_were(tmp_path_factory: pytest.TempPathFactory, form: str, rows: list[Row]) -> None:
     path = tmp_path_factory.getbasetemp() / f"round-trip{form}"
     write_rows(path, copy.deepcopy(rows))
-    assert read_rows(path) == rows
+    assert read_ratings(path) == rows
 
 
 def test_text_that_utf8_cannot_hold(tmp_path: Path) -> None:
     row = failure("a.mp4", "A", "caf\udce9 is missing")
     for form, expected in ((".jsonl", "caf\udce9 is missing"), (".csv", "caf\udce9 is missing")):
         write_rows(tmp_path / f"r{form}", [row])
-        assert read_rows(tmp_path / f"r{form}")[0]["error"]["message"] == expected
+        assert read_ratings(tmp_path / f"r{form}")[0]["error"]["message"] == expected
     write_rows(tmp_path / "r.parquet", [row])
-    assert read_rows(tmp_path / "r.parquet")[0]["error"]["message"] == r"caf\udce9 is missing"
+    assert read_ratings(tmp_path / "r.parquet")[0]["error"]["message"] == r"caf\udce9 is missing"
 
 
 # --- the terminal ----------------------------------------------------------------------------------------------------

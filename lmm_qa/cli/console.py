@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lmm_qa.tables import _one_line
+from lmm_qa.tables import one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,7 +81,7 @@ def _line(row: Row, bars: str, intervals: bool) -> list[Text]:
     error, video = row.get("error"), row.get("video") or {}
     size = f"{video['width']}x{video['height']}" if video.get("width") else ""
     if error:
-        level = f"{error.get('class')}: {_one_line(str(error.get('message')), 60)}"
+        level = f"{error.get('class')}: {one_line(str(error.get('message')), 60)}"
     else:
         level = str(row.get("level") or "")
     interval = ", ".join(_number(end, 2) for end in row.get("interval") or ())

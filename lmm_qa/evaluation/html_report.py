@@ -33,7 +33,7 @@ from lmm_qa.evaluation import evaluate
 from lmm_qa.evaluation.evaluate import Evaluation
 from lmm_qa.evaluation.labels import Label, Score, join, match, read_scores
 from lmm_qa.manifest import content_id, expand
-from lmm_qa.ratings_io import read_rows
+from lmm_qa.ratings_io import read_ratings
 from lmm_qa.video.decode import Frames
 from lmm_qa.video.decoder_pool import DecoderPool
 from lmm_qa.video.views import Picture
@@ -311,7 +311,7 @@ def load(ratings: Path, labels: Sequence[Label] = (), clips: Sequence[str] = ())
         ResultsError: the ratings cannot be read, or are empty.
         ManifestError, ScoresError: no label belongs to a rated clip; a clip is rated twice and has a label.
     """
-    rows = [Row.parse(row, f"{ratings}, row {number}") for number, row in enumerate(read_rows(ratings), 1)]
+    rows = [Row.parse(row, f"{ratings}, row {number}") for number, row in enumerate(read_ratings(ratings), 1)]
     if not rows:
         raise ResultsError(f"{ratings} contains no ratings")
     files = _find_videos([row.clip for row in rows], clips, ratings.parent)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -16,23 +14,14 @@ from numpy.typing import NDArray
 
 from lmm_qa.errors import ManifestError, ScoresError
 from lmm_qa.evaluation.thqa import try_parse
-from lmm_qa.manifest import CLIP_COLUMNS, VIDEO_SUFFIXES
-from lmm_qa.ratings_io import OUTPUT_SUFFIXES, read_rows
-from lmm_qa.tables import Row
-
-LABEL_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-
+from lmm_qa.manifest import VIDEO_SUFFIXES
+from lmm_qa.ratings_io import read_ratings
+from lmm_qa.tables import CLIP_COLUMNS, OUTPUT_SUFFIXES, Column, Row, find_columns, read_lines, read_table
 
 SCORE_COLUMNS = ("mos", "score")
-
-
-"""The column of a table that holds the MOS: the first of these that it has, in any case."""
-
-
+"""Usual names of the MOS column, by precedence; case is ignored."""
 GROUP_COLUMN = "group"
-
-
-"""The column that says which clips must stay together (one person, one source), where a table has it."""
+"""Optional column: clips of one group (one person, one source) stay on one side of every split."""
 
 
 @dataclass(frozen=True)
@@ -107,40 +96,43 @@ class Join:
 
 
 def read_labels(path: Path, clip_column: str | None = None, score_column: str | None = None) -> tuple[Label, ...]:
-    """The labels of a table, in order.
+    """Read the labels of a table, in order.
 
     Args:
         path: .csv, .tsv, .jsonl or .parquet; any line ends, with or without a byte order mark.
-        clip_column: the column that names the clip; by default the first of `CLIP_COLUMNS` that is there.
-        score_column: the column that holds the MOS; by default the first of `SCORE_COLUMNS` that is there.
+        clip_column: the column that names the clip; by default the first of `CLIP_COLUMNS` in the table.
+        score_column: the column that holds the MOS; by default the first of `SCORE_COLUMNS` in the table.
 
     Raises:
-        ManifestError: it cannot be read, a column or a value is missing, a MOS is no finite number, or a clip is there
-            twice; with file and line.
+        ManifestError: the file cannot be read, a column or a value is missing, a MOS is not a finite number, or a clip
+            is repeated; with file and line.
     """
     labels: dict[str, Label] = {}
-    for where, row in _table(path):
-        clip = _clip(row, where, clip_column)
-        column = _column(row, SCORE_COLUMNS if score_column is None else (score_column,), where)
+    columns = (
+        _clip_column(clip_column),
+        Column("mos", SCORE_COLUMNS if score_column is None else (score_column,)),
+        Column("group", (GROUP_COLUMN,), required=False),
+    )
+    for where, row in read_table(path, columns):
+        clip, group = _clip(row["clip"], where), row["group"]
         if clip in labels:
-            raise ManifestError(f"{where}: {clip!r} has a label already, {labels[clip].mos:g}: keep one of the two")
-        group = row.get(GROUP_COLUMN)
-        labels[clip] = Label(clip, _number(row[column], where), _group(clip) if group in (None, "") else str(group))
+            raise ManifestError(f"{where}: {clip!r} already has a label, {labels[clip].mos:g}: keep one of the two")
+        labels[clip] = Label(clip, _number(row["mos"], where), _group(clip) if group in (None, "") else str(group))
     if not labels:
-        raise ManifestError(f"{path} holds no labels")
+        raise ManifestError(f"{path} contains no labels")
     return tuple(labels.values())
 
 
 def read_names(path: Path, clip_column: str | None = None) -> tuple[str, ...]:
-    """The clip names of a list, in order: a table with one of `CLIP_COLUMNS`, or a .txt with a name a line.
+    """Read the clip names of a list, in order: a table with one of `CLIP_COLUMNS`, or a .txt with one name per line.
 
     Raises:
         ManifestError: as for `read_labels`.
     """
     if path.suffix.lower() == ".txt":
-        names = [(where, line) for where, line in _lines(path)]
+        names = list(read_lines(path))
     else:
-        names = [(where, _clip(row, where, clip_column)) for where, row in _table(path)]
+        names = [(where, _clip(row["clip"], where)) for where, row in read_table(path, [_clip_column(clip_column)])]
     seen: set[str] = set()
     for where, name in names:
         if name in seen:
@@ -152,31 +144,37 @@ def read_names(path: Path, clip_column: str | None = None) -> tuple[str, ...]:
 
 
 def read_scores(path: Path) -> tuple[Score, ...]:
-    """The ratings of a file: ours (.jsonl, .csv, .parquet), any other table with a clip column and `score`, or lines
+    """Read scores: ratings or another table with a clip column and `score` (.jsonl, .csv, .parquet), or lines
     `name,score` without a header (.txt, the layout of a challenge submission).
 
     Raises:
-        ManifestError: a row has no clip or no score, a clip has two, or not all went through the same calibration.
-        ResultsError: it cannot be read.
+        ManifestError: a row has no clip or no score, a clip has two scores, or the calibrations of the rows differ.
+        ResultsError: the file cannot be read.
     """
     suffix = path.suffix.lower()
     if suffix == ".txt":
-        scores = [_score_of_line(line, where) for where, line in _lines(path)]
+        scores = [_score_of_line(line, where) for where, line in read_lines(path)]
     elif suffix in OUTPUT_SUFFIXES:
-        rows = read_rows(path)
+        rows = read_ratings(path)
         scores = [_score_of_row(row, f"{path}, row {number}") for number, row in enumerate(rows, 1)]
         if len({_calibration(row).get("id") for row in rows if not row.get("error")}) > 1:
             raise ManifestError(
-                f"{path} mixes calibrated and raw scores, or those of several calibrations: keep one kind"
+                f"{path} mixes calibrated and raw scores, or scores of several calibrations: keep one kind"
             )
     else:
-        raise ManifestError(f"{path}: ratings are {', '.join(OUTPUT_SUFFIXES)}, or .txt with a line name,score a clip")
+        raise ManifestError(
+            f"{path}: ratings are {', '.join(OUTPUT_SUFFIXES)}, or .txt with one line name,score per clip"
+        )
     if not scores:
-        raise ManifestError(f"{path} holds no ratings")
+        raise ManifestError(f"{path} contains no ratings")
     twice = [clip for clip, times in Counter(score.clip for score in scores).items() if times > 1]
     if twice:
         raise ManifestError(f"{path} rates {len(twice)} clips more than once ({twice[0]!r}): keep one rater's rows")
     return tuple(scores)
+
+
+def _clip_column(name: str | None) -> Column:
+    return Column("clip", CLIP_COLUMNS if name is None else (name,))
 
 
 def _score_of_line(line: str, where: str) -> Score:
@@ -187,7 +185,7 @@ def _score_of_line(line: str, where: str) -> Score:
 
 
 def _score_of_row(row: Row, where: str) -> Score:
-    clip = _clip(row, where, None)
+    clip = _clip(row[find_columns(list(row), [_clip_column(None)], where)["clip"]], where)
     error = row.get("error")
     if error:
         known = isinstance(error, Mapping)
@@ -219,92 +217,15 @@ def _ends(value: Sequence[float] | None) -> tuple[float, float] | None:
     return (float(value[0]), float(value[1])) if value else None
 
 
-def _table(path: Path) -> Iterator[tuple[str, Row]]:
-    """`file:line` and the row, of each row that is not empty."""
-    read: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]]
-    read = {".csv": _csv_rows, ".tsv": _csv_rows, ".jsonl": _jsonl_rows, ".parquet": _parquet_rows}
-    if path.suffix.lower() not in read:
-        raise ManifestError(f"{path}: a table is one of {', '.join(LABEL_SUFFIXES)}")
-    try:
-        for line, row in read[path.suffix.lower()](path):
-            yield f"{path}:{line}", row
-    except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from None
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        try:
-            columns = [column.strip() for column in next(reader, [])]
-            for cells in reader:
-                if len(cells) == len(columns):
-                    yield reader.line_num, dict(zip(columns, cells, strict=True))
-                elif any(cell.strip() for cell in cells):
-                    raise ManifestError(
-                        f"{path}:{reader.line_num}: {len(columns)} cells were expected, received {len(cells)}"
-                    )
-        except csv.Error as error:
-            raise ManifestError(f"{path}:{reader.line_num}: this is no CSV: {error}") from None
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row: Any = json.loads(line)
-            except ValueError as error:
-                raise ManifestError(f"{path}:{number}: this is no JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ManifestError(f"{path}:{number}: an object was expected, received {line.strip()[:80]!r}")
-            yield number, row
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows: list[Row] = pyarrow.parquet.ParquetFile(path).read().to_pylist()
-    except pyarrow.ArrowException as error:
-        raise ManifestError(f"{path} is no Parquet file: {error}") from None
-    yield from enumerate(rows, 1)
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """`file:line` and the text, of each line that is not empty."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            yield from ((f"{path}:{number}", line.strip()) for number, line in enumerate(file, 1) if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: OSError | UnicodeDecodeError) -> ManifestError:
-    why = f"it is not UTF-8 text: {error}" if isinstance(error, UnicodeDecodeError) else error.strerror or str(error)
-    return ManifestError(f"{path} cannot be read: {why}")
-
-
-def _column(row: Row, candidates: Sequence[str], where: str) -> str:
-    known = {str(column).casefold(): column for column in reversed(row)}
-    for candidate in candidates:
-        if candidate.casefold() in known:
-            return known[candidate.casefold()]
-    raise ManifestError(f"{where}: no column is named {' or '.join(candidates)}; the columns are: {', '.join(row)}")
-
-
-def _clip(row: Row, where: str, column: str | None) -> str:
-    clip = row[_column(row, CLIP_COLUMNS if column is None else (column,), where)]
-    if not isinstance(clip, str) or not clip.strip():
-        raise ManifestError(f"{where}: the name of a clip was expected, received {clip!r}")
-    return clip.strip()
+def _clip(value: object, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise ManifestError(f"{where}: the name of a clip was expected, received {value!r}")
+    return value.strip()
 
 
 def _number(value: object, where: str) -> float:
     try:
-        number = float(value)  # type: ignore[arg-type]  # what float does not take is told to the user
+        number = float(value)  # type: ignore[arg-type]  # other types raise TypeError, caught below
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):

@@ -52,7 +52,7 @@ from lmm_qa.training.collate import (
     explanation_target,
 )
 from lmm_qa.training.config import AuxiliaryConfig, TrainingConfig
-from lmm_qa.training.dataset import DatasetCheck, Seen, Splits, check, load
+from lmm_qa.training.dataset import DatasetCheck, DecodedClip, Splits, check, load
 from lmm_qa.training.export import model_card
 from lmm_qa.training.trainer import BEST_METRIC, GracefulStop, Log, MetricsLogger, RatingTrainer, write_text
 from lmm_qa.training.vision_cache import VisionCache
@@ -397,7 +397,7 @@ def _check_clips(
         workers=training.num_workers,
         progress=_Progress("checking clips", log),
     )
-    known = dict(gather_object(list(zip(share, checked.found, strict=True))))
+    known = dict(gather_object(list(zip(share, checked.outcomes, strict=True))))
     parts = {"train": splits.train, "validation": splits.validation, "calibration": splits.calibration}
     checks = {name: DatasetCheck(part, tuple(known[example] for example in part), 0) for name, part in parts.items()}
     failed = [checked for checked in checks.values() if checked.failed]
@@ -413,9 +413,9 @@ def _check_clips(
 
 
 def _readable(checked: DatasetCheck, scale: tuple[float, float]) -> tuple[LabelledClip, ...]:
-    both = zip(checked.examples, checked.found, strict=True)
+    both = zip(checked.examples, checked.outcomes, strict=True)
     clips = tuple(
-        LabelledClip(example.on(scale), found.content_id) for example, found in both if isinstance(found, Seen)
+        LabelledClip(example.on(scale), found.content_id) for example, found in both if isinstance(found, DecodedClip)
     )
     if checked.examples and not clips:
         raise TrainingError(f"none of {len(checked.examples)} clips can be read: check data.root")
@@ -449,7 +449,8 @@ def available_tasks(
 
 def _longest_clip(processor: Any, settings: RaterConfig, checks: Mapping[str, DatasetCheck]) -> int:
     """Tokens of the longest clip."""
-    shapes = {found.sizes for checked in checks.values() for found in checked.found if isinstance(found, Seen)}
+    outcomes = [outcome for checked in checks.values() for outcome in checked.outcomes]
+    shapes = {outcome.sizes for outcome in outcomes if isinstance(outcome, DecodedClip)}
     return max(
         count_tokens(processor, sizes[0][0], [(height, width) for _, height, width in sizes], settings.prompt)
         for sizes in shapes
@@ -485,7 +486,7 @@ def _run_record(
         "rater": settings.asked(),
         "clips": {split: len(members) for split, members in clips.items()},
         "groups": {split: len({clip.example.group for clip in members}) for split, members in clips.items()},
-        "left_out": [str(one) for one in splits.left_out],
+        "left_out": [str(one) for one in splits.excluded],
         "data": digest.hexdigest()[:16],
         "versions": {name: version(name) for name in ("lmm-qa", "torch", "transformers", "peft", "accelerate")},
     }

@@ -34,7 +34,7 @@ from lmm_qa.manifest import content_id
 from lmm_qa.model.calibration import Calibration
 from lmm_qa.model.inputs import prepare_inputs
 from lmm_qa.rater import clip_input
-from lmm_qa.ratings_io import read_rows
+from lmm_qa.tables import read_rows
 from lmm_qa.video.decode import read_frames
 
 FAST = ("--device", "cpu", "--sampling", "uniform:2", "--view", "whole:56", "--workers", "1")
