@@ -294,8 +294,8 @@ def test_the_explanation_prompt_is_that_of_rating() -> None:
     prompt, said = explanation_target(example, PROMPT)
     assert (prompt.stem, said) == ("It is fair", ": it freezes from 1.2 to 2.0 s.")
     assert "stall from 1.2 to 2.0 s; blur" in prompt.question
-    told, _ = explanation_target(replace(example, found=None), PROMPT)
-    assert "Defects found: stall." in told.question, "the defects that the text mentions"
+    unlabelled, _ = explanation_target(replace(example, found=None), PROMPT)
+    assert "Defects found: stall." in unlabelled.question, "the defects that the text mentions"
     none, _ = explanation_target(replace(example, found=()), PROMPT)
     assert "Defects found: none." in none.question
     with pytest.raises(TrainingError, match=r"the explanation of 'a' has none of the words bad, poor, .*'It is exc"):
@@ -307,8 +307,8 @@ def test_a_random_explanation_is_about_the_defects_in_its_prompt() -> None:
     for _ in range(300):
         prompt, text = random_explanation(PROMPT, rng)
         level = prompt.stem.removeprefix("It is ")
-        told = prompt.question.partition("Defects found: ")[2]
-        named = {name for name in VISIBLE if BY_NAME[name].term in told}
+        listed = prompt.question.partition("Defects found: ")[2]
+        named = {name for name in VISIBLE if BY_NAME[name].term in listed}
         assert mentioned_defects(text) == named and len(named) <= 3
         levels.add(level)
     assert levels == set(PROMPT.levels)

@@ -97,7 +97,7 @@ def plain(value: Any) -> Any:
 
 
 FIELDS = dict(fields(TrainingConfig))
-TOLD = re.compile(r"\((?P<kind>[^();]+); (?:(?P<required>required)|default (?P<default>[^()]+))\)$")
+TYPE_AND_DEFAULT = re.compile(r"\((?P<kind>[^();]+); (?:(?P<required>required)|default (?P<default>[^()]+))\)$")
 
 
 @pytest.mark.parametrize("path", TRAINING_CONFIGS, ids=lambda path: path.stem)
@@ -116,16 +116,16 @@ def test_each_key_has_a_comment_with_its_meaning_type_and_default(path: Path) ->
         if place in FIELDS and settings_in(FIELDS[place].annotation) and len(place) == 1:
             assert len(comment) > 10, f"{path.name}: {place} has no comment"
             continue
-        told = TOLD.search(comment)
-        assert told, f"{path.name}: the comment of {place} does not end in (type; default ...): {comment!r}"
-        assert len(comment) - len(told[0]) > 5, f"{path.name}: the comment of {place} tells no meaning"
+        match = TYPE_AND_DEFAULT.search(comment)
+        assert match, f"{path.name}: the comment of {place} does not end in (type; default ...): {comment!r}"
+        assert len(comment) - len(match[0]) > 5, f"{path.name}: the comment of {place} has no description"
         if place == ("extends",):
             continue
         field = FIELDS[place]
-        assert bool(told["required"]) == field.is_required(), f"{path.name}: {place}"
+        assert bool(match["required"]) == field.is_required(), f"{path.name}: {place}"
         if not field.is_required():
             default = plain(field.get_default(call_default_factory=True))
-            assert yaml.safe_load(told["default"]) == pytest.approx(default), f"{path.name}: {place}"
+            assert yaml.safe_load(match["default"]) == pytest.approx(default), f"{path.name}: {place}"
 
 
 def test_comments_are_found(tmp_path: Path) -> None:
@@ -205,7 +205,9 @@ def test_accelerate_accepts_the_files(path: Path) -> None:
     for key in (*config.fsdp_config, *config.deepspeed_config):
         assert hasattr(options, key), f"{path.name}: accelerate has no option {key}"
     for place, comment in comments(path):
-        assert place[-1] in {"fsdp_config", "deepspeed_config"} or TOLD.search(comment), f"{path.name}: {place}"
+        assert place[-1] in {"fsdp_config", "deepspeed_config"} or TYPE_AND_DEFAULT.search(comment), (
+            f"{path.name}: {place}"
+        )
 
 
 def test_accelerate_launches_as_configured() -> None:
@@ -444,6 +446,6 @@ def test_an_invalid_backbone_is_refused(family_dir: Callable[[str], Path], tmp_p
         small(model={"backbone": str(tmp_path / "adapter")}).rater_config()
     with pytest.raises(UsageError, match="no model directory"):
         small(model={"backbone": str(tmp_path / "nowhere")}).rater_config()
-    with pytest.raises(ModelError, match="is no model"):
+    with pytest.raises(ModelError, match="is not a model directory"):
         (tmp_path / "empty").mkdir()
         small(model={"backbone": str(tmp_path / "empty")}).rater_config()

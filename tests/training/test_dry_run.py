@@ -320,7 +320,7 @@ def test_the_command_prints_the_report_and_writes_nothing(make_config: MakeConfi
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert tree(tmp_path) == before
-    told = re.findall(r"^(\w[\w ]{10}) ", done.stdout, re.MULTILINE)
+    headings = re.findall(r"^(\w[\w ]{10}) ", done.stdout, re.MULTILINE)
     order = ["videos", "tokens", "trainable", "memory", "time", "disk", "first batch"]
-    assert [word.strip() for word in told if word.strip() in order] == order
+    assert [word.strip() for word in headings if word.strip() in order] == order
     assert "3 steps of 3 clips" in done.stdout

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from lmm_qa.errors import ConfigError, ModelError, TrainingError, UsageError
 from lmm_qa.evaluation.labels import Label, Score, join
 from lmm_qa.model.backbone import Backbone
 from lmm_qa.model.calibration import Calibration
+from lmm_qa.model.inputs import patch_factor
 from lmm_qa.model.prefill import SharedPrefill
 from lmm_qa.model.prompt import Prompt
 from lmm_qa.model.rater_config import RaterConfig
@@ -258,16 +260,17 @@ def test_push_uploads_only_raters_that_others_can_load(
         return "https://hub/commit"
 
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: SimpleNamespace(sha="0" * 40))
     settings = RaterConfig.read(tuned / "rater.json")
     public = settings.model_copy(update={"backbone": "Qwen/Qwen2-VL-2B-Instruct", "backbone_weights": None})
-    kept = (tuned / "rater.json").read_text()
+    original = (tuned / "rater.json").read_text()
     try:
         (tuned / "rater.json").write_text(public.model_dump_json())
         (tuned / "checkpoints" / "checkpoint-1").mkdir(parents=True)
         (tuned / "checkpoints" / "checkpoint-1" / "optimizer.safetensors").touch()
         assert push(tuned, "me/rater", private=True) == "https://hub/commit"
     finally:
-        (tuned / "rater.json").write_text(kept)
+        (tuned / "rater.json").write_text(original)
         (tuned / "checkpoints" / "checkpoint-1" / "optimizer.safetensors").unlink()
         (tuned / "checkpoints" / "checkpoint-1").rmdir()
     assert calls["repo"] == "me/rater" and calls["private"] is True
@@ -285,7 +288,7 @@ def test_an_adapter_on_other_base_weights_is_refused(
         (tmp_path / file.name).write_bytes(file.read_bytes())
     other = settings.model_copy(update={"backbone_weights": "0123456789abcdef"})
     (tmp_path / "rater.json").write_text(other.model_dump_json())
-    with pytest.raises(ModelError, match="was tuned on other weights than those that now lie in"):
+    with pytest.raises(ModelError, match="was trained on other weights than those in"):
         Rater.from_pretrained(tmp_path)
 
 
@@ -294,51 +297,57 @@ def test_an_adapter_on_other_base_weights_is_refused(
 
 def share_of_last(backbone: Backbone, clip: Path, settings: RaterConfig, prompts: Sequence[Prompt]) -> list[float]:
     """Probability of the last level for each prompt, as in rating."""
-    frames = read_frames(clip, settings.sampling, settings.views, 28)
+    frames = read_frames(clip, settings.sampling, settings.views, patch_factor(backbone.processor) or 1)
     (answers,) = SharedPrefill(backbone, [clip_input(frames)]).level_logits(prompts)
     return [float(torch.tensor(answer.logits).softmax(-1)[-1]) for answer in answers]
 
 
-def test_one_adapter_learns_to_rate_answer_and_explain(make_config: MakeConfig, labelled: Path, tmp_path: Path) -> None:
-    """All clips have one defect and lack another."""
+def test_one_adapter_learns_to_rate_answer_and_explain(
+    make_config: MakeConfig, labelled: Path, family_dir: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """All clips have one defect and lack another. The base model is undecided about both."""
+    base = str(family_dir("qwen3_vl"))
     unsure = [f"?{name}" for name in VISIBLE if name not in ("blur", "seam")]
     rows = [json.loads(line) for line in (labelled / "described.jsonl").read_text().splitlines()]
-    said = "The quality of this clip is fair: the picture is blurred."
-    described = [{**row, "defects": ["blur", *unsure], "explanation": said} for row in rows]
+    explanation = "The quality of this clip is fair: the picture is blurred."
+    described = [{**row, "defects": ["blur", *unsure], "explanation": explanation} for row in rows]
     (tmp_path / "all.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in described))
     table = {"path": str(tmp_path / "all.jsonl"), "videos": str(labelled), "scale": [1, 5]}
-    run = with_training(make_config(data__train=[table]), epochs=3, eval_steps=30, learning_rate=5e-3)
+    config = make_config(model__backbone=base, data__train=[table])
+    config = with_training(config, epochs=3, eval_steps=30, learning_rate=5e-3)
     lines: list[str] = []
-    outcome = train(run, lines.append)
+    outcome = train(config, lines.append)
     assert "of 40 training clips, 40 have known defects, and 40 an explanation" in lines
     assert outcome.metrics.keys() >= {"main", "srcc"}
     for part in ("explanations", "defect_questions"):
         losses = [*curve(tmp_path / "run", part).values()]
         assert np.mean(losses[-3:]) < np.mean(losses[:3]) - 1, part
-    settings = run.rater_config()
-    begun = f"{opening(settings.prompt, 'fair')}: the picture is"
-    words = {"stem": begun, "levels": ("always", "never", "blurred")}
-    asked = [questions()["blur"], questions()["seam"],
+    settings = config.rater_config()
+    stem = f"{opening(settings.prompt, 'fair')}: the picture is"
+    words = {"stem": stem, "levels": ("always", "never", "blurred")}
+    prompts = [questions()["blur"], questions()["seam"],
              explanation_prompt(settings.prompt, [Finding("blur", 1.0)]).model_copy(update=words)]  # fmt: skip
-    backbone = Backbone.load(str(run.model.backbone), adapter=tmp_path / "run", device="cpu")
-    blur, seam, blurred = share_of_last(backbone, labelled / "p0_0.mp4", settings, asked)
+    backbone = Backbone.load(base, adapter=tmp_path / "run", device="cpu")
+    blur, seam, blurred = share_of_last(backbone, labelled / "p0_0.mp4", settings, prompts)
     with backbone.without_adapter():
-        before = share_of_last(backbone, labelled / "p0_0.mp4", settings, asked)
+        before = share_of_last(backbone, labelled / "p0_0.mp4", settings, prompts)
     assert before[0] < 0.5 and before[1] > 0.2, before
     assert blur > 0.8 and seam < 0.1 and blurred > before[2] + 0.1, (blur, seam, blurred, before)
 
 
 def test_auxiliary_tasks_do_not_change_the_rating_loss(make_config: MakeConfig, tmp_path: Path) -> None:
     plain = with_training(make_config(), epochs=0.4, output_dir=tmp_path / "plain")
-    silent = make_config(data__train=DESCRIBED, auxiliary__defect_questions=0, auxiliary__explanation_probability=0)
-    asked = make_config(data__train=DESCRIBED)
+    disabled = make_config(data__train=DESCRIBED, auxiliary__defect_questions=0, auxiliary__explanation_probability=0)
+    auxiliary = make_config(data__train=DESCRIBED)
     train(plain, quiet)
-    train(with_training(silent, epochs=0.4, output_dir=tmp_path / "silent"), quiet)
-    train(with_training(asked, epochs=0.4, output_dir=tmp_path / "asked"), quiet)
-    assert (tmp_path / "plain/metrics.jsonl").read_bytes() == (tmp_path / "silent/metrics.jsonl").read_bytes()
-    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("plain", "silent")]
+    train(with_training(disabled, epochs=0.4, output_dir=tmp_path / "disabled"), quiet)
+    train(with_training(auxiliary, epochs=0.4, output_dir=tmp_path / "auxiliary"), quiet)
+    assert (tmp_path / "plain/metrics.jsonl").read_bytes() == (tmp_path / "disabled/metrics.jsonl").read_bytes()
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("plain", "disabled")]
     assert weights[0] == weights[1]
-    rows = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0]) for name in ("plain", "asked")]
+    rows = [
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0]) for name in ("plain", "auxiliary")
+    ]
     for part in ("cross_entropy", "fidelity", "level_mass"):
         assert rows[0][part] == pytest.approx(rows[1][part], abs=1e-4), "same clips, same prompt"
     total = rows[1]["loss"] - rows[1]["defect_questions"] - 0.3 * rows[1]["explanations"]
@@ -383,15 +392,15 @@ def test_a_resumed_run_has_the_auxiliary_examples_of_an_uninterrupted_one(
 def test_other_defect_labels_make_another_run(make_config: MakeConfig, labelled: Path, tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
     rows = [json.loads(line) for line in (labelled / "described.jsonl").read_text().splitlines()]
-    run = make_config(data__train=[{"path": str(table), "videos": str(labelled), "scale": [1, 5]}])
+    config = make_config(data__train=[{"path": str(table), "videos": str(labelled), "scale": [1, 5]}])
     for defect in ("blur", "noise"):
         lines = [f"{row['clip']},{row['mos']},{row['group']},{defect}" for row in rows]
         table.write_text("\n".join(["clip,mos,group,defects", *lines]))
         if defect == "blur":
-            train(with_training(run, epochs=0.1), quiet)
+            train(with_training(config, epochs=0.1), quiet)
         else:
             with pytest.raises(ConfigError, match="holds a run of another configuration, other data"):
-                train(with_training(run, epochs=0.1), quiet)
+                train(with_training(config, epochs=0.1), quiet)
 
 
 def test_an_explanation_without_a_level_word_is_refused_before_training(
@@ -411,12 +420,12 @@ def test_an_explanation_without_a_level_word_is_refused_before_training(
 
 
 def test_cached_vision_features_do_not_change_the_loss(make_config: MakeConfig, tmp_path: Path) -> None:
-    kept, read, base = tmp_path / "kept", tmp_path / "read", make_config(data__train=DESCRIBED)
-    train(with_training(base, output_dir=kept), quiet)
+    cached, uncached, base = tmp_path / "cached", tmp_path / "uncached", make_config(data__train=DESCRIBED)
+    train(with_training(base, output_dir=cached), quiet)
     assert list((tmp_path / "cache" / "vision").rglob("*.safetensors"))
-    train(with_training(base, output_dir=read, cache_vision_features=False), quiet)
-    assert curve(kept) == pytest.approx(curve(read), abs=1e-5)
-    assert len(curve(kept)) == 12
+    train(with_training(base, output_dir=uncached, cache_vision_features=False), quiet)
+    assert curve(cached) == pytest.approx(curve(uncached), abs=1e-5)
+    assert len(curve(cached)) == 12
 
 
 def with_training(config: TrainingConfig, **changes: Any) -> TrainingConfig:
@@ -516,9 +525,9 @@ def test_gradient_accumulation_equals_a_larger_batch(make_config: MakeConfig, tm
 
 def test_cached_features_work_in_bfloat16(make_config: MakeConfig, tmp_path: Path) -> None:
     half = with_training(make_config(model__dtype="bfloat16"), epochs=0.4)
-    train(with_training(half, output_dir=tmp_path / "kept"), quiet)
-    train(with_training(half, output_dir=tmp_path / "read", cache_vision_features=False), quiet)
-    assert curve(tmp_path / "kept") == pytest.approx(curve(tmp_path / "read"), abs=0.03)
+    train(with_training(half, output_dir=tmp_path / "cached"), quiet)
+    train(with_training(half, output_dir=tmp_path / "uncached", cache_vision_features=False), quiet)
+    assert curve(tmp_path / "cached") == pytest.approx(curve(tmp_path / "uncached"), abs=0.03)
 
 
 # --- trainable weights -----------------------------------------------------------------------------------------------
@@ -578,8 +587,8 @@ def test_lora_targets_the_linear_layers_of_the_chosen_components(
 
 
 def test_a_trained_vision_tower_is_not_cached(make_config: MakeConfig, tmp_path: Path) -> None:
-    run = make_config(tuning__vision=True, tuning__merger=True)
-    train(with_training(run, epochs=0.4), quiet)
+    config = make_config(tuning__vision=True, tuning__merger=True)
+    train(with_training(config, epochs=0.4), quiet)
     assert not (tmp_path / "cache" / "vision").exists()
     assert len(curve(tmp_path / "run")) == 4
     names = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
