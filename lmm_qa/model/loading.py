@@ -10,6 +10,7 @@ import torch
 
 from lmm_qa.errors import ModelError
 from lmm_qa.model import compat
+from lmm_qa.model.hub import find_model
 
 Quantization = Literal["4bit", "8bit"]
 
@@ -75,7 +76,7 @@ def load_model(model: str, adapter: Path | None = None, **options: Unpack[LoadOp
     attention = choose_attention(device.value, dtype.value)
     quantization = options.get("quantization")
     choices = {"device": device, "dtype": dtype, "attention": attention}
-    kwargs = _hub_kwargs(options)
+    kwargs = _hub_kwargs(model, options)
     if quantization:
         choices["quantization"] = Choice(quantization, "requested")
         kwargs["quantization_config"] = _bitsandbytes_config(quantization, getattr(torch, dtype.value))
@@ -110,9 +111,10 @@ def load_processor(model: str, **options: Unpack[LoadOptions]) -> Any:
     """
     from transformers import AutoProcessor
 
+    kwargs = _hub_kwargs(model, options)
     try:
         load: Any = AutoProcessor.from_pretrained
-        processor = load(model, **_hub_kwargs(options))
+        processor = load(model, **kwargs)
     except Exception as error:
         raise ModelError(f"cannot load the processor of {model!r}: {_first_line(error)}") from error
     if getattr(processor, "video_processor", None) is None:
@@ -219,7 +221,7 @@ def empty_model(model: str, **options: Unpack[LoadOptions]) -> Any:
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    kwargs = _hub_kwargs(options)
+    kwargs = _hub_kwargs(model, options)
     try:
         config = AutoConfig.from_pretrained(model, **kwargs)
         with torch.device("meta"):
@@ -229,12 +231,16 @@ def empty_model(model: str, **options: Unpack[LoadOptions]) -> Any:
         raise ModelError(f"cannot load the configuration of {model!r}: {_first_line(error)}") from error
 
 
-def _hub_kwargs(options: LoadOptions) -> dict[str, Any]:
-    """The options that every `from_pretrained` of transformers takes."""
-    return {
-        "revision": options.get("revision"),
-        "trust_remote_code": options.get("trust_remote_code", False),
-    }
+def _hub_kwargs(model: str, options: LoadOptions) -> dict[str, Any]:
+    """The arguments that every `from_pretrained` of transformers takes.
+
+    If the hub cannot be reached, only its local cache is used: transformers would try each of a dozen files for 23 s.
+    """
+    kwargs = {"revision": options.get("revision"), "trust_remote_code": options.get("trust_remote_code", False)}
+    if not Path(model).is_dir():
+        found = find_model(model, options.get("revision"))
+        kwargs |= {"revision": found.commit, "local_files_only": found.unreachable is not None}
+    return kwargs
 
 
 def _bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> Any:

@@ -20,7 +20,8 @@ from lmm_qa.model.backbone import Backbone
 from lmm_qa.model.calibration import Calibration
 from lmm_qa.model.loading import Dtype, LoadOptions, Quantization, choose_device, choose_dtype
 from lmm_qa.model.prompt import Prompt, load_prompt
-from lmm_qa.model.rater_config import ModelSource, RaterConfig, identity, resolve_model
+from lmm_qa.model.rater_config import RaterConfig
+from lmm_qa.model.source import ModelSource, compute_rater_id, resolve_model
 
 
 class SettingOptions(TypedDict, total=False):
@@ -55,13 +56,15 @@ class RaterPlan:
     @property
     def raw_rater_id(self) -> str:
         """Short hash of everything that determines a raw score: weights, prompt, scale, sampling, views, dtype."""
-        return identity(self.source, self.settings, self.dtype, self.load_options.get("quantization"))
+        return compute_rater_id(self.source, self.settings, self.dtype, self.load_options.get("quantization"))
 
     @property
     def rater_id(self) -> str:
         """Short hash of everything that determines a score: `raw_rater_id` and the calibration."""
         calibration = self.calibration.identity if self.calibration else None
-        return identity(self.source, self.settings, self.dtype, self.load_options.get("quantization"), calibration)
+        return compute_rater_id(
+            self.source, self.settings, self.dtype, self.load_options.get("quantization"), calibration
+        )
 
     @property
     def dtype(self) -> str:
@@ -127,7 +130,7 @@ def _choose_calibration(source: ModelSource, settings: RaterConfig) -> tuple[Cal
     path = source.calibration
     if path is None:
         return None, None
-    defaults, chosen = source.settings.asked(), settings.asked()
+    defaults, chosen = source.settings.scoring_settings(), settings.scoring_settings()
     if changed := [key for key in chosen if chosen[key] != defaults[key]]:
         names = ", ".join(changed)
         return None, f"{path} is for the rater's own {names}, which this run changes: scores are not calibrated"
@@ -141,6 +144,6 @@ def _choose_calibration(source: ModelSource, settings: RaterConfig) -> tuple[Cal
             "rater.json, then rate and calibrate again; or remove the calibration to get raw scores"
         )
     formats = product(get_args(Dtype), (None, *get_args(Quantization)))
-    if calibration.rater_id not in (None, *(identity(source, settings, *numbers) for numbers in formats)):
+    if calibration.rater_id not in (None, *(compute_rater_id(source, settings, *numbers) for numbers in formats)):
         return None, f"{path} was fitted to other weights or settings: scores are not calibrated; calibrate again"
     return calibration, None

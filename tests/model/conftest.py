@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from backbones import PUBLISHED, build
+from backbones import FAMILIES, PUBLISHED, build
+
+from lmm_qa.model.backbone import Backbone
 
 
 @pytest.fixture(scope="session", params=["own", *(["published"] if PUBLISHED.is_dir() else [])])
@@ -21,3 +23,20 @@ def family_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         return made[family]
 
     return directory
+
+
+@pytest.fixture(scope="session")
+def load(family_dir: Callable[[str], Path]) -> Callable[[str], Backbone]:
+    loaded: dict[str, Backbone] = {}
+
+    def get(family: str) -> Backbone:
+        if family not in loaded:
+            loaded[family] = Backbone.load(str(family_dir(family)), device="cpu", dtype="float32")
+        return loaded[family]
+
+    return get
+
+
+@pytest.fixture(params=FAMILIES)
+def backbone(request: pytest.FixtureRequest, load: Callable[[str], Backbone]) -> Backbone:
+    return load(request.param)

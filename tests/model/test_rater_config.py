@@ -15,14 +15,8 @@ from safetensors.numpy import save_file
 from lmm_qa.config import Sampling, View
 from lmm_qa.errors import ConfigError, ModelError, UsageError
 from lmm_qa.model.prompt import load_prompt
-from lmm_qa.model.rater_config import (
-    CALIBRATION_NAME,
-    FILE_NAME,
-    RaterConfig,
-    identity,
-    resolve_model,
-    weights_fingerprint,
-)
+from lmm_qa.model.rater_config import CALIBRATION_NAME, FILE_NAME, RaterConfig
+from lmm_qa.model.source import compute_rater_id, resolve_model, weights_fingerprint
 
 
 def write_model(folder: Path, seed: int = 0) -> Path:
@@ -234,7 +228,7 @@ def test_override_changes_what_is_given() -> None:
     base = RaterConfig(scale=(0, 5), training={"clips": 3})
     changed = base.override(sampling=Sampling(frames=4), scale=None, prompt=None)
     assert (changed.sampling.frames, changed.scale, changed.training) == (4, (0, 5), {"clips": 3})
-    with pytest.raises(ConfigError, match=r"what was asked for cannot be used:\n  scale: .* received \[5.0, 0.0\]"):
+    with pytest.raises(ConfigError, match=r"these rater settings cannot be used:\n  scale: .* received \[5.0, 0.0\]"):
         base.override(scale=(5.0, 0.0))
 
 
@@ -285,27 +279,27 @@ def test_all_that_changes_a_score_changes_the_identity(tmp_path: Path) -> None:
         {"views": (View(), View(kind="crop"))},
     ]
     found = [
-        identity(plain, settings, "float32", None),
-        identity(plain, settings, "bfloat16", None),
-        identity(plain, settings, "float32", "4bit"),
-        identity(plain, settings, "float32", "8bit"),
-        identity(tuned, settings, "float32", None),
-        identity(again, settings, "float32", None),
-        identity(hub, settings, "float32", None),
-        identity(replace(hub, revision="v2"), settings, "float32", None),
-        identity(plain, settings, "float32", None, "one calibration"),
-        identity(plain, settings, "float32", None, "another calibration"),
-        *(identity(plain, settings.override(**change), "float32", None) for change in changes),
+        compute_rater_id(plain, settings, "float32", None),
+        compute_rater_id(plain, settings, "bfloat16", None),
+        compute_rater_id(plain, settings, "float32", "4bit"),
+        compute_rater_id(plain, settings, "float32", "8bit"),
+        compute_rater_id(tuned, settings, "float32", None),
+        compute_rater_id(again, settings, "float32", None),
+        compute_rater_id(hub, settings, "float32", None),
+        compute_rater_id(replace(hub, revision="v2"), settings, "float32", None),
+        compute_rater_id(plain, settings, "float32", None, "one calibration"),
+        compute_rater_id(plain, settings, "float32", None, "another calibration"),
+        *(compute_rater_id(plain, settings.override(**change), "float32", None) for change in changes),
     ]
     assert len(set(found)) == len(found) == 15
 
 
 def test_what_changes_no_score_changes_no_identity(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
-    expected = identity(resolve_model(model), RaterConfig(), "float32", None)
+    expected = compute_rater_id(resolve_model(model), RaterConfig(), "float32", None)
     shutil.move(model, tmp_path / "moved")
     moved = resolve_model(tmp_path / "moved")
     prompt = load_prompt("talking_head")
     unsaid = {"description": "Other words.", "paraphrases": ("How good is it?",)}
     described = RaterConfig(training={"clips": 3}, prompt=prompt.model_copy(update=unsaid))
-    assert identity(moved, described, "float32", None) == expected
+    assert compute_rater_id(moved, described, "float32", None) == expected

@@ -1,0 +1,214 @@
+"""What `--model` stands for: where the weights, the settings and the calibration of a rater come from.
+
+None, "embedded"                     the rater that ships with the package
+a directory                          rater.json with or without an adapter; a PEFT adapter; a transformers model
+an id on the Hugging Face hub        of any of these
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from lmm_qa.errors import ModelError, UsageError
+from lmm_qa.model.hub import HubModel, find_model
+from lmm_qa.model.rater_config import CALIBRATION_NAME, DEFECTS_NAME, FILE_NAME, RaterConfig
+
+EMBEDDED = Path(__file__).parent / "embedded" / "adapter"
+"""The rater that ships with the package."""
+
+EMBEDDED_NAME = "embedded"
+"""Its name; as a backbone, the name of its base model."""
+
+CHUNK_BYTES = 1 << 16
+
+CONFIG_FILES = (
+    *("config.json", "adapter_config.json", "chat_template.jinja", "chat_template.json"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
+)
+"""Files that change a model's output as its weights do."""
+
+DEFAULTS = "default prompt, scale [1, 5], 8 uniform frames, whole picture in at most 448 x 448 pixels"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where the weights of a rater come from, and its settings."""
+
+    name: str
+    """As the user gave it; `embedded` for the one that ships with the package."""
+    backbone: str
+    """Directory or hub id of the base model."""
+    revision: str | None
+    """Commit of a backbone on the hub; None for a directory."""
+    adapter: Path | None
+    """PEFT adapter directory."""
+    settings: RaterConfig
+    note: str | None
+    """Message for the user if defaults were assumed."""
+    calibration: Path | None = None
+    """calibration.json, if the rater has one."""
+    defects: Path | None = None
+    """defects.json, if the rater has one: see `lmm_qa.defects.calibration.DefectCalibration`."""
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """Identity of the weights: a hash of their content if they are local, else hub id and commit."""
+        local = Path(self.backbone)
+        base = weights_fingerprint(local) if local.is_dir() else f"{self.backbone}@{self.revision}"
+        return {"backbone": base, "adapter": weights_fingerprint(self.adapter) if self.adapter else ""}
+
+
+def resolve_model(model: str | Path | None = None, revision: str | None = None) -> ModelSource:
+    """Find the files and settings of a rater. Fetches small files from the hub, but no weights other than adapters.
+
+    Args:
+        model: see the module's docstring.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        UsageError: `model` is a path without a directory, or a directory with a revision.
+        ModelError: the directory does not contain a model; the hub does not have it, or cannot be reached.
+        ConfigError: rater.json is invalid.
+    """
+    embedded = model in (None, EMBEDDED_NAME)
+    path = EMBEDDED if embedded else Path(str(model)).expanduser()
+    if path.is_dir() or embedded:
+        if revision:
+            raise UsageError(f"only a model on the hub has revisions; {path} is a directory (received {revision!r})")
+        return _from_directory(path, EMBEDDED_NAME if embedded else str(model))
+    if path.exists() or _looks_like_a_path(str(model)):
+        raise UsageError(
+            f"there is no model directory at {str(model)!r}: give a directory that contains rater.json, "
+            "adapter_config.json or config.json, or an id on the hub such as Qwen/Qwen2-VL-7B-Instruct"
+        )
+    return _from_hub(find_model(str(model), revision))
+
+
+def _from_hub(model: HubModel) -> ModelSource:
+    if model.file("adapter_config.json"):
+        return _from_directory(model.snapshot(), model.name)
+    file = model.file(FILE_NAME)
+    if file is None:
+        note = f"{model.name} has no {FILE_NAME}: {DEFAULTS}"
+        return ModelSource(model.name, model.name, model.commit, None, RaterConfig(), note)
+    settings = RaterConfig.read(file)
+    backbone, commit = model.name, model.commit
+    if settings.backbone:
+        backbone, commit = settings.backbone, find_model(settings.backbone, settings.revision).commit
+    return ModelSource(
+        model.name,
+        backbone,
+        commit,
+        None,
+        settings,
+        None,
+        model.file(CALIBRATION_NAME),
+        model.file(DEFECTS_NAME),
+    )
+
+
+def _from_directory(folder: Path, name: str) -> ModelSource:
+    adapter = folder if (folder / "adapter_config.json").is_file() else None
+    if (folder / FILE_NAME).is_file():
+        settings = RaterConfig.read(folder / FILE_NAME)
+        note = None
+    elif adapter or (folder / "config.json").is_file():
+        settings = RaterConfig()
+        note = f"{folder} has no {FILE_NAME}: {DEFAULTS}"
+    else:
+        found = ", ".join(sorted(file.name for file in folder.glob("*"))[:8]) or "nothing"
+        raise ModelError(
+            f"{folder} is not a model directory: it contains no {FILE_NAME}, adapter_config.json or config.json "
+            f"(found: {found})"
+        )
+    backbone, revision = settings.backbone, settings.revision
+    if backbone is None and adapter:
+        backbone, revision = read_adapter_base(adapter)
+    backbone = _local_backbone(folder, backbone or str(folder))
+    if Path(backbone).is_dir():
+        revision = None
+        if settings.backbone_weights and settings.backbone_weights != weights_fingerprint(Path(backbone)):
+            raise ModelError(
+                f"{folder} was trained on other weights than those in {backbone}: restore them, or train again"
+            )
+    else:
+        revision = find_model(backbone, revision).commit
+    files = (folder / CALIBRATION_NAME, folder / DEFECTS_NAME)
+    calibration, defects = (file if file.is_file() else None for file in files)
+    return ModelSource(name, backbone, revision, adapter, settings, note, calibration, defects)
+
+
+def _local_backbone(folder: Path, backbone: str) -> str:
+    """The directory that a rater's backbone names, or its hub id."""
+    if backbone == EMBEDDED_NAME:
+        return str(EMBEDDED.parent / "base")
+    if (folder / backbone).is_dir():
+        return str((folder / backbone).resolve())
+    if _looks_like_a_path(backbone) and not Path(backbone).is_dir():
+        raise ModelError(f"the backbone of {folder}, {backbone!r}, does not exist: correct it in {FILE_NAME}")
+    return backbone
+
+
+def read_adapter_base(adapter: Path) -> tuple[str, str | None]:
+    """Base model and revision in the adapter_config.json of a PEFT adapter directory.
+
+    Raises:
+        ModelError: it names none.
+    """
+    file = adapter / "adapter_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config["base_model_name_or_path"], str):
+            raise TypeError("base_model_name_or_path is not a string")
+        return config["base_model_name_or_path"], config.get("revision")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file} names no base model ({type(error).__name__}: {error})") from None
+
+
+def _looks_like_a_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Hash of the weights in a directory, and of the files in `CONFIG_FILES`.
+
+    Of a weight file larger than 16 MiB, 256 chunks spread evenly over it are hashed. That is fast for 15 GB, and misses
+    no training: it changes most tensors, if not always the first (embeddings) and last ones (a frozen vision tower).
+
+    Raises:
+        ModelError: the directory contains no safetensors file.
+    """
+    digest = hashlib.sha256()
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder} contains no weights (*.safetensors)")
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as stream:
+            for start in range(0, size, max(CHUNK_BYTES, size // 256)):
+                stream.seek(start)
+                digest.update(stream.read(CHUNK_BYTES))
+    for file in sorted(folder / name for name in CONFIG_FILES):
+        if file.is_file():
+            digest.update(f"{file.name} ".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def compute_rater_id(
+    source: ModelSource, settings: RaterConfig, dtype: str, quantization: str | None, calibration: str | None = None
+) -> str:
+    """Short hash of everything that determines a score; finished ratings are recognised by it.
+
+    Args:
+        calibration: identity of the calibration, for the id of calibrated scores; None for the id of raw scores.
+    """
+    parts = {**source.fingerprint, **settings.scoring_settings(), "dtype": dtype, "quantization": quantization}
+    if calibration:
+        parts["calibration"] = calibration
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,57 @@
+"""python -m pytest tests/model/test_onednn.py"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from model_inputs import (
+    PROMPT,
+    QWEN,
+    random_clip,
+)
+
+from lmm_qa.model.backbone import Backbone
+from lmm_qa.model.onednn import OneDNNLinear, onednn_is_faster
+
+LAYERS: dict[str, tuple[torch.nn.Module, tuple[int, ...]]] = {
+    "linear": (torch.nn.Linear(24, 7), (5, 24)),
+    "linear without bias, three axes": (torch.nn.Linear(24, 7, bias=False), (2, 5, 24)),
+    "linear of nothing": (torch.nn.Linear(24, 7), (0, 24)),
+    "linear in half precision": (torch.nn.Linear(24, 7, dtype=torch.bfloat16), (5, 24)),
+    "linear in double precision": (torch.nn.Linear(24, 7, dtype=torch.float64), (5, 24)),
+    "patches": (torch.nn.Conv3d(3, 8, (2, 4, 4), stride=(2, 4, 4)), (5, 3, 2, 4, 4)),
+    "patches without bias": (torch.nn.Conv3d(3, 8, (2, 4, 4), bias=False), (5, 3, 2, 4, 4)),
+    "a kernel that moves": (torch.nn.Conv3d(3, 8, (2, 4, 4), stride=(2, 4, 4)), (5, 3, 4, 8, 4)),
+    "a kernel with a margin": (torch.nn.Conv3d(3, 8, (2, 4, 4), padding=1), (5, 3, 2, 4, 4)),
+    "groups": (torch.nn.Conv3d(4, 8, (2, 4, 4), groups=2), (5, 4, 2, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("quicker", [True, False])
+@pytest.mark.parametrize("kind", LAYERS)
+@torch.inference_mode()
+def test_a_layer_computed_by_onednn_is_equal(kind: str, quicker: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "lmm_qa.model.onednn.onednn_is_faster", lambda: quicker and torch.backends.mkldnn.is_available()
+    )
+    layer, shape = LAYERS[kind]
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(layer.weight.dtype)
+    expected = layer(values)
+    with OneDNNLinear():
+        found = layer(values)
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", QWEN)
+def test_a_cpu_computes_all_layers_with_onednn(family: str, load: Callable[[str], Backbone]) -> None:
+    backbone = load(family)
+    backbone.level_logits([random_clip(backbone, (2, 3))], PROMPT)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        backbone.level_logits([random_clip(backbone, (2, 3))], PROMPT)
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert not any("conv" in name for name in calls), "the patch embedding is a product"
+    layers = sum(isinstance(part, torch.nn.Linear) for part in backbone.model.modules())
+    assert calls.get("mkldnn::_linear_pointwise", 0) == (layers + 1 if onednn_is_faster() else 0)
