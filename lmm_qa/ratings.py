@@ -1,36 +1,44 @@
-"""TODO-DOC ratings."""
+"""What a rating is: the result in Python (`Rating`, `Failure`), and the row of a file of ratings (`RatingRow`).
+
+`RatingRow` is the only definition of the columns. The files, the HTML report and the reference page are made from it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
-
-from lmm_qa.defects.profile import AnswerSource, Profile
-from lmm_qa.errors import ClipError
-from lmm_qa.video.decode import Frames
-
-if TYPE_CHECKING:
-    pass
-
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
+from typing import Annotated, Any, Self, get_args
 
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_validator
+
+from lmm_qa.config import Settings
+from lmm_qa.defects.profile import AnswerSource, Profile
+from lmm_qa.errors import ClipError
+from lmm_qa.tables import Row
+from lmm_qa.video.decode import Frames
 from lmm_qa.video.temporal import Span
+
+WINDOW, STEP = 2.0, 0.5
+"""Length of a timeline's windows and distance between their starts, in seconds."""
+
+LOW = 0.1
+"""A window lowers the score if it lies below the median window by more than this share of the scale."""
 
 
 @dataclass(frozen=True)
 class Details:
-    """What is asked of a clip besides its score."""
+    """What is reported of a clip besides its score."""
 
     defects: bool = False
     """The defect profile: a closed question for each defect, all on one prefill."""
     explanation: bool = False
-    """Why, in words; brings the profile along."""
+    """Explanation in words; implies the profile."""
     timeline: bool = False
-    """The score over time: windows of `lmm_qa.ratings.WINDOW` seconds, each a rating of its own."""
+    """The score over time: each window of `WINDOW` seconds is rated as a clip."""
     answers_from: AnswerSource = "adapter"
-    """Whose the words and the answers on defects are, where the rater has an adapter. The score is the adapter's."""
+    """Which model explains and answers questions about defects, if there is an adapter. The score uses the adapter."""
 
     @property
     def profile(self) -> bool:
@@ -39,39 +47,202 @@ class Details:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Those of a row that are filled by this."""
+        """The columns that must have a value in a row with these details."""
         profile = ("defects", "found") if self.profile else ()
         return (*profile, *(["explanation"] if self.explanation else ()), *(["timeline"] if self.timeline else ()))
 
 
-@dataclass(frozen=True)
-class CalibrationUse:
-    """Which calibration a score went through."""
+# --- the row ---------------------------------------------------------------------------------------------------------
 
-    id: str
-    """Short hash of all that the calibration is."""
-    fitted: bool
-    """Whether it was fitted on this very clip, which is then no test of the rater."""
-    raw_rater_id: str
-    """What made the raw score: the rater's identity without its calibration."""
+
+def _rounded(digits: int) -> PlainSerializer:
+    return PlainSerializer(lambda number: None if number is None else round(number, digits))
+
+
+Moment = Annotated[float, _rounded(2)]
+"""Seconds, in hundredths in a row."""
+Rounded = Annotated[float, _rounded(4)]
+"""A number with four decimals in a row."""
+Interval = tuple[Moment, Moment]
+
+
+class RowPart(Settings):
+    """Part of a row. Columns that are not declared are ignored, so that rows may have columns of other versions."""
+
+    model_config = ConfigDict(extra="ignore", coerce_numbers_to_str=True, populate_by_name=True)
+
+
+class CalibrationUse(RowPart):
+    """The calibration that was applied to a score."""
+
+    id: str | None = Field(None, description="hash of the calibration")
+    fitted: bool | None = Field(None, description="whether it was fitted on this clip, which is then no test of it")
+    raw_rater_id: str | None = Field(None, description="`rater_id` of the rater without the calibration")
+
+
+class SampledFrames(RowPart):
+    """The frames that the model received."""
+
+    indices: tuple[int, ...] | None = Field(None, description="frame numbers in the clip, from 0")
+    seconds: tuple[Rounded, ...] | None = Field(None, description="presentation times, in seconds from the first frame")
+
+
+class VideoInfo(RowPart):
+    """Properties of the clip."""
+
+    width: int | None = Field(None, description="as displayed, in pixels")
+    height: int | None = Field(None, description="as displayed, in pixels")
+    fps: Rounded | None = Field(None, description="frames per second")
+    frames: int | None = Field(None, description="number of frames")
+    duration: Rounded | None = Field(None, description="in seconds")
+    decoder: str | None = Field(None, description="`pyav` or `decord`")
+
+
+class FoundDefect(RowPart):
+    """A defect of the clip."""
+
+    defect: str = Field(description="name of the defect")
+    probability: float = Field(ge=0, le=1, description="probability of the defect, 0 to 1")
+    place: str | None = Field(None, description="where in the picture the defect occurs")
+    seconds: tuple[Interval, ...] | None = Field(
+        None, description="start and end of each occurrence, in seconds; null: the whole clip, or unknown"
+    )
+
+
+class Timeline(RowPart):
+    """The score over time."""
+
+    window: float | None = Field(None, description="length of the windows, in seconds")
+    seconds: tuple[Moment, ...] = Field(description="middle of each window, in seconds")
+    scores: tuple[Rounded, ...] = Field(description="score of each window, on `scale`")
+    low: tuple[Interval, ...] | None = Field(
+        None, description=f"start and end of the parts whose windows lie {LOW:.0%} of the scale below the median"
+    )
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        if len(self.seconds) != len(self.scores) or not self.seconds:
+            raise ValueError(f"{len(self.seconds)} seconds and {len(self.scores)} scores: as many are needed, and some")
+        return self
+
+
+class RowError(RowPart):
+    """Why a clip could not be rated."""
+
+    kind: str | None = Field(None, alias="class", description="class of the error, see `lmm_qa.errors`")
+    message: str | None = Field(None, description="what is wrong, and what to do")
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (self.kind, self.message) if part)
+
+
+class RatingRow(RowPart):
+    """One row of a file of ratings."""
+
+    clip: str = Field(description="path of the clip as given, or relative to the folder or list given")
+    content_id: str | None = Field(None, description="hash of the file's content")
+    score: float | None = Field(None, description="expected MOS, on `scale`; calibrated if `calibration` is set")
+    raw_score: float | None = Field(None, description="score before calibration, on `scale`; null without calibration")
+    interval: tuple[float, float] | None = Field(
+        None, description="prediction interval of the MOS, low and high; null without calibration"
+    )
+    calibration: CalibrationUse | None = Field(None, description="the calibration that was applied")
+    scale: tuple[float, float] | None = Field(None, description="MOS of the worst and of the best level")
+    level: str | None = Field(None, description="most probable level word")
+    probabilities: dict[str, float | None] | None = Field(
+        None, description="probability of each level word, worst level first; they sum to 1"
+    )
+    std: float | None = Field(None, description="standard deviation of the level distribution, in units of `raw_score`")
+    level_mass: float | None = Field(
+        None, description="share of the vocabulary's probability on the level words; near 0: the prompt fails"
+    )
+    frames: SampledFrames | None = Field(None, description="the frames that the model received")
+    video: VideoInfo | None = Field(None, description="properties of the clip")
+    model: str | None = Field(None, description="name of the model")
+    adapter: str | None = Field(None, description="directory of the adapter; null without one")
+    prompt: str | None = Field(None, description="question and beginning of the answer")
+    rater_id: str | None = Field(None, description="hash of everything that determines the score")
+    seconds: Rounded | None = Field(
+        None, description="seconds that the model spent on the clip (its share of the batch)"
+    )
+    defects: dict[str, float | None] | None = Field(
+        None, description="probability of each defect, 0 to 1; null: not judged"
+    )
+    found: tuple[FoundDefect, ...] | None = Field(
+        None, description="defects at or above their threshold, the most probable first"
+    )
+    defect_mass: float | None = Field(
+        None, description="share of the vocabulary's probability on yes and no, mean over the questions about defects"
+    )
+    profile_id: str | None = Field(
+        None, description="hash of everything that determines `defects`, `found` and `explanation`"
+    )
+    explanation: str | None = Field(None, description="explanation of the rating, in words")
+    explained_by: str | None = Field(None, description="`model`, or why its explanation was replaced by a template")
+    timeline: Timeline | None = Field(None, description="the score over time")
+    warnings: tuple[str, ...] | None = Field(
+        None, description="problems that did not prevent the rating: the features could not be measured"
+    )
+    error: RowError | str | None = Field(None, description="why the clip could not be rated; null if it was rated")
+
+    def to_row(self) -> Row:
+        """The row as plain data, with all columns."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def describe_columns(part: type[BaseModel] = RatingRow, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield name, type and meaning of each column; parts of a column follow it, as `video.width`."""
+    for name, field in part.model_fields.items():
+        column = f"{prefix}{field.alias or name}"
+        yield column, _type_name(field.annotation), field.description or ""
+        for nested in _models(field.annotation):
+            separator = "[]." if get_args(field.annotation) and "tuple" in str(field.annotation) else "."
+            yield from describe_columns(nested, column + separator)
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models(argument)
+
+
+def _type_name(annotation: Any) -> str:
+    """The JSON type, without null."""
+    if isinstance(annotation, type):
+        if issubclass(annotation, BaseModel):
+            return "object"
+        return {str: "string", float: "number", int: "integer", bool: "boolean"}[annotation]
+    origin, arguments = getattr(annotation, "__origin__", None), get_args(annotation)
+    if hasattr(annotation, "__metadata__"):
+        return _type_name(arguments[0])
+    if origin is dict:
+        return f"object of {_type_name(arguments[1])}s"
+    if origin is tuple:
+        inner = _type_name(arguments[0])
+        return f"list of {inner}s" if arguments[-1] is Ellipsis else f"[{inner}, {inner}]"
+    return " or ".join(dict.fromkeys(_type_name(kind) for kind in arguments if kind is not type(None)))
+
+
+# --- the result in Python --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Rating:
-    """What the rater says of one clip."""
+    """The rating of one clip. `RatingRow` describes the columns of `to_row`."""
 
     clip: str
     content_id: str
     score: float
-    """Expected MOS, on `scale`; calibrated where `calibration` says so."""
+    """Expected MOS, on `scale`; calibrated if `calibration` is set."""
     raw_score: float | None
-    """The score before calibration, on `scale`; None where nothing was calibrated."""
+    """The score before calibration, on `scale`; None without calibration."""
     interval: tuple[float, float] | None
-    """Prediction interval of the MOS, low and high, see `lmm_qa.model.calibration`; None where nothing was calibrated."""
+    """Prediction interval of the MOS, low and high, see `lmm_qa.model.calibration`; None without calibration."""
     calibration: CalibrationUse | None
     scale: tuple[float, float]
     level: str
-    """The likeliest level word."""
+    """The most probable level word."""
     probabilities: dict[str, float]
     """P(level word), worst first; sums to 1."""
     std: float
@@ -79,7 +250,7 @@ class Rating:
     level_mass: float
     """Share of the vocabulary's probability on the level words; near 0, the prompt was not understood."""
     frames: Frames
-    """What was looked at, without the pixels (`views` is empty), so that the ratings of many clips fit into memory."""
+    """The sampled frames without their pixels (`views` is empty), so that many ratings fit into memory."""
     model: str
     adapter: str | None
     prompt: str
@@ -87,54 +258,39 @@ class Rating:
     seconds: float
     """Seconds that the model spent on this clip (its share of the batch)."""
     profile: Profile | None = None
-    """Which defects it has; None unless asked for, see `Details`."""
+    """The defect profile; None unless requested, see `Details`."""
     profile_id: str | None = None
     """Hash of what made profile and explanation, see `lmm_qa.defects.diagnosis.profile_id`; None without a profile."""
     explanation: str | None = None
-    """Why, in words; None unless asked for."""
+    """Explanation in words; None unless requested."""
     explained_by: str | None = None
-    """`model`; or why its words may not be shown, and those of the grammar are (see `lmm_qa.defects.explanation`)."""
+    """`model`, or why its explanation was replaced by a template (see `lmm_qa.defects.explanation`)."""
     timeline: Timeline | None = None
-    """The score over time; None unless asked for."""
+    """The score over time; None unless requested."""
 
-    def to_row(self) -> dict[str, Any]:
-        """The rating as plain data, one column a key."""
-        info = self.frames.info
-        return {
-            "clip": self.clip,
-            "content_id": self.content_id,
-            "score": self.score,
-            "raw_score": self.raw_score,
-            "interval": list(self.interval) if self.interval else None,
-            "calibration": asdict(self.calibration) if self.calibration else None,
-            "scale": list(self.scale),
-            "level": self.level,
-            "probabilities": self.probabilities,
-            "std": self.std,
-            "level_mass": self.level_mass,
-            "frames": {"indices": list(self.frames.indices), "seconds": [round(s, 4) for s in self.frames.seconds]},
-            "video": {
-                "width": info.width,
-                "height": info.height,
-                "fps": round(info.fps, 4),
-                "frames": info.frames,
-                "duration": round(info.duration, 4),
-                "decoder": self.frames.decoder,
-            },
-            "model": self.model,
-            "adapter": self.adapter,
-            "prompt": self.prompt,
-            "rater_id": self.rater_id,
-            "seconds": round(self.seconds, 4),
-            "defects": self.profile.defects if self.profile else None,
-            "found": [one.to_row() for one in self.profile.found] if self.profile else None,
-            "defect_mass": self.profile.mass if self.profile else None,
-            "profile_id": self.profile_id,
-            "explanation": self.explanation,
-            "explained_by": self.explained_by,
-            "timeline": self.timeline.to_row() if self.timeline else None,
-            "error": None,
-        }
+    def to_row(self) -> Row:
+        """The rating as plain data, see `RatingRow`."""
+        info, profile = self.frames.info, self.profile
+        found = [FoundDefect.model_validate(one.to_row()) for one in profile.found] if profile else None
+        # Not validated here: a value that JSON cannot hold is refused when the row is written.
+        return RatingRow.model_construct(
+            **{name: getattr(self, name) for name in RatingRow.model_fields if hasattr(self, name)}
+            | {
+                "frames": SampledFrames.model_construct(indices=self.frames.indices, seconds=self.frames.seconds),
+                "video": VideoInfo.model_construct(
+                    width=info.width,
+                    height=info.height,
+                    fps=info.fps,
+                    frames=info.frames,
+                    duration=info.duration,
+                    decoder=self.frames.decoder,
+                ),
+                "defects": profile.defects if profile else None,
+                "found": None if found is None else tuple(found),
+                "defect_mass": profile.mass if profile else None,
+                "warnings": (self.frames.measurement_error,) if self.frames.measurement_error else None,
+            }
+        ).to_row()
 
 
 @dataclass(frozen=True)
@@ -147,66 +303,23 @@ class Failure:
     model: str
     rater_id: str
 
-    def to_row(self) -> dict[str, Any]:
-        """The failure as plain data: the columns of a rating are there, without values."""
-        empty = dict.fromkeys(
-            (
-                *("score", "raw_score", "interval", "calibration", "scale", "level", "probabilities", "std"),
-                *("level_mass", "frames", "video", "adapter", "prompt", "seconds"),
-                *("defects", "found", "defect_mass", "profile_id", "explanation", "explained_by", "timeline"),
-            )
-        )
-        return {
-            "clip": self.clip,
-            "content_id": self.content_id,
-            **empty,
-            "model": self.model,
-            "rater_id": self.rater_id,
-            "error": {"class": type(self.error).__name__, "message": str(self.error)},
-        }
-
-
-WINDOW, STEP = 2.0, 0.5
-
-
-"""Seconds of a timeline's windows, and from one to the next."""
-
-
-LOW = 0.1
-
-
-"""Share of the scale by which a window lies below the clip's median, to be one that pulls the score down."""
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """The score over time."""
-
-    window: float
-    """Seconds that each score is about."""
-    seconds: tuple[float, ...]
-    """The middle of each window."""
-    scores: tuple[float, ...]
-    """On the rater's scale."""
-    low: tuple[Span, ...]
-    """Seconds that pull the score down: where windows lie `LOW` of the scale below the median."""
-
-    def to_row(self) -> dict[str, object]:
-        """As plain data."""
-        return {
-            "window": self.window,
-            "seconds": [round(moment, 2) for moment in self.seconds],
-            "scores": [round(score, 4) for score in self.scores],
-            "low": [[round(moment, 2) for moment in span] for span in self.low],
-        }
+    def to_row(self) -> Row:
+        """The failure as plain data: all columns of a rating, see `RatingRow`."""
+        return RatingRow(
+            clip=self.clip,
+            content_id=self.content_id,
+            model=self.model,
+            rater_id=self.rater_id,
+            error=RowError(kind=type(self.error).__name__, message=str(self.error)),
+        ).to_row()
 
 
 def read_timeline(spans: Sequence[Span], scores: Sequence[float], scale: tuple[float, float]) -> Timeline:
-    """Put the windows' scores together.
+    """Make the timeline from the scores of the windows.
 
     Args:
-        spans: seconds from and to of each window, in order.
-        scores: of each.
+        spans: start and end of each window in seconds, in order.
+        scores: score of each window.
         scale: MOS of the worst and of the best level.
     """
     middles = [(first + last) / 2 for first, last in spans]
@@ -219,4 +332,5 @@ def read_timeline(spans: Sequence[Span], scores: Sequence[float], scale: tuple[f
                 low[-1] = (low[-1][0], edges[number + 1])
             else:
                 low.append((edges[number], edges[number + 1]))
-    return Timeline(spans[0][1] - spans[0][0], tuple(middles), tuple(scores), tuple(low))
+    window = spans[0][1] - spans[0][0]
+    return Timeline.model_construct(window=window, seconds=tuple(middles), scores=tuple(scores), low=tuple(low))

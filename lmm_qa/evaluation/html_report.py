@@ -18,24 +18,24 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self
 
 import jinja2
 import numpy as np
 from PIL import Image
-from pydantic import ConfigDict, Field, model_validator
 
 from lmm_qa.atomic import replacing
-from lmm_qa.config import Sampling, Settings, View
+from lmm_qa.config import Sampling, View
 from lmm_qa.defects.vocabulary import BY_NAME
 from lmm_qa.errors import ClipError, ClipUnreadable, ResultsError, ScoresError, UsageError
 from lmm_qa.evaluation import evaluate
 from lmm_qa.evaluation.evaluate import Evaluation
 from lmm_qa.evaluation.labels import Label, Score, join, match, read_scores
 from lmm_qa.manifest import content_id, expand
+from lmm_qa.ratings import FoundDefect, RatingRow
 from lmm_qa.ratings_io import read_ratings
 from lmm_qa.video.decode import Frames
 from lmm_qa.video.decoder_pool import DecoderPool
+from lmm_qa.video.temporal import Span
 from lmm_qa.video.views import Picture
 
 THUMBNAILS = 6
@@ -53,84 +53,6 @@ WHOLE_CLIP = 0.9
 NOT_HTML = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufdcf\ufdf0-\ufffd\U00010000-\U0010fffd]")
 """Characters that HTML does not allow (HTML Living Standard, 13.2.3.5)."""
 
-Probability = Field(ge=0, le=1)
-
-
-Seconds = tuple[float, float]
-
-
-class _Part(Settings):
-    """A part of a row; it may hold more than what is shown here."""
-
-    model_config = ConfigDict(extra="ignore", coerce_numbers_to_str=True)
-
-
-class Found(_Part):
-    """A defect that is said to be there."""
-
-    defect: str
-    probability: float = Probability
-    place: str | None = None
-    seconds: tuple[Seconds, ...] | None = None
-
-
-class Timeline(_Part):
-    """The score over time."""
-
-    window: float | None = None
-    seconds: tuple[float, ...]
-    scores: tuple[float, ...]
-    low: tuple[Seconds, ...] | None = None
-
-    @model_validator(mode="after")
-    def _as_many(self) -> Self:
-        if len(self.seconds) != len(self.scores) or not self.seconds:
-            raise ValueError(f"{len(self.seconds)} seconds and {len(self.scores)} scores: as many are needed, and some")
-        return self
-
-
-class Video(_Part):
-    """What the clip is."""
-
-    width: int | None = None
-    height: int | None = None
-    fps: float | None = None
-    duration: float | None = None
-
-
-class Looked(_Part):
-    """Which frames the model saw."""
-
-    seconds: tuple[float, ...] | None = None
-
-
-class Row(_Part):
-    """What the page shows of a row of ratings; see `lmm_qa.rater.Rating.to_row`."""
-
-    clip: str
-    content_id: str | None = None
-    score: float | None = None
-    raw_score: float | None = None
-    interval: tuple[float, float] | None = None
-    scale: tuple[float, float] | None = None
-    level: str | None = None
-    probabilities: dict[str, float | None] | None = None
-    std: float | None = None
-    level_mass: float | None = None
-    defect_mass: float | None = None
-    frames: Looked | None = None
-    video: Video | None = None
-    model: str | None = None
-    adapter: str | None = None
-    prompt: str | None = None
-    rater_id: str | None = None
-    defects: dict[str, float | None] | None = None
-    found: tuple[Found, ...] | None = None
-    explanation: str | None = None
-    explained_by: str | None = None
-    timeline: Timeline | None = None
-    error: dict[str, Any] | str | None = None
-
 
 @dataclass(frozen=True)
 class RatedClip:
@@ -138,7 +60,7 @@ class RatedClip:
 
     number: int
     """From 1, in the order of the ratings."""
-    row: Row
+    row: RatingRow
     score: float
     file: Path | None
     """The video; None if it was not found."""
@@ -152,12 +74,12 @@ class RatedClip:
         return None if self.mos is None or self.expected is None else self.expected - self.mos
 
     @cached_property
-    def findings(self) -> tuple[Found, ...] | None:
+    def findings(self) -> tuple[FoundDefect, ...] | None:
         """The defects found, the most probable first; None if the rating has no defect profile."""
         if self.row.found is not None or self.row.defects is None:
             return self.row.found
         probable = [(p, name) for name, p in self.row.defects.items() if p is not None and p >= PRESENT]
-        return tuple(Found(defect=name, probability=p) for p, name in sorted(probable, reverse=True))
+        return tuple(FoundDefect(defect=name, probability=p) for p, name in sorted(probable, reverse=True))
 
     @property
     def found_names(self) -> list[str]:
@@ -165,7 +87,7 @@ class RatedClip:
         return list(dict.fromkeys(finding.defect for finding in self.findings or ()))
 
     @property
-    def _spans(self) -> list[Seconds]:
+    def _spans(self) -> list[Span]:
         return [span for finding in self.findings or () for span in finding.seconds or ()]
 
     @property
@@ -229,7 +151,7 @@ class Report:
     clips: tuple[RatedClip, ...]
     failures: tuple[tuple[str, str], ...]
     """Name of each clip that could not be rated, and the reason."""
-    raters: tuple[Row, ...]
+    raters: tuple[RatingRow, ...]
     """One row of each rater."""
     labelled: bool = False
     """Whether any rated clip has a label."""
@@ -311,7 +233,7 @@ def load(ratings: Path, labels: Sequence[Label] = (), clips: Sequence[str] = ())
         ResultsError: the ratings cannot be read, or are empty.
         ManifestError, ScoresError: no label belongs to a rated clip; a clip is rated twice and has a label.
     """
-    rows = [Row.parse(row, f"{ratings}, row {number}") for number, row in enumerate(read_ratings(ratings), 1)]
+    rows = [RatingRow.parse(row, f"{ratings}, row {number}") for number, row in enumerate(read_ratings(ratings), 1)]
     if not rows:
         raise ResultsError(f"{ratings} contains no ratings")
     files = _find_videos([row.clip for row in rows], clips, ratings.parent)
@@ -323,10 +245,8 @@ def load(ratings: Path, labels: Sequence[Label] = (), clips: Sequence[str] = ())
     return _with_labels(report, read_scores(ratings), labels) if labels else report
 
 
-def _reason(row: Row) -> str:
-    if isinstance(row.error, dict):
-        return ": ".join(str(part) for part in (row.error.get("class"), row.error.get("message")) if part)
-    return row.error or "the row contains no score and no error"
+def _reason(row: RatingRow) -> str:
+    return str(row.error or "the row contains no score and no error")
 
 
 def _with_labels(report: Report, scores: Sequence[Score], labels: Sequence[Label]) -> Report:
@@ -515,7 +435,7 @@ def _signed(number: float) -> str:
     return f"{round(number, 2) + 0.0:+.2f}"  # no -0.00
 
 
-def _span(seconds: Seconds) -> str:
+def _span(seconds: Span) -> str:
     return f"{seconds[0]:.1f} to {seconds[1]:.1f} s"
 
 
