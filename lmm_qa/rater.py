@@ -303,7 +303,7 @@ class Rater:
             return rating
         mos, low, high = self.calibration.apply(reading.score, reading.std)
         fitted = self.calibration.was_fitted_on(clip.name, decoded.content_id)
-        use = CalibrationUse(self.calibration.identity, fitted, self.raw_rater_id)
+        use = CalibrationUse(id=self.calibration.identity, fitted=fitted, raw_rater_id=self.raw_rater_id)
         return replace(rating, score=mos, raw_score=reading.score, interval=(low, high), calibration=use)
 
 

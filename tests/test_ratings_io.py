@@ -122,6 +122,26 @@ def test_failures_are_tried_again(tmp_path: Path, form: str) -> None:
 
 
 @FORMS
+def test_profiles_made_by_something_else_are_made_again(tmp_path: Path, form: str) -> None:
+    path = tmp_path / f"r{form}"
+
+    def reusable(needs: tuple[str, ...], profile_id: str | None) -> bool:
+        with RatingsWriter(path, ["a.mp4"], "tiny-1", needs=needs, profile_id=profile_id) as sink:
+            found = sink.resume("a.mp4", "sha256:a.mp4") is not None
+            if not found:
+                made = {"profile_id": profile_id, "explanation": "It is good."} if profile_id else {}
+                sink.write(rating("a.mp4") | made)
+        return found
+
+    assert not reusable((), None), "nothing was rated yet"
+    assert not reusable(("explanation",), "p1"), "the row has no explanation"
+    assert reusable(("explanation",), "p1")
+    assert not reusable(("explanation",), "p2"), "another classifier, prompt or source of answers"
+    assert reusable((), None), "a score does not depend on the profile"
+    assert read_ratings(path)[0]["profile_id"] == "p2"
+
+
+@FORMS
 def test_the_same_content_under_another_name_is_known(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"r{form}"
     run(path, [rating("a.mp4", "A", 1.5), rating("old.mp4", "B", 2.5)])

@@ -68,7 +68,7 @@ def test_a_timeline_says_which_seconds_pull_the_score_down() -> None:
     timeline = read_timeline(spans, [4.0, 4.1, 2.0, 2.5, 4.2], (1, 5))
     assert timeline.seconds == (1.0, 2.0, 3.0, 4.0, 5.0)
     assert timeline.low == ((2.5, 4.5),), "from half way to the windows that are well"
-    assert timeline.to_row()["low"] == [[2.5, 4.5]]
+    assert timeline.model_dump(mode="json")["low"] == [[2.5, 4.5]]
     assert read_timeline(spans, [3.0, 3.1, 2.9, 3.0, 3.0], (1, 5)).low == ()
     assert read_timeline(spans, [1.0, 3.1, 2.9, 3.0, 1.0], (1, 5)).low == ((0.0, 1.5), (4.5, 6.0))
     assert read_timeline([(0.0, 1.5)], [2.0], (1, 5)).low == (), "one window has nothing to compare with"

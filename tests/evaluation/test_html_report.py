@@ -34,6 +34,7 @@ from lmm_qa.evaluation import html_report as report
 from lmm_qa.evaluation.html_report import Axis, Filmstrip
 from lmm_qa.evaluation.labels import Label, read_scores
 from lmm_qa.manifest import content_id
+from lmm_qa.ratings import RatingRow
 from lmm_qa.tables import write_rows
 
 Row = dict[str, Any]
@@ -307,7 +308,7 @@ def test_the_worst_moment_is_marked(tmp_path: Path) -> None:
     ],
 )
 def test_worst_moment(more: Row, worst: float | None) -> None:
-    row = report.Row.parse(explained("a.mp4", **more), "here")
+    row = RatingRow.parse(explained("a.mp4", **more), "here")
     found = report.RatedClip(1, row, 3.0, None).worst_moment
     assert found == (None if worst is None else pytest.approx(worst))
 
