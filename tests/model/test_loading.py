@@ -82,7 +82,7 @@ def test_memory_is_estimated_without_weights(family: str, load: Any, family_dir:
         == memory.weights - 3 * in_layers
     )
     assert estimate_memory(str(tmp_path), 2000, dtype="float32").clip == 2 * memory.clip
-    with pytest.raises(ModelError, match="cannot load the configuration"):
+    with pytest.raises(ModelError, match="is neither a directory nor a hub id"):
         estimate_memory(str(tmp_path / "gone"), 1000, dtype="float32")
 
 

@@ -68,14 +68,15 @@ def test_a_rater_without_an_adapter(tmp_path: Path) -> None:
     assert source.settings.scale == (0, 5)
 
 
-def test_an_adapter_names_its_base(tmp_path: Path) -> None:
+def test_an_adapter_names_its_base(tmp_path: Path, hub: Path) -> None:
     base = write_model(tmp_path / "base")
     source = resolve_model(write_adapter(tmp_path / "adapter", str(base)))
     assert (source.backbone, source.adapter) == (str(base), tmp_path / "adapter")
     assert source.note is not None
     assert "has no rater.json" in source.note
-    hub = resolve_model(write_adapter(tmp_path / "other", "Qwen/Qwen2-VL-2B-Instruct"))
-    assert (hub.backbone, hub.revision) == ("Qwen/Qwen2-VL-2B-Instruct", None)
+    write_model(cached(hub, "Qwen/Qwen2-VL-2B-Instruct"))
+    remote = resolve_model(write_adapter(tmp_path / "other", "Qwen/Qwen2-VL-2B-Instruct"))
+    assert (remote.backbone, remote.revision) == ("Qwen/Qwen2-VL-2B-Instruct", COMMIT)
 
 
 def test_a_rater_directory_can_be_moved_with_its_base(tmp_path: Path) -> None:
@@ -93,13 +94,13 @@ def test_a_rater_directory_can_be_moved_with_its_base(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["./gone", "/gone/model", "~/gone", "a/b/c"])
 def test_a_path_where_nothing_is(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=f"there is no model directory at '{name}': give a directory that holds"):
+    with pytest.raises(UsageError, match=f"there is no model directory at '{name}': give a directory that contains"):
         resolve_model(name)
 
 
 @pytest.mark.parametrize("embedded", [True, False])
 def test_a_directory_has_no_revisions(embedded: bool, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"a revision is one of a model on the hub; .* \(received 'v2'\)"):
+    with pytest.raises(UsageError, match=r"only a model on the hub has revisions; .* \(received 'v2'\)"):
         resolve_model(None if embedded else write_model(tmp_path / "model"), "v2")
 
 
@@ -110,7 +111,7 @@ def test_a_file_is_no_model(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_is_no_model_says_what_it_holds(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"holds no rater\.json, .* \(found: nothing\)"):
+    with pytest.raises(ModelError, match=r"contains no rater\.json, .* \(found: nothing\)"):
         resolve_model(tmp_path)
     (tmp_path / "clip.mp4").touch()
     with pytest.raises(ModelError, match=r"\(found: clip\.mp4\)"):
@@ -119,7 +120,7 @@ def test_a_directory_that_is_no_model_says_what_it_holds(tmp_path: Path) -> None
 
 def test_a_base_that_is_gone(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter", "/gone/base")
-    with pytest.raises(ModelError, match=r"the backbone of .*adapter, '/gone/base', is not there"):
+    with pytest.raises(ModelError, match=r"the backbone of .*adapter, '/gone/base', does not exist"):
         resolve_model(adapter)
 
 
@@ -141,25 +142,43 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "hub"
 
 
-def cached(hub: Path, name: str) -> Path:
-    """Where the files of a hub repository lie once they have been downloaded."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def cached(hub: Path, name: str, commit: str = COMMIT) -> Path:
+    """Directory of a commit of a hub model in the cache; the main branch points to it."""
     folder = hub / f"models--{name.replace('/', '--')}"
-    (folder / "refs").mkdir(parents=True)
+    (folder / "refs").mkdir(parents=True, exist_ok=True)
     (folder / "refs" / "main").write_text(commit)
     return folder / "snapshots" / commit
 
 
 def test_a_model_on_the_hub(hub: Path) -> None:
     write_model(cached(hub, "some/model"))
-    for name in ("some/model", "some/not-downloaded", "model"):
-        source = resolve_model(name, "v2")
-        assert (source.name, source.backbone, source.revision, source.adapter) == (name, name, "v2", None)
-        assert source.note is not None
-        assert source.note.startswith("no rater.json: default prompt")
+    source = resolve_model("some/model")
+    assert (source.name, source.backbone, source.revision, source.adapter) == ("some/model", "some/model", COMMIT, None)
+    assert source.note is not None
+    assert source.note.startswith("some/model has no rater.json: default prompt")
+    for name, revision in (("some/model", "v2"), ("some/not-downloaded", None), ("model", None)):
+        with pytest.raises(
+            ModelError, match=f"cannot reach .* for '{name}'.* the local cache does not"
+        ):
+            resolve_model(name, revision)
+
+
+def test_two_revisions_on_the_hub_are_two_raters(hub: Path) -> None:
+    write_model(cached(hub, "some/model"))
+    first = resolve_model("some/model")
+    assert resolve_model("some/model", COMMIT) == first
+    write_model(cached(hub, "some/model", commit=COMMIT[::-1]))
+    second = resolve_model("some/model")
+    ids = [compute_rater_id(source, source.settings, "float32", None) for source in (first, second)]
+    assert (first.revision, second.revision) == (COMMIT, COMMIT[::-1])
+    assert ids[0] != ids[1]
 
 
 def test_an_adapter_on_the_hub(hub: Path) -> None:
+    write_model(cached(hub, "some/base"))
     folder = write_adapter(cached(hub, "some/adapter"), "some/base")
     write_rater(folder, scale=[0, 5])
     source = resolve_model("some/adapter")
@@ -260,16 +279,17 @@ def test_training_the_middle_of_a_large_file_shows(tmp_path: Path) -> None:
 
 
 def test_a_directory_without_weights_has_no_fingerprint(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"holds no weights \(\*\.safetensors\)"):
+    with pytest.raises(ModelError, match=r"contains no weights \(\*\.safetensors\)"):
         weights_fingerprint(tmp_path)
 
 
-def test_all_that_changes_a_score_changes_the_identity(tmp_path: Path) -> None:
+def test_all_that_changes_a_score_changes_the_identity(tmp_path: Path, hub: Path) -> None:
+    write_model(cached(hub, "some/model"))
     model = write_model(tmp_path / "model")
     plain = resolve_model(model)
     tuned = resolve_model(write_adapter(tmp_path / "tuned", str(model)))
     again = resolve_model(write_adapter(tmp_path / "again", str(model), seed=1))
-    hub = resolve_model(write_adapter(tmp_path / "hub", "some/model"))
+    remote = resolve_model(write_adapter(tmp_path / "remote", "some/model"))
     settings = RaterConfig()
     changes: list[dict[str, Any]] = [
         {"prompt": load_prompt("qalign")},
@@ -285,8 +305,8 @@ def test_all_that_changes_a_score_changes_the_identity(tmp_path: Path) -> None:
         compute_rater_id(plain, settings, "float32", "8bit"),
         compute_rater_id(tuned, settings, "float32", None),
         compute_rater_id(again, settings, "float32", None),
-        compute_rater_id(hub, settings, "float32", None),
-        compute_rater_id(replace(hub, revision="v2"), settings, "float32", None),
+        compute_rater_id(remote, settings, "float32", None),
+        compute_rater_id(replace(remote, revision="v2"), settings, "float32", None),
         compute_rater_id(plain, settings, "float32", None, "one calibration"),
         compute_rater_id(plain, settings, "float32", None, "another calibration"),
         *(compute_rater_id(plain, settings.override(**change), "float32", None) for change in changes),
