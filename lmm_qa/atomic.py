@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Write files that are complete or absent, also after a crash."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to: it takes the place of `path` when the block ends, and goes if the block fails.
+    """Give a temporary path in the same folder. It replaces `path` when the block ends, and is deleted if it raises.
 
     Raises:
-        OSError: it cannot be put in its place.
+        OSError: `path` cannot be replaced.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,7 +1,6 @@
-"""Which clips to rate: files, folders, globs and lists in, an ordered list of distinct clips out.
+"""Expand files, folders, globs and lists to an ordered list of distinct clips, and name each clip.
 
-Knows where a clip is and what to call it. Knows nothing of what is inside one: only `content_id` opens a clip, and
-reads its bytes without understanding them.
+No video is decoded here; `content_id` hashes the bytes of a file.
 """
 
 from __future__ import annotations
@@ -24,9 +23,7 @@ VIDEO_SUFFIXES = (
     *(".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"),
     *(".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv", ".y4m"),
 )
-
-
-"""What a folder is searched for. A file that is named outright may have any suffix."""
+"""Files with these suffixes are searched for in folders. A file that is given by name may have any suffix."""
 
 
 MANIFEST_SUFFIXES = (*TABLE_SUFFIXES, ".txt")
@@ -38,24 +35,24 @@ class Clip:
     """One clip to rate."""
 
     path: Path
-    """Where it is (or should be: a video that is missing, named outright or in a list, is a clip too)."""
+    """The file may be missing, if it was given by name or in a list."""
     name: str
-    """What rating rows call it: the path as given, or relative to the folder or list given; posix, unique in a run."""
+    """Name in rating rows: the path as given, or relative to the folder or list given. Posix, unique in a run."""
     origin: str
-    """Where it was asked for: `argument`, `folder clips`, `glob clips/*.mp4`, `list.csv:12`."""
+    """The input that it comes from: `argument`, `folder clips`, `glob clips/*.mp4`, `list.csv:12`."""
 
 
 class _Found(NamedTuple):
-    """A clip that has no final name yet."""
+    """A clip without its final name."""
 
     path: Path
     names: tuple[str, ...]
-    """What to call it, the shortest first; the longer ones are for when two clips would be called the same."""
+    """Possible names, the shortest first; a longer one is used if two clips would have the same name."""
     origin: str
 
 
 def expand(inputs: Sequence[str | Path], root: Path | None = None) -> list[Clip]:
-    """All clips that `inputs` stand for, in order, each file once.
+    """Return the clips of all inputs in order, each file once.
 
     Args:
         inputs: files, folders (searched through, in natural order, hidden files left out), globs (`**` works) and
@@ -91,7 +88,7 @@ def content_id(path: Path) -> str:
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    """Opening a named pipe would otherwise wait for somebody to write into it."""
+    """Without O_NONBLOCK, opening a named pipe waits for a writer."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
@@ -121,7 +118,7 @@ def _expand_path(given: str, root: Path | None, origin: str) -> list[_Found]:
 
 
 def _expand_glob(pattern: str, root: Path | None) -> list[_Found]:
-    """A pattern with a suffix (`*.bin`) says what it wants; `*` and `**` want what is a video by its name."""
+    """A pattern with a suffix (`*.bin`) matches any file; `*` and `**` match videos only."""
     wants_any = not glob.has_magic(Path(pattern).suffix) and Path(pattern).suffix != ""
     found: list[_Found] = []
     for match in sorted(glob.glob(pattern, recursive=True), key=_natural):
@@ -141,7 +138,7 @@ def _in_folder(folder: Path) -> list[_Found]:
 
 
 def _videos(folder: Path) -> Iterator[Path]:
-    """Videos in a folder and the folders in it. Links come last and no folder comes twice, so a loop of links ends."""
+    """Videos in a folder and its subfolders. Each real folder is visited once, so cyclic links end; links come last."""
     folders, links, seen = deque([folder]), deque[Path](), set[str]()
     while folders or links:
         current = folders.popleft() if folders else links.popleft()
@@ -195,7 +192,7 @@ def _entry(value: object, where: str) -> str:
 
 
 def _names(*paths: Path) -> tuple[str, ...]:
-    """How a clip can be called, the shortest way first, by its absolute path last."""
+    """Possible names of a clip, the shortest first, its absolute path last."""
     return tuple(_printable(path) for path in (*paths, Path(os.path.abspath(paths[-1]))))
 
 
@@ -213,7 +210,7 @@ def _distinct(found: Iterable[_Found]) -> list[_Found]:
 
 
 def _named(found: Sequence[_Found]) -> list[Clip]:
-    """Give each clip its shortest name that no other clip has: all clips that share a name take a longer one."""
+    """Give each clip its shortest unique name: all clips that share a name take a longer one."""
     lengths = [0] * len(found)
     while True:
         names = [one.names[length] for one, length in zip(found, lengths, strict=True)]
@@ -226,6 +223,6 @@ def _named(found: Sequence[_Found]) -> list[Clip]:
 
 
 def _natural(text: str) -> tuple[list[str | int], str]:
-    """A sort key by which clip2 comes before clip10."""
+    """Sort key that puts clip2 before clip10."""
     parts = re.split(r"(\d+)", text.casefold())
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], text
