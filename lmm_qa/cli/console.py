@@ -1,31 +1,25 @@
-"""TODO-DOC cli.console."""
+"""Print ratings on a terminal: a table of scores, or defects and explanations."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lmm_qa.tables import one_line
+from lmm_qa.tables import Row, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-from lmm_qa.tables import Row
-
-# --- the terminal ----------------------------------------------------------------------------------------------------
-
 BARS = " ▁▂▃▄▅▆▇█"
-
-
 ASCII_BARS = " .:-=+*#@"
 
 
 def render_table(rows: Sequence[Row], console: Console, limit: int = 40) -> None:
-    """Print ratings for people: a line a clip, those that failed in red, at most `limit` lines.
+    """Print a table of ratings with one line per clip, at most `limit` lines; failures are red.
 
-    The level probabilities show as one bar a level, under the initials of the levels. Where there are
-    prediction intervals, they take the place of the std.
+    Level probabilities are shown as bars under the initials of the levels. Prediction intervals, if there are any,
+    replace the std.
     """
     from rich.table import Table
 
@@ -55,7 +49,7 @@ _RIGHT: dict[str, Any] = {"justify": "right", "no_wrap": True}
 
 
 def render_explanations(rows: Sequence[Row], console: Console) -> None:
-    """Print for people what was found in each clip, and why it is rated so."""
+    """Print the defects found in each clip and the explanation of its score."""
     from rich.padding import Padding
     from rich.text import Text
 
@@ -102,5 +96,5 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _bar(probability: float, bars: str) -> str:
-    """Anything from one in a hundred on shows."""
+    """A bar for a probability; from 0.01 on it is never empty."""
     return bars[max(round(probability * (len(bars) - 1)), int(probability >= 0.01))]
