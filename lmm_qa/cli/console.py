@@ -74,10 +74,7 @@ def _line(row: Row, bars: str, intervals: bool) -> list[Text]:
 
     error, video = row.get("error"), row.get("video") or {}
     size = f"{video['width']}x{video['height']}" if video.get("width") else ""
-    if error:
-        level = f"{error.get('class')}: {one_line(str(error.get('message')), 60)}"
-    else:
-        level = str(row.get("level") or "")
+    level = one_line(f"{error.get('class')}: {error.get('message')}", 80) if error else str(row.get("level") or "")
     interval = ", ".join(_number(end, 2) for end in row.get("interval") or ())
     cells = (
         str(row["clip"]),
