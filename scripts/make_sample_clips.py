@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy.ndimage import gaussian_filter, gaussian_filter1d, map_coordinates
 
-from lmm_qa.degrade.causes import MILD, STRONG, damage, encode
+from lmm_qa.degrade.causes import MILD, STRONG, degrade, encode
 
 Frames = NDArray[np.uint8]
 """(frames, height, width, 3), RGB."""
@@ -280,7 +280,7 @@ def main() -> None:
         for sample in SAMPLES:
             frames = originals[sample.source]
             if sample.damage in DAMAGE:
-                frames = damage(frames, DAMAGE[sample.damage], STRENGTH[sample.strength], SEED, fps=FPS).frames
+                frames = degrade(frames, DAMAGE[sample.damage], STRENGTH[sample.strength], SEED, fps=FPS).frames
             shown[sample.clip] = frames
             h264 = {"crf": str(sample.crf), "preset": "slow", "threads": "1"}  # one thread: the same bytes everywhere
             encode(frames, "libx264", h264, Fraction(FPS), str(options.out / sample.clip))

@@ -127,7 +127,7 @@ def tiny_settings() -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_one_command_makes_a_rater_and_does_nothing_twice(tmp_path: Path) -> None:
-    from skimage.data import astronaut
+    import skimage.data
 
     clips, portraits, work = tmp_path / "clips", tmp_path / "portraits", tmp_path / "work"
     clips.mkdir()
@@ -137,7 +137,8 @@ def test_one_command_makes_a_rater_and_does_nothing_twice(tmp_path: Path) -> Non
         shutil.copyfile(SAMPLES / f"{name}.mp4", clips / f"{split}.mp4")
     index = [f"{split}.mp4,me/{split},{split}" for split in splits]
     (clips / "index.csv").write_text("\n".join(["clip,repository,split", *index, ""]))
-    Image.fromarray(astronaut()).save(portraits / "portrait.png")
+    photograph: Any = skimage.data.astronaut
+    Image.fromarray(photograph()).save(portraits / "portrait.png")
     (portraits / "index.csv").write_text("image,repository\nportrait.png,me/other\nmissing.png,me/test\n")
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_settings()))
     command = [sys.executable, str(SCRIPTS / "embedded" / "make.py"), "--clips", str(clips), "--portraits",
