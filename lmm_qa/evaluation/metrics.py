@@ -87,7 +87,7 @@ def fit_logistic4(scores: ArrayLike, mos: ArrayLike) -> Logistic4:
     z = (x - center) / width
     start = _Grid.over(z).best(z, y)
     fit = least_squares(_residuals, start, jac=_jacobian, args=(z, y), method="lm", x_scale="jac", max_nfev=2000)
-    b1, b2, b3, b4 = (float(b) for b in fit.x)
+    b1, b2, b3, b4 = _with_limits(float(fit.x[2]), float(fit.x[3]), z, y).tolist()
     return Logistic4(b1=b1, b2=b2, b3=center + width * b3, b4=width * max(abs(b4), TINY))
 
 
