@@ -149,7 +149,7 @@ def test_a_shard_that_rank_0_cannot_see_is_an_error(tmp_path: Path) -> None:
         with ranks.writer(output, ["a", "b"], "r", False) as writer:
             writer.write(row("ab"[ranks.rank]))
 
-    with pytest.raises(ResultsError, match=r"hold 0 rows, the other ranks wrote 1: all ranks need one file system"):
+    with pytest.raises(ResultsError, match=r"hold 0 rows, but the other ranks wrote 1: all ranks need the same file system"):
         together(2, act)
     assert read_rows(tmp_path / "0" / "ratings.jsonl") == [row("a")]
     assert read_rows(shard(tmp_path / "1" / "ratings.jsonl", 1)) == [row("b")]
@@ -449,7 +449,8 @@ def test_the_death_of_a_rank_ends_the_run_and_it_can_be_resumed(
     assert "Traceback" not in "".join(messages)
     # Rank 0 waits for the others; they wait for nobody, but cannot claim clips without rank 0, which holds the list.
     failed = {0} if killed else {1, 2}
-    assert {rank for rank in range(3) if ranks[rank].returncode == 1} == failed, messages
+    codes = [rank.returncode for rank in ranks]
+    assert {rank for rank in range(3) if codes[rank] == 1} == failed, (codes, messages)
     before = sum(map(len, written(folder, output).values()))
     assert 6 <= before < 41
     done = subprocess.run(command(output, model), cwd=folder, capture_output=True, text=True)
