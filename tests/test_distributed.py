@@ -149,7 +149,7 @@ def test_a_shard_that_rank_0_cannot_see_is_an_error(tmp_path: Path) -> None:
         with ranks.writer(output, ["a", "b"], "r", False) as writer:
             writer.write(row("ab"[ranks.rank]))
 
-    with pytest.raises(ResultsError, match=r"hold 0 rows, but the other ranks wrote 1: all ranks need the same file system"):
+    with pytest.raises(ResultsError, match="hold 0 rows, but the other ranks wrote 1: all ranks need the same file"):
         together(2, act)
     assert read_rows(tmp_path / "0" / "ratings.jsonl") == [row("a")]
     assert read_rows(shard(tmp_path / "1" / "ratings.jsonl", 1)) == [row("b")]
