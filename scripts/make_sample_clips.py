@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,15 +61,15 @@ def speech(rng: np.random.Generator) -> Grid:
     while moment < FRAMES / FPS - 0.2:
         loudness[int(moment * FPS)] = rng.uniform(0.45, 1.0)
         moment += rng.uniform(0.17, 0.27) if rng.random() > 0.13 else rng.uniform(0.45, 0.6)
-    envelope = gaussian_filter1d(loudness, 1.5)
-    return np.clip(envelope / np.percentile(envelope, 97), 0, 1)
+    envelope: Grid = gaussian_filter1d(loudness, 1.5)
+    return np.clip(envelope / float(np.percentile(envelope, 97)), 0, 1)
 
 
 def drift(rng: np.random.Generator, seconds: float) -> Grid:
     """Slow random movement with a root mean square of 1; `seconds` is about how long one swing takes."""
-    path = gaussian_filter1d(rng.standard_normal(FRAMES), seconds * FPS / 3, mode="wrap")
+    path: Grid = gaussian_filter1d(rng.standard_normal(FRAMES), seconds * FPS / 3, mode="wrap")
     path -= path.mean()
-    return path / path.std()
+    return path / float(path.std())
 
 
 def blinks(moments: tuple[float, ...]) -> Grid:
@@ -146,9 +147,10 @@ def posed(x: Grid, y: Grid, pose: Pose) -> tuple[Grid, Grid]:
 
 def animate_portrait(poses: list[Pose]) -> Iterator[NDArray[np.uint8]]:
     """The astronaut Eileen Collins (NASA, public domain) as scikit-image carries her, moved by `poses`."""
-    from skimage.data import astronaut
+    import skimage.data
 
-    still = astronaut().astype(np.float64)
+    photograph: Any = skimage.data.astronaut
+    still = photograph().astype(np.float64)
     still += 0.4 * (still - gaussian_filter(still, (1.0, 1.0, 0)))  # it is magnified: keep the edges crisp
     steps = (np.arange(SIDE) + 0.5) / SIDE - 0.5
     rows, columns = np.meshgrid(steps, steps, indexing="ij")
