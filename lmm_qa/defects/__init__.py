@@ -1,1 +1,1 @@
-"""TODO-DOC defects."""
+"""Defects of a clip: their vocabulary, measured features, classifier, profile and explanation."""

@@ -1,1 +1,1 @@
-"""TODO-DOC degrade."""
+"""Synthetic degradations of clean clips, with reference labels."""

@@ -24,7 +24,8 @@ from lmm_qa.defects.explanation import (
 from lmm_qa.defects.vocabulary import VISIBLE
 from lmm_qa.model.levels import LEVELS
 from lmm_qa.model.prompt import Prompt, load_prompt
-from lmm_qa.model.rater_config import EMBEDDED, FILE_NAME, ExplanationCheck, RaterConfig
+from lmm_qa.model.rater_config import FILE_NAME, ExplanationCheck, RaterConfig
+from lmm_qa.model.source import EMBEDDED
 
 findings = st.lists(
     st.builds(
@@ -210,7 +211,7 @@ def test_text_that_contradicts_the_rating_is_replaced(text: str, reason: str) ->
 
 
 def test_the_check_does_not_change_the_identity_of_a_rater() -> None:
-    assert RaterConfig(explanation_check="grammar").asked() == RaterConfig().asked()
+    assert RaterConfig(explanation_check="grammar").scoring_settings() == RaterConfig().scoring_settings()
     assert RaterConfig.read(EMBEDDED / FILE_NAME).explanation_check == "grammar"
 
 

@@ -14,7 +14,7 @@ import lmm_qa
 from lmm_qa.config import Sampling, View
 from lmm_qa.defects.features import MAX_SHORT_SIDE, FeatureExtractor, limit_size, measure, window
 from lmm_qa.defects.motion_features import MotionFeatureRecorder
-from lmm_qa.degrade.causes import damage
+from lmm_qa.degrade.causes import degrade
 from lmm_qa.degrade.dataset import read_clip
 from lmm_qa.video.decode import Frames, read_frames
 from lmm_qa.video.decoder_pool import DecoderPool
@@ -65,7 +65,7 @@ def features(frames: NDArray[np.uint8]) -> dict[str, float]:
 )
 def test_a_degradation_changes_its_feature(portrait: NDArray[np.uint8], cause: str, feature: str, rises: bool) -> None:
     before = features(portrait)[feature]
-    mild, strong = (features(damage(portrait, cause, strength, 3, fps=FPS).frames)[feature] for strength in (0.4, 0.9))
+    mild, strong = (features(degrade(portrait, cause, strength, 3, fps=FPS).frames)[feature] for strength in (0.4, 0.9))
     assert (strong > before + 0.1) if rises else (strong < before - 0.1), (before, mild, strong)
     assert (strong >= mild - 0.15) if rises else (strong <= mild + 0.15), (before, mild, strong)
 
