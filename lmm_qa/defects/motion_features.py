@@ -11,7 +11,7 @@ by comparing the motion of the mouth with that of the rest of the face in each f
 | `fine_*` | fine detail of a frame |
 | ..., `*_beat*`, `*_turns`, `*_skew`, `*_5` to `*_95` | of these four: deviation from the running median; quantiles |
 | ..., `*_again_N`, `*_period` | of these four: autocorrelation at a lag of N frames, and its best lag |
-| `lips_*`, `chin_to_lips` | motion of the mouth relative to the face: quantiles, and over spells of 8 to 22 frames |
+| `lips_*`, `chin_to_lips` | motion of the mouth relative to the face: quantiles, and over windows of 8 to 22 frames |
 
 Times are counted in frames, so they depend on the frame rate.
 """
@@ -73,7 +73,7 @@ _REST: tuple[Box, ...] = (
 )
 """Eyes and brows, both cheeks, nose."""
 
-_SPELLS = (8, 14, 22)
+_WINDOW_FRAMES = (8, 14, 22)
 """Frames: about a third, a half and nearly one second."""
 
 
@@ -139,15 +139,15 @@ class MotionFeatureRecorder:
         relative = mouth - face
         features = {f"lips_{share}": float(np.percentile(relative, share)) for share in (3, 10, 25, 50, 75, 90)}
         features["lips_range"] = features["lips_75"] - features["lips_10"]
-        for spell in _SPELLS:
-            length = min(spell, len(relative))
+        for frames in _WINDOW_FRAMES:
+            length = min(frames, len(relative))
             means = sliding_window_view(relative, length).mean(1)
             lowest = float(means.min())
-            features[f"lips_least_{spell}"] = lowest
-            features[f"lips_less_{spell}"] = features["lips_50"] - lowest
-            features[f"lips_most_{spell}"] = float(means.max()) - lowest
+            features[f"lips_least_{frames}"] = lowest
+            features[f"lips_less_{frames}"] = features["lips_50"] - lowest
+            features[f"lips_most_{frames}"] = float(means.max()) - lowest
             largest = sliding_window_view(mouth, length).max(1) - sliding_window_view(face, length).mean(1)
-            features[f"lips_still_{spell}"] = float(largest.min())
+            features[f"lips_still_{frames}"] = float(largest.min())
         features["lips_spread"] = float(np.log(mouth.std() + 0.02))
         features["lips_with_face"] = _correlation(mouth, face)
         features["lips_with_chin"] = _correlation(mouth, chin)
