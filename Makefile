@@ -42,7 +42,7 @@ check: .venv/.installed-dev
 
 docs: .venv/.installed-dev
 	$(BIN)/python scripts/generate_docs.py
-	$(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 clean:
 	rm -rf .venv build dist demo site *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -37,8 +37,8 @@ from lmm_qa.model.inputs import ClipInput
 from lmm_qa.model.levels import LEVELS, read_levels
 from lmm_qa.model.prompt import Prompt
 from lmm_qa.model.rater_config import CALIBRATION_NAME, DEFECTS_NAME, RaterConfig
-from lmm_qa.model.source import EMBEDDED
 from lmm_qa.model.rater_plan import plan_rater
+from lmm_qa.model.source import EMBEDDED
 from lmm_qa.rater import clip_input
 from lmm_qa.ratings import STEP, WINDOW, Details
 from lmm_qa.video.decode import Frames, read_frames, read_windows
