@@ -1,7 +1,7 @@
 """Write the reference pages that are generated from the code: docs/reference/cli.md and docs/reference/rows.md.
 
-    python scripts/generate_docs.py            # write them
-    python scripts/generate_docs.py --check    # exit code 1 if one of them is out of date
+python scripts/generate_docs.py            # write them
+python scripts/generate_docs.py --check    # exit code 1 if one of them is out of date
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def rows_page() -> str:
         "",
         "# Rating rows",
         "",
-        "Each clip has one row. JSONL keeps the structure below; CSV and Parquet are flat, with a dot in the column names:",
-        "`error.class`, `video.width`. A column without a value is null. A clip that could not be rated has `error` and no",
-        "`score`.",
+        "Each clip has one row. JSONL keeps the structure below; CSV and Parquet are flat, with a dot in the column",
+        "names: `error.class`, `video.width`. A column without a value is null. A clip that could not be rated has",
+        "`error` and no `score`.",
         "",
         "| column | type | meaning |",
         "| --- | --- | --- |",
