@@ -67,7 +67,7 @@ def test_a_crop_has_the_decoded_pixels(clips_dir: Path) -> None:
 
 
 def test_the_face_fills_its_view() -> None:
-    """One window for all frames; the face, whose place is known from the script that made the clip, is in its middle."""
+    """One window for all frames, with the face in its middle (the script that made the clip says where it is)."""
     views = WHOLE, View(kind="face", size=144)
     frames = read(SAMPLES / "astronaut_clean.mp4", Sampling(frames=6), *views)
     whole, face = frames.views
