@@ -109,12 +109,13 @@ def separate_images(rater: Rater, clip: Path) -> Iterator[np.ndarray]:
 
 
 def render_view(view: View, picture: np.ndarray, factor: int) -> np.ndarray:
-    rows, columns = view_size(*picture.shape[:2], view, factor)
+    height, width = picture.shape[:2]
+    rows, columns = view_size(height, width, view, factor)
     if view.kind == "whole":
         return np.asarray(Image.fromarray(picture).resize((columns, rows), Image.Resampling.BICUBIC))
     top, left = (
         min(max(0, round(side * center - window / 2)), side - window)
-        for side, window, center in zip(picture.shape[:2], (rows, columns), reversed(view.center), strict=True)
+        for side, window, center in zip((height, width), (rows, columns), reversed(view.center), strict=True)
     )
     return picture[top : top + rows, left : left + columns]
 
@@ -245,7 +246,8 @@ def stages(rater: Rater, clips: Sequence[Path], batch_size: int) -> dict[str, fl
 
 
 def module(model: torch.nn.Module, *names: str) -> torch.nn.Module:
-    return next(part for path, part in model.named_modules() if path.rpartition(".")[2] in names)
+    found: torch.nn.Module = next(part for path, part in model.named_modules() if path.rpartition(".")[2] in names)
+    return found
 
 
 def timed(part: torch.nn.Module, spent: dict[str, float], stage: str) -> list[Any]:

@@ -22,6 +22,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,7 @@ def wrong_fields(sources: dict[str, bytes]) -> Iterator[Case]:
     """Write an impossible size, count, time or dimension over one field (ISO/IEC 14496-12; AVI; GIF89a)."""
     most, large = b"\xff" * 4, b"\x7f\xff\xff\xff"
     # {box: {offset of the field after the box's name: values}}; -4 is the length of the box.
-    fields = {
+    fields: dict[str, dict[int, tuple[bytes, ...]]] = {
         "moov": {-4: (most, large, b"\0\0\0\x09")},
         "mdat": {-4: (most, large, b"\0\0\0\x10")},
         "trak": {-4: (most, bytes(4))},
@@ -323,17 +324,22 @@ def special_files(sources: dict[str, bytes]) -> Iterator[Case]:
     yield Case("no_file/pipe.mp4", os.mkfifo, UNREADABLE)
     yield Case("no_file/socket.mp4", listen, UNREADABLE)
     for device in ("zero", "full", "tty"):
-        yield Case(f"no_file/{device}.mp4", lambda path, device=device: path.symlink_to(f"/dev/{device}"), UNREADABLE)
+        yield Case(f"no_file/{device}.mp4", partial(Path.symlink_to, target=f"/dev/{device}"), UNREADABLE)
     yield Case("no_file/memory.mp4", lambda path: path.symlink_to("/proc/self/mem"), UNREADABLE)
     whole = sources["h264.mp4"]
     yield Case("no_file/folder.mp4/inside.mp4", lambda path: path.write_bytes(whole + box(b"in")), frozenset({RATED}))
-    yield Case(
-        "no_file/loop/inside.mp4",
-        lambda path: (path.write_bytes(whole + box(b"out")), (path.parent / "again").symlink_to("..")),
-        frozenset({RATED}),
-    )
+
+    def in_looping_folder(path: Path) -> None:
+        path.write_bytes(whole + box(b"out"))
+        (path.parent / "again").symlink_to("..")
+
+    def forbidden(path: Path) -> None:
+        path.write_bytes(whole + box(b"no"))
+        path.chmod(0)
+
+    yield Case("no_file/loop/inside.mp4", in_looping_folder, frozenset({RATED}))
     outcome = frozenset({RATED}) if os.geteuid() == 0 else UNREADABLE  # root may read everything
-    yield Case("no_file/forbidden.mp4", lambda path: (path.write_bytes(whole + box(b"no")), path.chmod(0)), outcome)
+    yield Case("no_file/forbidden.mp4", forbidden, outcome)
 
 
 def stored(name: str, data: bytes, outcomes: frozenset[str] = BROKEN) -> Case:
@@ -394,8 +400,9 @@ class Report:
 
 
 def rate(inputs: Sequence[Path], output: Path, timeout: float, limit: float) -> Run:
-    command = [sys.executable, "-m", "lmm_qa", "rate", *inputs, "-o", output, "--overwrite"]
-    return watched_run([*command, "--timeout", str(timeout), "--device", "cpu"], limit)
+    start: list[str | Path] = [sys.executable, "-m", "lmm_qa", "rate"]
+    options = ["--overwrite", "--timeout", str(timeout), "--device", "cpu"]
+    return watched_run([*start, *inputs, "-o", output, *options], limit)
 
 
 def check(

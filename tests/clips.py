@@ -210,7 +210,7 @@ class RecordingMeasurement:
         self.numbers[index] = read_number(picture)
 
     def features(self, indices: Sequence[int], dynamics: FrameDynamics) -> dict[str, float]:
-        received = {
+        received: dict[str, float] = {
             "rotation": self.rotation,
             "luma_height": self.heights[0],
             "frames": len(self.heights),

@@ -25,7 +25,7 @@ import psutil
 import pytest
 import torch
 from clips import write_clip
-from torch.distributed import HashStore
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, but not in __all__
 
 import lmm_qa.cli.app
 import lmm_qa.distributed

@@ -112,7 +112,9 @@ def test_an_editable_install_finds_the_files_of_the_repository(tmp_path: Path) -
     assert places["lmm_qa.config_files"] == ROOT / "configs"
 
 
-@pytest.mark.skipif(not any((ROOT / "lmm_qa/model/embedded").rglob("*.safetensors")), reason="there is no embedded model yet")
+@pytest.mark.skipif(
+    not any((ROOT / "lmm_qa/model/embedded").rglob("*.safetensors")), reason="there is no embedded model yet"
+)
 def test_an_installed_wheel_rates_a_clip_from_anywhere(installed: Path, tmp_path: Path) -> None:
     clip = installed / "lmm_qa" / "samples" / "astronaut_clean.mp4"
     rated = python("-m", "lmm_qa", "rate", str(clip), cwd=tmp_path, path=installed)

@@ -301,7 +301,7 @@ def test_an_adapter_with_rater_json(adapter_dir: Path, good: list[Path], tmp_pat
 
 def assert_peft_alone_agrees(adapter: Path, base: str, rater: Rater, clip: Path) -> None:
     rating, frames = rater.rate(clip), decode(rater, clip)
-    model = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
+    model: Any = AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32)
     from peft import PeftModel
 
     model = PeftModel.from_pretrained(model, adapter).eval()
@@ -608,7 +608,8 @@ def test_a_timeline_rates_each_window_as_a_clip(rater: Rater, good: list[Path]) 
     assert timeline.scores[-1] == pytest.approx(reading.score, abs=TOLERANCE)
     short = rater.rate(good[0], Details(timeline=True))
     assert short.timeline is not None
-    assert short.timeline.scores == (pytest.approx(short.score, abs=TOLERANCE),), "a short clip is one window"
+    (score,) = short.timeline.scores
+    assert score == pytest.approx(short.score, abs=TOLERANCE), "a short clip is one window"
 
 
 def test_the_base_model_can_answer_while_the_adapter_rates(

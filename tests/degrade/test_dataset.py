@@ -91,7 +91,7 @@ def test_pairs_are_of_different_groups_and_depend_on_the_source() -> None:
 )
 def test_an_invalid_plan_is_refused(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        DegradationPlan(**wrong)  # type: ignore[arg-type]
+        DegradationPlan(**wrong)
 
 
 # --- Reading a source ------------------------------------------------------------------------------------------------

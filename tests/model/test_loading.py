@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
+import bitsandbytes.nn.modules as bnb
 import numpy as np
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_quantized_models_are_close_to_float32(
 ) -> None:
     exact = load(family)
     small = Backbone.load(str(family_dir(family)), device="cpu", dtype="float32", quantization=quantization)
-    kind = {"4bit": bitsandbytes.nn.Linear4bit, "8bit": bitsandbytes.nn.Linear8bitLt}[quantization]
+    kind = {"4bit": bnb.Linear4bit, "8bit": bnb.Linear8bitLt}[quantization]
     linear = {name: type(part) for name, part in small.model.named_modules() if isinstance(part, torch.nn.Linear)}
     quantized = {name for name, part in linear.items() if issubclass(part, kind)}
     assert quantized == {name for name in linear if "language_model" in name}

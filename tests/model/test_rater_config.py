@@ -160,9 +160,7 @@ def test_a_model_on_the_hub(hub: Path) -> None:
     assert source.note is not None
     assert source.note.startswith("some/model has no rater.json: default prompt")
     for name, revision in (("some/model", "v2"), ("some/not-downloaded", None), ("model", None)):
-        with pytest.raises(
-            ModelError, match=f"cannot reach .* for '{name}'.* the local cache does not"
-        ):
+        with pytest.raises(ModelError, match=f"cannot reach .* for '{name}'.* the local cache does not"):
             resolve_model(name, revision)
 
 

@@ -57,7 +57,7 @@ def test_each_check_can_fail(finished_run: Path, monkeypatch: pytest.MonkeyPatch
     chosen = list(damaged_files.cases({name: sources[name] for name in damaged_files.CONTAINERS}, seed=0))[::14]
 
     def failures(rows: list[dict[str, object]], code: int | None = 3, stderr: str = "", memory: int = 1) -> list[str]:
-        write_rows(finished_run / "together.jsonl", rows)  # type: ignore[arg-type]
+        write_rows(finished_run / "together.jsonl", rows)
         run = Run(code, stderr, 1.0, [(0.0, 1)])
         return list(damaged_files.check(chosen, finished_run / "files", good, run, run, finished_run, memory).failures)
 

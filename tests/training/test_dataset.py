@@ -581,7 +581,7 @@ def test_a_clip_on_both_sides_takes_its_group_along(write: Write, tmp_path: Path
 def test_another_scale(mos: float, mapped: float) -> None:
     example = Example("a", Path("/a"), mos, 20.0, 7, "g", (0.0, 100.0))
     there = example.on((1.0, 5.0))
-    assert (there.mos, there.std) == (pytest.approx(mapped), pytest.approx(0.8))
+    assert (there.mos, there.std) == pytest.approx((mapped, 0.8))
     assert (there.scale, there.votes, there.name) == ((1.0, 5.0), 7, "a")
     assert there.on((0.0, 100.0)).mos == pytest.approx(mos)
     assert Example("a", Path("/a"), mos, None, None, "g", (0.0, 100.0)).on((1.0, 5.0)).std is None

@@ -148,7 +148,7 @@ def test_a_better_clip_has_better_targets(scale: Scale, kind: str, shares: list[
     """Stochastic dominance: a higher MOS never increases the probability of a level or worse."""
     mos, anchors = on(scale, 5, sorted(shares))
     std = torch.full_like(mos, 0.2 * (scale.high - scale.low))
-    worse_or_equal = level_targets(mos, anchors, kind, std).cumsum(-1)  # type: ignore[arg-type]
+    worse_or_equal = level_targets(mos, anchors, kind, std).cumsum(-1)
     assert bool((worse_or_equal.diff(dim=0) <= 1e-6).all())
 
 
@@ -264,7 +264,7 @@ clips = st.lists(
 
 @given(clips)
 def test_fidelity_is_the_formula_over_all_pairs(clips: list[tuple[float, float, float, float]]) -> None:
-    losses = {True: [], False: []}
+    losses: dict[bool, list[float]] = {True: [], False: []}
     for (s, v, mos, std), (s_other, v_other, mos_other, std_other) in itertools.combinations(clips, 2):
         guess = (s - s_other) / math.sqrt(v + v_other + VARIANCE_FLOOR)
         order = np.inf * (mos - mos_other) if mos != mos_other else 0
@@ -422,6 +422,6 @@ def test_gradient_descent_finds_the_mos() -> None:
         score, variance = score_and_variance(logits, ANCHORS)
         loss = cross_entropy(logits, targets) + fidelity(score, variance, mos) + plcc(score, mos)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
     torch.testing.assert_close(score_and_variance(logits, ANCHORS)[0].detach(), mos, rtol=0, atol=0.1)

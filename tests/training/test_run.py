@@ -252,7 +252,7 @@ def test_push_uploads_only_raters_that_others_can_load(
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda _, name, **rest: calls.update(repo=name, **rest))
 
     def upload(_: object, **options: Any) -> str:
-        from huggingface_hub.utils import filter_repo_objects
+        from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]  # not in __all__
 
         files = [str(path.relative_to(tuned)) for path in tuned.rglob("*") if path.is_file()]
         patterns = {"allow_patterns": options["allow_patterns"], "ignore_patterns": options["ignore_patterns"]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -162,9 +163,14 @@ def test_a_window_equals_a_clip_cut_to_it(clips_dir: Path, tmp_path: Path, sampl
 
 def test_each_frame_of_windows_is_rendered_once(clips_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 60 frames; 17 windows have 170 frames together."""
-    rendered = []
+    rendered: list[int] = []
     render = views._render
-    monkeypatch.setattr(views, "_render", lambda picture, *rest: (rendered.append(1), render(picture, *rest))[1])
+
+    def counted(*arguments: Any) -> Any:
+        rendered.append(1)
+        return render(*arguments)
+
+    monkeypatch.setattr(views, "_render", counted)
     windows = read_windows(clips_dir / "h264.mp4", Sampling(frames=10), [WHOLE], FACTOR, 0.8, 0.1)
     assert sum(map(len, windows.positions)) == 170
     assert len(rendered) == len(set(windows.frames.indices)) == len(windows.frames.views[0]) <= 60
@@ -192,7 +198,8 @@ def test_windows_use_time_if_frames_are_uneven(clips_dir: Path) -> None:
 def test_a_clip_shorter_than_a_window_is_one_window(clips_dir: Path) -> None:
     windows = read_windows(clips_dir / "h264.mp4", Sampling(), [WHOLE], FACTOR, 5, 1)
     whole = read(clips_dir / "h264.mp4")
-    assert windows.spans == ((0.0, pytest.approx(2.4)),)
+    (span,) = windows.spans
+    assert span == pytest.approx((0.0, 2.4))
     assert windows[0].indices == whole.indices and np.array_equal(windows[0].views[0], whole.views[0])
 
 
