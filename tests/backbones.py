@@ -1,7 +1,7 @@
 """Small backbones of each model family with random weights: real transformers classes, no download.
 
-`build` makes a directory that `--model` takes. Its tokenizer is trained here, on the prompts and a few words, and
-splits text as Qwen's does. With `published=True` tokenizer, chat template, processor settings and configuration are the
+`build` makes a directory that `--model` takes. Its tokenizer is trained here, on a few sentences, and splits
+text as Qwen's does. With `published=True` tokenizer, chat template, processor settings and configuration are the
 published files of Qwen2.5-VL and Qwen3-VL, where LMM_QA_SHARED/backbones has them, with smaller widths and depths.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from paths import EMBEDDED, ROOT, SHARED
+from paths import EMBEDDED, SHARED
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 from transformers.video_utils import VideoMetadata
 
@@ -118,6 +118,15 @@ SPLIT = (
 )
 """How Qwen's tokenizers split a text into words: letters with the space before them, digits one by one."""
 
+TEXT_TO_LEARN = """
+You are watching a talking-head video. Rate the visual quality of this video: is it bad, poor, fair, good or excellent?
+The quality of this video is good. How would you judge the quality of this clip? The quality of the video is poor.
+Look at the face, the mouth, the teeth and the eyes. Is the picture blurred? Is there noise? Answer with yes or no: no.
+Are there compression marks, such as blocks or ringing? Does the brightness flicker? Does the clip freeze? Answer: yes.
+Explain why the quality of this video is fair: the picture is blurred from 1.0 to 2.5 s, and the background moves.
+"""
+"""Fixed, so that models with random weights answer the same whatever is edited elsewhere."""
+
 WORDS = "bad poor fair good excellent yes no never often always caf\u00e9 mediocre spl"
 """Single tokens after a space."""
 PIECES = {"bad": 500, "fair": 500, "po": 3000, "or": 3000, "endif": 500, "er": 500, "ous": 500, "-ish": 500}
@@ -138,7 +147,7 @@ def _trained() -> Any:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    text = [file.read_text(encoding="utf-8") for file in sorted((ROOT / "prompts").glob("*.yaml"))]
+    text = [TEXT_TO_LEARN]
     text += [f" {word}" for word in WORDS.split() for _ in range(500)]
     text += [piece for piece, count in PIECES.items() for _ in range(count)]
     trainer = trainers.BpeTrainer(
