@@ -49,8 +49,10 @@ MakeConfig = Callable[..., TrainingConfig]
 
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of small clips of 12 persons whose MOS decreases with their noise, and labels.csv. described.jsonl has
-    defects for three clips in four, and explanations for two in three."""
+    """A folder with small clips of 12 persons and labels.csv: the lower the MOS, the darker and noisier the clip.
+
+    described.jsonl has defects for three clips in four, and explanations for two in three.
+    """
     folder = tmp_path_factory.mktemp("labelled")
     draw = np.random.default_rng(0)
     rows, described = [], []
@@ -58,7 +60,8 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         still = draw.integers(60, 190, (1, 14, 14, 3)).repeat(8, 0).repeat(6, 1).repeat(6, 2)
         for clip in range(CLIPS):
             strength = draw.random()
-            frames = np.clip(still + draw.normal(0, 60 * strength, still.shape), 0, 255).astype(np.uint8)
+            noisy = still - 80 * strength + draw.normal(0, 60 * strength, still.shape)
+            frames = np.clip(noisy, 0, 255).astype(np.uint8)
             name = f"p{person}_{clip}.mp4"
             encode(frames, "libx264", {"crf": "10"}, Fraction(8), str(folder / name))
             rows.append((name, round(4.6 - 3.2 * strength, 3), f"p{person}"))
