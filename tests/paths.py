@@ -7,7 +7,8 @@ from pathlib import Path
 
 import lmm_qa
 
-ROOT = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 PACKAGE = Path(lmm_qa.__file__).parent
 SAMPLES = PACKAGE / "samples"
 EMBEDDED = PACKAGE / "model" / "embedded"

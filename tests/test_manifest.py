@@ -20,8 +20,6 @@ from hypothesis import strategies as st
 from lmm_qa.errors import ClipNotFound, ClipUnreadable, ManifestError
 from lmm_qa.manifest import Clip, _natural, content_id, expand
 
-SHARED = Path(os.environ.get("LMM_QA_SHARED", Path(__file__).parents[2] / "shared"))
-
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -187,21 +185,19 @@ def test_the_same_entry_of_two_lists_is_one_clip(here: Path) -> None:
     assert names(expand(["one.csv", "two.txt"])) == ["a.mp4", "b.mp4", "c.mp4"]
 
 
-@pytest.mark.skipif(not (SHARED / "thqa").is_dir(), reason="the THQA-NTIRE lists are not here: set LMM_QA_SHARED")
-@pytest.mark.parametrize(
-    ("file", "count", "first"),
-    [
+def test_the_published_lists_of_thqa(shared_dir: Path) -> None:
+    first = "14_dalle3_common_voice_en_35729059_audio2head.mp4"
+    for file, count, name in (
         ("thqa_ntire_train.csv", 8927, "15_dalle3_common_voice_en_36411224_audio2head.mp4"),
-        ("thqa_ntire_val.csv", 1714, "14_dalle3_common_voice_en_35729059_audio2head.mp4"),
-        ("thqa_ntire_vallist.csv", 1714, "14_dalle3_common_voice_en_35729059_audio2head.mp4"),
+        ("thqa_ntire_val.csv", 1714, first),
+        ("thqa_ntire_vallist.csv", 1714, first),
         ("thqa_ntire_testlist.csv", 1606, "10_dalle3_common_voice_en_35787446_audio2head.mp4"),
-    ],
-)
-def test_the_lists_of_thqa_as_they_are(file: str, count: int, first: str) -> None:
-    clips = expand([SHARED / "thqa" / file], root=Path("videos"))
-    assert len(clips) == count
-    assert clips[0] == Clip(Path("videos", first), first, f"{SHARED / 'thqa' / file}:2")
-    assert all(clip.name.endswith(".mp4") for clip in clips)
+    ):
+        path = shared_dir / "thqa" / file
+        clips = expand([path], root=Path("videos"))
+        assert len(clips) == count
+        assert clips[0] == Clip(Path("videos", name), name, f"{path}:2")
+        assert all(clip.name.endswith(".mp4") for clip in clips)
 
 
 def test_a_missing_video_that_is_named_outright_is_a_clip(here: Path) -> None:

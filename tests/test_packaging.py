@@ -18,8 +18,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+from paths import EMBEDDED, ROOT
 
-ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 PLACES = {"lmm_qa": "lmm_qa", "prompts": "lmm_qa/prompt_files", "configs": "lmm_qa/config_files"}
@@ -112,9 +112,7 @@ def test_an_editable_install_finds_the_files_of_the_repository(tmp_path: Path) -
     assert places["lmm_qa.config_files"] == ROOT / "configs"
 
 
-@pytest.mark.skipif(
-    not any((ROOT / "lmm_qa/model/embedded").rglob("*.safetensors")), reason="there is no embedded model yet"
-)
+@pytest.mark.skipif(not any(EMBEDDED.rglob("*.safetensors")), reason=f"no embedded model at {EMBEDDED}")
 def test_an_installed_wheel_rates_a_clip_from_anywhere(installed: Path, tmp_path: Path) -> None:
     clip = installed / "lmm_qa" / "samples" / "astronaut_clean.mp4"
     rated = python("-m", "lmm_qa", "rate", str(clip), cwd=tmp_path, path=installed)

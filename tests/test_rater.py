@@ -22,10 +22,10 @@ import pytest
 import torch
 from backbones import FAMILIES, add_adapter, conversation_inputs
 from clips import write_clip
+from paths import EMBEDDED, ROOT, SAMPLES
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.video_utils import VideoMetadata
 
-import lmm_qa
 from lmm_qa import ClipError, Failure, Rater, Rating, Sampling, View, load_prompt
 from lmm_qa.defects.explanation import MAX_NAMED, objection
 from lmm_qa.defects.questions import questions
@@ -38,12 +38,10 @@ from lmm_qa.model.levels import LEVELS, read_levels
 from lmm_qa.model.prompt import Prompt
 from lmm_qa.model.rater_config import CALIBRATION_NAME, DEFECTS_NAME, RaterConfig
 from lmm_qa.model.rater_plan import plan_rater
-from lmm_qa.model.source import EMBEDDED
 from lmm_qa.rater import clip_input
 from lmm_qa.ratings import STEP, WINDOW, Details
 from lmm_qa.video.decode import Frames, read_frames, read_windows
 
-SAMPLES = Path(lmm_qa.__file__).parent / "samples"
 TOLERANCE = 1e-4
 SMALL: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
 VIEWS = (View(max_pixels=112 * 112), View(kind="crop", size=56))
@@ -347,7 +345,7 @@ def test_the_identity_depends_on_model_and_settings(model_dir: Path, adapter_dir
     same = [
         identity(),
         identity(prompt="talking_head"),
-        identity(prompt=Path(__file__).parents[1] / "prompts" / "talking_head.yaml"),
+        identity(prompt=ROOT / "prompts" / "talking_head.yaml"),
         identity(scale=(1.0, 5.0)),
         identity(sampling=Sampling.from_text("uniform:8")),
         identity(views=[View.from_text("whole:448")]),

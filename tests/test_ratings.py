@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from paths import SAMPLES
 
-import lmm_qa
 from lmm_qa.errors import ClipTruncated, ConfigError
 from lmm_qa.ratings import CalibrationUse, Failure, Rating, RatingRow, Timeline, describe_columns
 from lmm_qa.video.decode import Frames
@@ -17,7 +16,7 @@ from lmm_qa.video.probe import probe
 
 @pytest.fixture
 def rating() -> Rating:
-    sample_clip = Path(lmm_qa.__file__).parent / "samples" / "avatar_clean.mp4"
+    sample_clip = SAMPLES / "avatar_clean.mp4"
     frames = Frames((), (0, 9), (0.0, 0.360004), probe(sample_clip), "pyav", None, None, None)
     return Rating(
         clip="a.mp4",

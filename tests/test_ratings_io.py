@@ -18,6 +18,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paths import TESTS
 from rich.console import Console
 
 from lmm_qa.cli.console import render_table
@@ -243,7 +244,7 @@ def test_kill_9_loses_no_row_that_was_written(tmp_path: Path, form: str) -> None
     path = tmp_path / f"r{form}"
     code = f"""
 import sys, time
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(TESTS)!r})
 from test_ratings_io import Path, RatingsWriter, rating
 with RatingsWriter(Path({str(path)!r}), [f"{{n}}.mp4" for n in range(9)], "tiny-1") as sink:
     for n in range(4):
@@ -381,7 +382,7 @@ def test_a_disk_that_fills_up_leaves_earlier_rows_whole(tmp_path: Path, form: st
     path = tmp_path / f"r{form}"
     code = f"""
 import resource, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(TESTS)!r})
 from test_ratings_io import Path, RatingsWriter, rating
 resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500))
 with RatingsWriter(Path({str(path)!r}), [f"{{n}}.mp4" for n in range(9)], "tiny-1") as sink:

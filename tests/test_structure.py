@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from paths import PACKAGE
 
 import lmm_qa
-
-PACKAGE = Path(lmm_qa.__file__).parent
 
 LAYERS = (
     ("errors",),

@@ -7,16 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from paths import SAMPLES, SCRIPTS
 
-import lmm_qa
 from lmm_qa.config import Sampling, View
 from lmm_qa.defects.classifier import FILE, MIN_VOTE_SHARE, Forests, defect_log_odds
 from lmm_qa.defects.features import FeatureExtractor
 from lmm_qa.defects.vocabulary import DEFECTS
 from lmm_qa.video.decode import read_frames
 
-SAMPLES = Path(lmm_qa.__file__).parent / "samples"
-sys.path.append(str(Path(__file__).parents[2] / "scripts"))
+sys.path.append(str(SCRIPTS))
 
 
 def test_trees_vote_as_scikit_learn_has_them_vote(tmp_path: Path) -> None:

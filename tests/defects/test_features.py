@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from clips import write_clip
 from numpy.typing import NDArray
+from paths import SAMPLES
 from PIL import Image
 
-import lmm_qa
 from lmm_qa.config import Sampling, View
 from lmm_qa.defects.features import MAX_SHORT_SIDE, FeatureExtractor, limit_size, measure, window
 from lmm_qa.defects.motion_features import MotionFeatureRecorder
@@ -21,7 +21,7 @@ from lmm_qa.video.decoder_pool import DecoderPool
 from lmm_qa.video.sampling import sample_indices
 from lmm_qa.video.temporal import FrameDynamicsRecorder
 
-PORTRAIT = Path(lmm_qa.__file__).parent / "samples" / "astronaut_clean.mp4"
+PORTRAIT = SAMPLES / "astronaut_clean.mp4"
 FPS = 25.0
 
 

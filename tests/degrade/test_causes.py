@@ -10,10 +10,10 @@ import av
 import numpy as np
 import pytest
 from clips import numbered_picture, read_number
+from paths import SAMPLES
 from PIL import Image
 from scipy.ndimage import gaussian_filter, gaussian_laplace
 
-import lmm_qa
 from lmm_qa.degrade.causes import (
     COMPRESSION,
     DEGRADATIONS,
@@ -38,7 +38,7 @@ MOUTH = (0.498, 0.55)
 @pytest.fixture(scope="module")
 def portrait() -> Pixels:
     """24 frames of a real talking face, 192 pixels wide and 176 high."""
-    with av.open(str(Path(lmm_qa.__file__).parent / "samples" / "astronaut_clean.mp4")) as container:
+    with av.open(str(SAMPLES / "astronaut_clean.mp4")) as container:
         frames = [frame.to_image() for frame in container.decode(video=0)][20:68:2]
     return np.stack([np.asarray(frame.resize((192, 192), Image.Resampling.BICUBIC))[:176] for frame in frames])
 

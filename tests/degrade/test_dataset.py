@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 from clips import ffmpeg, ffmpeg_frames, write_clip
+from paths import SAMPLES
 
 import lmm_qa
 import lmm_qa.cli.app
@@ -28,7 +29,6 @@ from lmm_qa.manifest import expand
 from lmm_qa.tables import Row, read_rows, write_rows
 from lmm_qa.training.dataset import Data, load
 
-SAMPLES = Path(lmm_qa.__file__).parent / "samples"
 QUICK = DegradationPlan(causes=("blur", "stall"), strengths=(0.5, 1.0), pairs=1, length=0.4)
 
 

@@ -10,9 +10,9 @@ import av
 import imageio_ffmpeg
 import numpy as np
 import pytest
+from paths import SAMPLES
 from PIL import Image
 
-import lmm_qa
 from lmm_qa.degrade.causes import DEGRADATIONS, FULL_FRAME, TEMPORAL, Pixels, degrade
 from lmm_qa.degrade.full_reference import make_copy, mos, quality_ceiling, vmaf, vmaf_quality
 from lmm_qa.video.face import Face, find_face
@@ -21,7 +21,7 @@ from lmm_qa.video.face import Face, find_face
 @pytest.fixture(scope="module")
 def portrait() -> Pixels:
     """25 frames of a real talking face, 192 x 192."""
-    with av.open(str(Path(lmm_qa.__file__).parent / "samples" / "astronaut_clean.mp4")) as container:
+    with av.open(str(SAMPLES / "astronaut_clean.mp4")) as container:
         frames = [frame.to_image() for frame in container.decode(video=0)][20:45]
     return np.stack([np.asarray(frame.resize((192, 192), Image.Resampling.BICUBIC)) for frame in frames])
 

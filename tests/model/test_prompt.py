@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import ROOT
 
 from lmm_qa.errors import ConfigError
 from lmm_qa.model.levels import LEVELS
 from lmm_qa.model.prompt import DEFAULT_PROMPT, OTHER_FILES, SLOTS, Prompt, load_prompt, prompt_names
 
-ROOT = Path(__file__).parents[2]
 FAIR: dict[str, Any] = {"question": "How good is it?", "stem": "It is"}
 
 

@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from paths import EMBEDDED, SAMPLES, SCRIPTS
 
 from lmm_qa import Rater
 from lmm_qa.config import Sampling, View
-from lmm_qa.model.source import EMBEDDED
 from lmm_qa.video.decode import read_frames
 
-SAMPLES = Path(__file__).parents[2] / "lmm_qa" / "samples"
 CLIPS = [SAMPLES / "astronaut_clean.mp4", SAMPLES / "astronaut_blur_strong.mp4", SAMPLES / "avatar_clean.mp4"]
 
 pytestmark = [
@@ -29,7 +28,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    monkeypatch.syspath_prepend(str(SCRIPTS))
 
 
 @pytest.fixture(scope="module")

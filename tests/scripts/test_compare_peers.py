@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from paths import SCRIPTS
 from scipy.stats import spearmanr
 
 from lmm_qa.errors import ScoresError
@@ -20,7 +21,7 @@ CAUSES = {"blur": 0.9, "jpeg": 0.7, "h264": 0.6, "stall": 0.5}
 
 @pytest.fixture(autouse=True)
 def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    monkeypatch.syspath_prepend(str(SCRIPTS))
 
 
 @pytest.fixture

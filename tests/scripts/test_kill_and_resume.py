@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import SCRIPTS
 
 from lmm_qa.tables import write_rows
 
@@ -23,7 +24,7 @@ pytestmark = [
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    monkeypatch.syspath_prepend(str(SCRIPTS))
     import kill_and_resume
 
     return kill_and_resume

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import pytest
 import yaml
+from paths import ROOT
 from pydantic.fields import FieldInfo
 
 from lmm_qa.config import Sampling, Settings, View
@@ -18,7 +19,7 @@ from lmm_qa.model.prompt import Prompt, load_prompt
 from lmm_qa.model.source import resolve_model
 from lmm_qa.training.config import RENAMED_KEYS, TrainingConfig
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = ROOT / "configs"
 TRAINING_CONFIGS = sorted(CONFIGS.glob("*.yaml"))
 ACCELERATE_CONFIGS = sorted((CONFIGS / "accelerate").glob("*.yaml"))
 

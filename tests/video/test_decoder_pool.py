@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clips import FACTOR, BrokenMeasurement, RecordingMeasurement, read_or_die, read_or_hang
+from paths import TESTS
 
 from lmm_qa.config import Sampling, View
 from lmm_qa.errors import (
@@ -126,9 +127,7 @@ def test_a_bug_is_reported_as_a_bug_and_costs_one_clip(clips_dir: Path, tmp_path
     assert [type(result) for result in results] == [Frames, InternalError, Frames]
     message = str(results[1])
     assert f"reading {paths[1]} failed because of a bug in lmm_qa: ZeroDivisionError: division by zero (" in message
-    line = 1 + (Path(__file__).parents[1] / "clips.py").read_text().split("\n").index(
-        '        raise ZeroDivisionError("division by zero")'
-    )
+    line = 1 + (TESTS / "clips.py").read_text().split("\n").index('        raise ZeroDivisionError("division by zero")')
     assert f"clips.py:{line})" in message
     assert message.endswith("please report it with the output of lmm-qa env")
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import av
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from paths import SAMPLES
 
-import lmm_qa
 from lmm_qa.video.face import FOLLOWED_PICTURES, Face, face_window, find_face, follow_face
 
-PORTRAIT = Path(lmm_qa.__file__).parent / "samples" / "astronaut_clean.mp4"
+PORTRAIT = SAMPLES / "astronaut_clean.mp4"
 EYES, MOUTH = (0.503, 0.393), (0.498, 0.55)
 """Where they are in that clip, by the numbers of the script that made it; the head moves by up to 0.03."""
 
