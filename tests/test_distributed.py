@@ -524,7 +524,7 @@ def wait_for_rater(node: Any, running: subprocess.Popen[str]) -> psutil.Process:
     while running.poll() is None:
         for each in raylet.children(recursive=True):
             with suppress(psutil.NoSuchProcess):
-                if "_serve" in " ".join(each.cmdline()) and (rater := each.parent()):
+                if "decoder_pool" in " ".join(each.cmdline()) and (rater := each.parent()):
                     return rater
         time.sleep(0.02)
     raise AssertionError(running.communicate()[1])
