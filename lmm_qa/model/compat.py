@@ -7,7 +7,7 @@ checked by reading one file. Written for transformers 5.23 and PEFT 0.21.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -59,16 +59,6 @@ def position_ids(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor
     return positions
 
 
-def load_saved_weights(model: Any, folder: str) -> None:
-    """Load weights that the model's `save_pretrained` wrote.
-
-    It saves some architectures (Qwen2-VL) under the parameter names of their first release. `from_pretrained` renames
-    them, `Trainer` does not: https://github.com/huggingface/transformers/issues/43701
-    """
-    saved: Any = type(model)
-    model.load_state_dict(saved.from_pretrained(folder, dtype=model.dtype).state_dict())
-
-
 def caches_every_token(config: Any) -> bool:
     """Whether the KV cache of a model holds every token: no layer has a sliding window or a recurrent state.
 
@@ -85,3 +75,70 @@ def skip_patterns(modules: Sequence[str]) -> list[str]:
     transformers 5 matches from the start of the full name: https://github.com/huggingface/transformers/pull/42455
     """
     return [rf"(?:.*\.)?{name}" for name in modules]
+
+
+OLD_PREFIXES = (
+    {"model.language_model.": "model.", "model.visual.": "visual."},  # Qwen2-VL, Qwen2.5-VL
+    {
+        "model.language_model.": "language_model.model.",
+        "lm_head": "language_model.lm_head",
+        "model.vision_tower.": "vision_tower.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+    },  # LLaVA-OneVision
+)
+"""Prefixes of module names, and what they were before transformers 4.52, which changed the names in adapters:
+https://github.com/huggingface/transformers/pull/37033"""
+
+ADAPTER_PREFIX = "base_model.model."
+
+
+def old_module_names(modules: Iterable[str], tensors: Iterable[str]) -> dict[str, str]:
+    """Old to present names of the modules of a model, if the tensors of an adapter use old names; else nothing.
+
+    Args:
+        modules: present names of a model's modules.
+        tensors: names of an adapter's tensors.
+    """
+    present, tensors = set(modules), list(tensors)
+    for prefixes in OLD_PREFIXES:
+        old_to_new = {}
+        for name in present:
+            new = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+            old_to_new[prefixes.get(new, "") + name.removeprefix(new)] = name
+        if any(owner and owner not in present for owner in (_owner(tensor, old_to_new) for tensor in tensors)):
+            return old_to_new
+    return {}
+
+
+def rename_tensor(tensor: str, renames: Mapping[str, str]) -> str:
+    """The present name of an adapter's tensor; unchanged if the model has no such module."""
+    module = _owner(tensor, renames)
+    if module is None:
+        return tensor
+    return ADAPTER_PREFIX + renames[module] + tensor.removeprefix(ADAPTER_PREFIX + module)
+
+
+def rename_targets(config: Any, renames: Mapping[str, str]) -> None:
+    """Replace patterns of old module names in a PEFT configuration by the present names of the modules they match."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from peft.utils.other import get_pattern_key
+
+    if not getattr(config, "target_modules", None):
+        return
+    matches = {old: new for old, new in renames.items() if check_target_module_exists(config, old)}
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = getattr(config, name, None)
+        if patterns:
+            keys = {new: get_pattern_key(list(patterns), old) for old, new in matches.items()}
+            setattr(config, name, {new: patterns[key] for new, key in keys.items() if key in patterns})
+    config.target_modules = set(matches.values())
+    for name in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+        if hasattr(config, name):
+            setattr(config, name, None)
+
+
+def _owner(tensor: str, modules: Collection[str]) -> str | None:
+    """The module among these that an adapter's tensor belongs to."""
+    parts = tensor.removeprefix(ADAPTER_PREFIX).split(".")
+    candidates = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((name for name in candidates if name in modules), None)

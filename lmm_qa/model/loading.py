@@ -11,6 +11,7 @@ import torch
 from lmm_qa.errors import ModelError
 from lmm_qa.model import compat
 from lmm_qa.model.hub import find_model
+from lmm_qa.model.weights import check_checkpoint, check_files, load_adapter, stored_quantization
 
 Quantization = Literal["4bit", "8bit"]
 
@@ -78,26 +79,35 @@ def load_model(model: str, adapter: Path | None = None, **options: Unpack[LoadOp
     choices = {"device": device, "dtype": dtype, "attention": attention}
     kwargs = _hub_kwargs(model, options)
     if quantization:
+        if Path(model).is_dir() and (method := stored_quantization(Path(model))):
+            raise ModelError(f"{model!r} is quantized already ({method}): load it without --quantization")
         choices["quantization"] = Choice(quantization, "requested")
         kwargs["quantization_config"] = _bitsandbytes_config(quantization, getattr(torch, dtype.value))
     processor = load_processor(model, **options)  # first, because it is fast and the weights are not
     try:
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+        load: Any = AutoModelForImageTextToText.from_pretrained
+        loaded, info = load(
             model,
             dtype=getattr(torch, dtype.value),
             attn_implementation=attention.value,
             device_map={"": device.value},
             use_safetensors=True,
+            output_loading_info=True,
             **kwargs,
         )
     except Exception as error:  # transformers, safetensors and the hub raise a dozen classes
         raise ModelError(f"cannot load the model {model!r}: {_first_line(error)}") from error
+    check_checkpoint(model, info)
+    stored = getattr(loaded.config, "quantization_config", None)
+    if stored is not None and not quantization:
+        choices["quantization"] = Choice(_method(stored), "as the checkpoint is stored")
+        _cast_unquantized(loaded, getattr(torch, dtype.value))
     if adapter is not None:
-        from peft import PeftModel
-
+        check_files(adapter)
         try:
-            with compat.ignore_peft_deprecation():
-                loaded = PeftModel.from_pretrained(loaded, str(adapter))
+            loaded = load_adapter(loaded, adapter)
+        except ModelError:
+            raise
         except Exception as error:
             raise ModelError(f"cannot load the adapter {adapter} for {model!r}: {_first_line(error)}") from error
     return LoadedModel(loaded, processor, choices)
@@ -121,6 +131,14 @@ def load_processor(model: str, **options: Unpack[LoadOptions]) -> Any:
         raise ModelError(
             f"{model!r} does not accept videos: its processor {type(processor).__name__} has no video processor"
         )
+    if not processor.tokenizer.encode("video"):
+        raise ModelError(
+            f"the tokenizer of {model!r} has no vocabulary: tokenizer.json, or vocab.json and merges.txt, are missing"
+        )
+    if processor.chat_template is None:  # older checkpoints store it in tokenizer_config.json
+        processor.chat_template = processor.tokenizer.chat_template
+    if processor.chat_template is None:
+        raise ModelError(f"{model!r} has no chat template: chat_template.jinja is missing")
     processor.tokenizer.padding_side = "left"  # the last position of every row is then the end of the stem
     return processor
 
@@ -237,7 +255,9 @@ def _hub_kwargs(model: str, options: LoadOptions) -> dict[str, Any]:
     If the hub cannot be reached, only its local cache is used: transformers would try each of a dozen files for 23 s.
     """
     kwargs = {"revision": options.get("revision"), "trust_remote_code": options.get("trust_remote_code", False)}
-    if not Path(model).is_dir():
+    if Path(model).is_dir():
+        check_files(Path(model))
+    else:
         found = find_model(model, options.get("revision"))
         kwargs |= {"revision": found.commit, "local_files_only": found.unreachable is not None}
     return kwargs
@@ -256,6 +276,27 @@ def _bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> Any:
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=skipped,
     )
+
+
+def _method(stored: Any) -> str:
+    """Name of a checkpoint's quantization: `4bit`, `8bit`, or the method if it is not bitsandbytes."""
+    config = stored if isinstance(stored, dict) else stored.to_dict()
+    bits = next((name for name in ("4bit", "8bit") if config.get(f"load_in_{name}")), None)
+    return bits or str(getattr(config["quant_method"], "value", config["quant_method"]))
+
+
+def _cast_unquantized(model: Any, dtype: torch.dtype) -> None:
+    """Cast what is not quantized in a checkpoint that is: transformers leaves it as it is stored."""
+    plain = (torch.float32, torch.bfloat16, torch.float16)
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):  # bitsandbytes' Linear4bit
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+        parameters = list(module.parameters(recurse=False))
+        tensors = [*parameters, *module.buffers(recurse=False)]
+        # Packed 4-bit weights can have a plain dtype as well.
+        if all(tensor.dtype in plain and not hasattr(tensor, "quant_state") for tensor in tensors):
+            for parameter in parameters:
+                parameter.data = parameter.data.to(dtype)
 
 
 def _first_line(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from lmm_qa.errors import ModelError, UsageError
 from lmm_qa.model.hub import HubModel, find_model
 from lmm_qa.model.rater_config import CALIBRATION_NAME, DEFECTS_NAME, FILE_NAME, RaterConfig
+from lmm_qa.model.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_files, is_identity
 
 EMBEDDED = Path(__file__).parent / "embedded" / "adapter"
 """The rater that ships with the package."""
@@ -90,20 +91,19 @@ def resolve_model(model: str | Path | None = None, revision: str | None = None) 
 
 
 def _from_hub(model: HubModel) -> ModelSource:
-    if model.file("adapter_config.json"):
+    if model.file(ADAPTER_CONFIG):
         return _from_directory(model.snapshot(), model.name)
     file = model.file(FILE_NAME)
     if file is None:
         note = f"{model.name} has no {FILE_NAME}: {DEFAULTS}"
         return ModelSource(model.name, model.name, model.commit, None, RaterConfig(), note)
     settings = RaterConfig.read(file)
-    backbone, commit = model.name, model.commit
     if settings.backbone:
-        backbone, commit = settings.backbone, find_model(settings.backbone, settings.revision).commit
+        raise _no_adapter(model.name, settings.backbone)
     return ModelSource(
         model.name,
-        backbone,
-        commit,
+        model.name,
+        model.commit,
         None,
         settings,
         None,
@@ -113,7 +113,8 @@ def _from_hub(model: HubModel) -> ModelSource:
 
 
 def _from_directory(folder: Path, name: str) -> ModelSource:
-    adapter = folder if (folder / "adapter_config.json").is_file() else None
+    check_files(folder)
+    adapter = folder if (folder / ADAPTER_CONFIG).is_file() else None
     if (folder / FILE_NAME).is_file():
         settings = RaterConfig.read(folder / FILE_NAME)
         note = None
@@ -127,11 +128,14 @@ def _from_directory(folder: Path, name: str) -> ModelSource:
             f"(found: {found})"
         )
     backbone, revision = settings.backbone, settings.revision
+    if adapter is None and (backbone or not any(folder.glob("*.safetensors"))):
+        raise _no_adapter(str(folder), backbone)
     if backbone is None and adapter:
         backbone, revision = read_adapter_base(adapter)
     backbone = _local_backbone(folder, backbone or str(folder))
     if Path(backbone).is_dir():
         revision = None
+        check_files(Path(backbone))
         if settings.backbone_weights and settings.backbone_weights != weights_fingerprint(Path(backbone)):
             raise ModelError(
                 f"{folder} was trained on other weights than those in {backbone}: restore them, or train again"
@@ -140,7 +144,19 @@ def _from_directory(folder: Path, name: str) -> ModelSource:
         revision = find_model(backbone, revision).commit
     files = (folder / CALIBRATION_NAME, folder / DEFECTS_NAME)
     calibration, defects = (file if file.is_file() else None for file in files)
+    if adapter and is_identity(adapter):
+        effect = f"the adapter {adapter} changes nothing: all of its B matrices are zero"
+        note = f"{note}; {effect}" if note else effect
     return ModelSource(name, backbone, revision, adapter, settings, note, calibration, defects)
+
+
+def _no_adapter(name: str, backbone: str | None) -> ModelError:
+    if backbone is None:
+        return ModelError(f"{name} contains no weights (*.safetensors) and no adapter ({ADAPTER_CONFIG})")
+    return ModelError(
+        f"{name} has a {FILE_NAME} for an adapter of the backbone {backbone!r}, but no adapter: add "
+        f"{ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}, or name the backbone itself to rate without an adapter"
+    )
 
 
 def _local_backbone(folder: Path, backbone: str) -> str:
@@ -160,7 +176,7 @@ def read_adapter_base(adapter: Path) -> tuple[str, str | None]:
     Raises:
         ModelError: it names none.
     """
-    file = adapter / "adapter_config.json"
+    file = adapter / ADAPTER_CONFIG
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(config["base_model_name_or_path"], str):

@@ -136,7 +136,7 @@ def merge(rater: Path, folder: Path) -> None:
 
     Raises:
         UsageError: `folder` exists and is not empty, or `rater` is not a directory.
-        ModelError: the rater cannot be loaded, or has no adapter.
+        ModelError: the rater cannot be loaded, has no adapter, or has one that cannot be merged.
     """
     source = resolve_model(rater)
     if source.adapter is None:
@@ -145,6 +145,7 @@ def merge(rater: Path, folder: Path) -> None:
         raise UsageError(f"{folder} is not empty: name a new folder")
     backbone = Backbone.load(source.backbone, revision=source.revision, adapter=source.adapter, device="cpu",
                              dtype="float32")  # fmt: skip
+    _check_mergeable(source.adapter, backbone.model)
     merged = backbone.model.merge_and_unload()
     merged.save_pretrained(folder)
     backbone.processor.save_pretrained(folder)
@@ -158,6 +159,26 @@ def merge(rater: Path, folder: Path) -> None:
         # The scores are the same, so the calibration holds for the merged weights as well.
         rater_id = plan_rater(folder, device="cpu").raw_rater_id
         calibration.model_copy(update={"rater_id": rater_id}).write(folder)
+
+
+def _check_mergeable(adapter: Path, model: Any) -> None:
+    config = model.get_base_model().config
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"{adapter} cannot be merged into quantized weights: name an unquantized backbone in {FILE_NAME}"
+        )
+    if not hasattr(model.base_model, "merge_and_unload"):
+        kind = model.active_peft_config.peft_type.value
+        raise ModelError(
+            f"an adapter of the kind {kind} cannot be merged into weights ({adapter}): rate with it as it is"
+        )
+    changed = {*model.targeted_module_names, *(model.active_peft_config.modules_to_save or ())}
+    tied = sorted(name for name in changed if name.rpartition(".")[2] in ("lm_head", "embed_tokens"))
+    if tied and config.tie_word_embeddings:
+        raise ModelError(
+            f"{adapter} changes {tied[0]}, whose weights are shared by input and output embeddings: merged, "
+            "both would change. Rate with the adapter as it is"
+        )
 
 
 def push(rater: Path, repository: str, *, private: bool = False) -> str:

@@ -21,6 +21,7 @@ from lmm_qa.errors import ScoresError, TrainingError
 from lmm_qa.evaluation.metrics import agreement
 from lmm_qa.model import compat
 from lmm_qa.model.rater_config import RaterConfig
+from lmm_qa.model.weights import load_saved_weights
 from lmm_qa.training import losses
 from lmm_qa.training.collate import AUXILIARY_TASKS, AuxiliaryBatch, Batch, EpochSampler
 from lmm_qa.training.config import AuxiliaryConfig, LossConfig
@@ -90,7 +91,7 @@ class RatingTrainer(Trainer):
     def _not_finite(self, what: str, value: float, step: int) -> TrainingError:
         return TrainingError(
             f"the {what} is {value} at step {step}, with the clips {', '.join(self.clip_names)}: lower "
-            "training.learning_rate, or look at these clips"
+            "training.learning_rate, or check these clips"
         )
 
     def _gather(self, values: Tensor) -> Tensor:
@@ -123,13 +124,13 @@ class RatingTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self._holds_whole_model():
-            compat.load_saved_weights(self.model if model is None else model, resume_from_checkpoint)
+            load_saved_weights(self.model if model is None else model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         if self._holds_whole_model() and self.state.best_model_checkpoint:
-            compat.load_saved_weights(self.model, self.state.best_model_checkpoint)
+            load_saved_weights(self.model, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
 
@@ -248,11 +249,11 @@ class MetricsLogger(TrainerCallback):
         """Drop what was logged after the checkpoint from which the run resumes."""
         self.start_time, self.first_step = time.monotonic(), state.global_step
         if state.is_world_process_zero and self.path.exists():
-            kept = []
+            earlier = []
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 with suppress(ValueError):  # a line that a full disk cut off
-                    kept += [line] if json.loads(line)["step"] <= state.global_step else []
-            write_text(self.path, "".join(f"{line}\n" for line in kept))
+                    earlier += [line] if json.loads(line)["step"] <= state.global_step else []
+            write_text(self.path, "".join(f"{line}\n" for line in earlier))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         logs = {name: value for name, value in (logs or {}).items() if "runtime" not in name and "_per_" not in name}
