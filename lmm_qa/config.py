@@ -98,8 +98,8 @@ class Sampling(Settings):
     strategy: Literal["uniform", "fps", "pairs"] = "uniform"
     """`uniform`: `frames` frames, one in each of as many equal parts of the clip.
     `fps`: `fps` frames per second, at most `frames`.
-    `pairs`: `frames // 2` moments spread uniformly, at each of them two frames `gap` seconds apart. A temporal patch of
-    a Qwen-style vision tower covers two frames, so it sees motion, or that there is none."""
+    `pairs`: `frames // 2` pairs of frames spread uniformly, the two frames of a pair `gap` seconds apart. A temporal
+    patch of a Qwen-style vision tower covers two frames, so it sees whether anything moves."""
     frames: int = Field(8, ge=1, le=768)
     """Number of frames; for `fps` their maximum, 32 by default."""
     fps: float = Field(2.0, gt=0)
@@ -108,7 +108,7 @@ class Sampling(Settings):
     """Seconds between the two frames of a pair, for `pairs` only."""
     phase: float = Field(0.5, ge=0, lt=1)
     """Position of each frame, or pair, within its part of the clip (for `fps`: within its step): 0 at the start, 0.5 in
-    the middle. Training varies it; two phases of one clip show different frames of the same seconds."""
+    the middle. Training varies it, so that a clip is seen with different frames."""
 
     @classmethod
     def from_text(cls, text: str) -> Self:
@@ -141,7 +141,7 @@ class Sampling(Settings):
 
 
 class View(Settings):
-    """How the sampled frames are shown to the model: one video per view, several views of the same frames if wanted."""
+    """How the sampled frames are shown to the model. Each view is a video of its own; there can be several."""
 
     kind: Literal["whole", "crop", "face"] = "whole"
     """`whole`: the whole picture, resized to fit the pixel budget.

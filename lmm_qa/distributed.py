@@ -15,6 +15,7 @@ All processes must see the clips, the model and the output under the same paths.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import importlib
 import itertools
@@ -110,7 +111,15 @@ class Ranks:
                 if self._done.wait(HEARTBEAT_SECONDS):
                     return
 
-        threading.Thread(target=beat, daemon=True).start()
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+
+        def stop() -> None:
+            self._done.set()
+            thread.join(HEARTBEAT_SECONDS)
+
+        # A thread that is inside the store when Python ends aborts the process, which would hide the exit code.
+        atexit.register(stop)
 
     def device(self, requested: str | None) -> str | None:
         """The device of this rank: the GPUs of a machine in turn, unless one was requested by its number."""
@@ -220,7 +229,7 @@ class Ranks:
         return sum(self._store.check([f"closed{rank}"]) for rank in range(1, self.world))
 
     def _wait_until(self, condition: Callable[[], bool]) -> None:
-        """Poll the store until a condition holds.
+        """Poll the store until a condition is true.
 
         Raises:
             RankLost: a rank that has not closed its writer had no heartbeat for `HEARTBEAT_TIMEOUT` seconds; or the
@@ -235,7 +244,7 @@ class Ranks:
             time.sleep(POLL_SECONDS)
 
     def _check_heartbeats(self, last_beats: dict[int, tuple[str, float]]) -> None:
-        """Update the last heartbeat of each rank and when it was first seen. Clocks of other machines play no part."""
+        """Update the last heartbeat of each rank and when this rank first saw it, by its own clock."""
         for rank, (last, since) in last_beats.items():
             key = f"heartbeat{rank}"
             beat = self._store.get(key).decode() if self._store.check([key]) else ""

@@ -55,13 +55,13 @@ def expand(inputs: Sequence[str | Path], root: Path | None = None) -> list[Clip]
     """Return the clips of all inputs in order, each file once.
 
     Args:
-        inputs: files, folders (searched through, in natural order, hidden files left out), globs (`**` works) and
-            lists of clips (.csv, .tsv, .jsonl, .parquet with one of `CLIP_COLUMNS`; .txt with a path a line). A file
-            that is missing and has the suffix of a video is a clip, so that the run goes on and has a row for it.
+        inputs: files, folders (searched recursively, in natural order, without hidden files), globs (`**` works) and
+            lists of clips (.csv, .tsv, .jsonl, .parquet with one of `CLIP_COLUMNS`; .txt with one path per line).
+            A missing file with the suffix of a video counts as a clip, which then gets an error row.
         root: the folder that paths in lists are relative to; by default the folder of the list.
 
     Raises:
-        ManifestError: an input matches nothing, or a list cannot be understood.
+        ManifestError: an input matches nothing, or a list is invalid.
     """
     if not inputs:
         raise ManifestError("no clips were given: name files, folders, globs or lists of clips")
@@ -73,8 +73,8 @@ def content_id(path: Path) -> str:
     """`sha256:` and the first 32 hex digits of the SHA-256 of the file's bytes. Never blocks on a pipe or device.
 
     Raises:
-        ClipNotFound: nothing is there.
-        ClipUnreadable: it is not a regular file, or may not be read.
+        ClipNotFound: the file does not exist.
+        ClipUnreadable: it is not a regular file, or cannot be read.
     """
     try:
         with open(path, "rb", opener=_open_without_waiting) as file:
@@ -110,7 +110,7 @@ def _expand_path(given: str, root: Path | None, origin: str) -> list[_Found]:
     if path.is_dir():
         found = _in_folder(path)
         if not found:
-            raise ManifestError(f"folder {given!r} and the folders in it hold no video ({' '.join(VIDEO_SUFFIXES)})")
+            raise ManifestError(f"folder {given!r} and the folders in it contain no video ({' '.join(VIDEO_SUFFIXES)})")
         return found
     if path.suffix.lower() in MANIFEST_SUFFIXES:
         return _in_manifest(path, root)
@@ -119,13 +119,13 @@ def _expand_path(given: str, root: Path | None, origin: str) -> list[_Found]:
 
 def _expand_glob(pattern: str, root: Path | None) -> list[_Found]:
     """A pattern with a suffix (`*.bin`) matches any file; `*` and `**` match videos only."""
-    wants_any = not glob.has_magic(Path(pattern).suffix) and Path(pattern).suffix != ""
+    any_suffix = not glob.has_magic(Path(pattern).suffix) and Path(pattern).suffix != ""
     found: list[_Found] = []
     for match in sorted(glob.glob(pattern, recursive=True), key=_natural):
         path = Path(match)
         if path.is_dir():
             found += _in_folder(path)
-        elif wants_any or path.suffix.lower() in VIDEO_SUFFIXES:
+        elif any_suffix or path.suffix.lower() in VIDEO_SUFFIXES:
             found += _expand_path(match, root, f"glob {pattern}")
     if not found:
         raise ManifestError(f"{pattern!r} does not exist, and as a glob it matches no clip: check the pattern")
@@ -179,7 +179,7 @@ def _entry(value: object, where: str) -> str:
         ManifestError: it cannot be a path.
     """
     if not isinstance(value, str) or not value.strip():
-        raise ManifestError(f"{where}: the path of a clip was expected, received {value!r}")
+        raise ManifestError(f"{where}: expected the path of a clip, received {value!r}")
     try:
         if b"\0" not in os.fsencode(value):
             return value.strip()
@@ -197,7 +197,7 @@ def _names(*paths: Path) -> tuple[str, ...]:
 
 
 def _printable(path: Path) -> str:
-    """Posix, and Unicode even where the name on disk is not: its stray bytes become `\\xff`."""
+    """Posix, and Unicode even if the name on disk is not: invalid bytes become `\\xff`."""
     return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 
 

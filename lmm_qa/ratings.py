@@ -59,11 +59,11 @@ def _rounded(digits: int) -> PlainSerializer:
     return PlainSerializer(lambda number: None if number is None else round(number, digits))
 
 
-Moment = Annotated[float, _rounded(2)]
+Seconds = Annotated[float, _rounded(2)]
 """Seconds, in hundredths in a row."""
 Rounded = Annotated[float, _rounded(4)]
 """A number with four decimals in a row."""
-Interval = tuple[Moment, Moment]
+Interval = tuple[Seconds, Seconds]
 
 
 class RowPart(Settings):
@@ -76,7 +76,7 @@ class CalibrationUse(RowPart):
     """The calibration that was applied to a score."""
 
     id: str | None = Field(None, description="hash of the calibration")
-    fitted: bool | None = Field(None, description="whether it was fitted on this clip, which is then no test of it")
+    fitted: bool | None = Field(None, description="whether it was fitted on this clip, so that the clip cannot test it")
     raw_rater_id: str | None = Field(None, description="`rater_id` of the rater without the calibration")
 
 
@@ -113,7 +113,7 @@ class Timeline(RowPart):
     """The score over time."""
 
     window: float | None = Field(None, description="length of the windows, in seconds")
-    seconds: tuple[Moment, ...] = Field(description="middle of each window, in seconds")
+    seconds: tuple[Seconds, ...] = Field(description="middle of each window, in seconds")
     scores: tuple[Rounded, ...] = Field(description="score of each window, on `scale`")
     low: tuple[Interval, ...] | None = Field(
         None, description=f"start and end of the parts whose windows lie {LOW:.0%} of the scale below the median"
@@ -122,7 +122,9 @@ class Timeline(RowPart):
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
         if len(self.seconds) != len(self.scores) or not self.seconds:
-            raise ValueError(f"{len(self.seconds)} seconds and {len(self.scores)} scores: as many are needed, and some")
+            raise ValueError(
+                f"expected one score per window, received {len(self.scores)} for {len(self.seconds)} windows"
+            )
         return self
 
 
@@ -260,7 +262,7 @@ class Rating:
     profile: Profile | None = None
     """The defect profile; None unless requested, see `Details`."""
     profile_id: str | None = None
-    """Hash of what made profile and explanation, see `lmm_qa.defects.diagnosis.profile_id`; None without a profile."""
+    """What determines the profile, see `lmm_qa.defects.diagnosis.profile_id`; None without a profile."""
     explanation: str | None = None
     """Explanation in words; None unless requested."""
     explained_by: str | None = None
@@ -272,7 +274,7 @@ class Rating:
         """The rating as plain data, see `RatingRow`."""
         info, profile = self.frames.info, self.profile
         found = [FoundDefect.model_validate(one.to_row()) for one in profile.found] if profile else None
-        # Not validated here: a value that JSON cannot hold is refused when the row is written.
+        # Not validated here: a value that JSON cannot represent is refused when the row is written.
         return RatingRow.model_construct(
             **{name: getattr(self, name) for name in RatingRow.model_fields if hasattr(self, name)}
             | {

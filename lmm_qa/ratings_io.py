@@ -19,7 +19,7 @@ from lmm_qa.errors import ResultsError
 from lmm_qa.tables import Row, is_object, journal, output_form, read_rows, to_json, unwritable, write_rows
 
 REQUIRED_COLUMNS = ("clip", "content_id", "rater_id")
-"""A file whose rows lack one of these does not hold ratings."""
+"""A file whose rows lack one of these does not contain ratings."""
 
 
 class RatingsWriter:
@@ -32,7 +32,7 @@ class RatingsWriter:
 
     When `write` returns, the row has been handed to the operating system: appended to the file itself (.jsonl), or to
     the journal beside it (.csv, .parquet). When the block ends without an exception, the file is replaced in one step.
-    It then holds the rows of earlier runs for clips that are not in this run, followed by one row for each clip of
+    It then contains the rows of earlier runs for clips that are not in this run, followed by one row for each clip of
     this run, in order. When the block raises, or the process dies, all rows are kept and the next run resumes.
 
     If several processes write the rows of one run, each has its own writer. The writer of rank 0 works as described
@@ -57,8 +57,8 @@ class RatingsWriter:
             clips: names of all clips of this run, in order, without duplicates.
             rater_id: identity of the rater. A file with ratings of another one, or of the same one with another
                 calibration, is refused.
-            overwrite: ignore the present content of the file. It stays until the first row is written; shards of an
-                earlier run are deleted at once.
+            overwrite: ignore the existing content of the file. It is deleted when the first row is written; shards
+                of an earlier run are deleted at once.
             rank: index of this process among those that write rows of this run.
             needs: columns that a row must have a value for to be reused.
             profile_id: what makes the defect profiles of this run; rows with another profile_id are not reused. None:
@@ -83,7 +83,7 @@ class RatingsWriter:
         self._needs = needs
         self._profile_id = profile_id
         self._stored: list[Row] = []
-        """The present content of the file at `path`."""
+        """The existing content of the file at `path`."""
         self._earlier: dict[str, Row] = {}
         """Rows of earlier runs, by clip."""
         self._reusable: dict[str, Row] = {}
@@ -105,8 +105,8 @@ class RatingsWriter:
         """Read the rows of earlier runs.
 
         Raises:
-            ResultsError: the file cannot be read or written, does not hold ratings, or holds ratings of another rater;
-                or another run is writing shards of it.
+            ResultsError: the file cannot be read or written, does not contain ratings, or those of another rater; or
+                another run is writing shards of it.
         """
         _check_writable(self.path)
         shards = [] if self.rank else self._shards()
@@ -116,7 +116,7 @@ class RatingsWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Write the final file, if the block did not raise.
 
@@ -173,8 +173,8 @@ class RatingsWriter:
         rows = [row for path in shards for row in read_rows(path)]
         if len(rows) != written:
             raise ResultsError(
-                f"the shards beside {self.path} hold {len(rows)} rows, but the other ranks wrote {written}: all ranks "
-                "need the same file system, and no other run may write this file; run the same command to resume"
+                f"the shards beside {self.path} contain {len(rows)} rows, but the other ranks wrote {written}: all "
+                "ranks need the same file system, and no other run may write this file; run the same command to resume"
             )
         for row in rows:
             self.write(row)
@@ -224,12 +224,12 @@ class RatingsWriter:
         for path, rows in found.items():
             if any(column not in row for row in rows for column in REQUIRED_COLUMNS):
                 raise ResultsError(
-                    f"{path} exists and does not hold ratings (columns {', '.join(REQUIRED_COLUMNS)}): "
+                    f"{path} exists and does not contain ratings (columns {', '.join(REQUIRED_COLUMNS)}): "
                     "name another file, or replace it with --overwrite"
                 )
             if others := {row["rater_id"] for row in rows} - {self.rater_id, None}:
                 raise ResultsError(
-                    f"{path} holds ratings of another rater or calibration ({', '.join(sorted(map(str, others)))}; "
+                    f"{path} contains ratings of another rater or calibration ({', '.join(sorted(map(str, others)))}; "
                     f"this one is {self.rater_id}): name another file, or replace it with --overwrite"
                 )
         self._stored = found[self.path]
@@ -270,7 +270,7 @@ class RatingsWriter:
 
 
 def shard(path: Path, rank: int) -> Path:
-    """The file that holds the rows of a rank above 0 while a run is unfinished."""
+    """The file with the rows of a rank above 0 while a run is unfinished."""
     return path.with_name(f"{path.name}.rank{rank}.partial.jsonl")
 
 

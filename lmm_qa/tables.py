@@ -38,7 +38,7 @@ class Column(NamedTuple):
     name: str
     """Its key in the rows that `read_table` returns."""
     candidates: Sequence[str]
-    """What it may be called in the file, by precedence; case and surrounding space are ignored."""
+    """Names that it may have in the file, by precedence; case and surrounding space are ignored."""
     required: bool = True
     """If False, the values are None where the file has no such column."""
 
@@ -66,7 +66,7 @@ def read_table(
 def find_columns(
     names: Sequence[str], columns: Sequence[Column], where: str, error: type[LmmQaError] = ManifestError
 ) -> dict[str, str]:
-    """Return, for the requested columns that are among `names`, what each is called there.
+    """Return the actual name of each requested column that is among `names`.
 
     Raises:
         LmmQaError: of the class `error`: a required column is missing. The message begins with `where`.
@@ -170,7 +170,7 @@ def to_json(row: Row) -> str:
 
 
 def journal(path: Path) -> Path:
-    """The .jsonl file that holds the rows of an unfinished run, for formats to which no row can be appended."""
+    """The .jsonl file with the rows of an unfinished run, for formats to which no row can be appended."""
     return path.with_name(f"{path.name}.partial.jsonl")
 
 
@@ -338,12 +338,12 @@ def _read_csv(path: Path, delimiter: str, error: type[LmmQaError]) -> tuple[Sequ
         try:
             names = _distinct(next(filter(any, reader), []))
             if not names:
-                raise error(f"{path} is empty: a header with the names of the columns was expected")
+                raise error(f"{path} is empty: expected a header with the names of the columns")
             for cells in reader:
                 if not any(map(str.strip, cells)):
                     continue
                 if len(cells) != len(names):
-                    raise error(f"{path}:{reader.line_num}: {len(names)} cells were expected, received {len(cells)}")
+                    raise error(f"{path}:{reader.line_num}: expected {len(names)} cells, received {len(cells)}")
                 rows.append((reader.line_num, dict(zip(names, cells, strict=True))))
         except csv.Error as problem:
             raise error(f"{path}:{reader.line_num}: invalid CSV: {problem}") from None
@@ -374,7 +374,7 @@ def _read_jsonl(path: Path, error: type[LmmQaError], skip_incomplete: bool) -> t
             rows.append((number, row))
         elif not (skip_incomplete and line.startswith(b"{") and not line.endswith(b"\n")):
             received = one_line(repr(line.decode("utf-8", "replace").strip()), 80)
-            raise error(f"{path}:{number}: a JSON object was expected, received {received}{reason}")
+            raise error(f"{path}:{number}: expected a JSON object, received {received}{reason}")
     return list(dict.fromkeys(name for _, row in rows for name in row)), rows
 
 

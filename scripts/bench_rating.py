@@ -16,7 +16,7 @@ a limit as well. Processor time is less sensitive to other work on the machine t
 OMP_WAIT_POLICY=PASSIVE, as `lmm-qa rate` does.
 
 Also measured: the time of each stage, one after the other in one process; the cost of twelve closed questions on top of
-the score, on one prefill and in the way of the reference (one full forward pass per question); and the cost of a defect
+the score, on one prefill and as the reference does it (one full forward pass per question); and the cost of a defect
 profile. DIR contains config.json and the files of tokenizer and processor; weights are not needed.
 """
 
@@ -269,18 +269,18 @@ def cost_of_questions(rater: Rater, clips: Sequence[Path], runs: int) -> dict[st
     settings, backbone = rater.settings, rater.backbone
     score = settings.prompt
     closed = [each.model_copy(update={"system": score.system}) for each in questions().values()][:QUESTIONS]
-    asked = [score, *closed]
+    prompts = [score, *closed]
 
     def decoded() -> list[ClipInput]:
         frames = [read_frames(clip, settings.sampling, settings.views, rater.factor) for clip in clips]
         return [clip_input(each) for each in frames]
 
     def answers(clips: Sequence[ClipInput]) -> list[list[LevelLogits]]:
-        return SharedPrefill(backbone, clips, score.system).level_logits(asked)
+        return SharedPrefill(backbone, clips, score.system).level_logits(prompts)
 
     ready = decoded()
     together = answers(ready)  # this and the next also warm up
-    one_by_one = zip(*(backbone.level_logits(ready, prompt) for prompt in asked), strict=True)
+    one_by_one = zip(*(backbone.level_logits(ready, prompt) for prompt in prompts), strict=True)
     pairs = [pair for rows in zip(together, one_by_one, strict=True) for pair in zip(*rows, strict=True)]
     paths: dict[str, Task] = {
         "score": lambda: backbone.level_logits(ready, score),
@@ -290,7 +290,7 @@ def cost_of_questions(rater: Rater, clips: Sequence[Path], runs: int) -> dict[st
         "rating": lambda: [rater.rate(clip) for clip in clips],
         "rating + questions": lambda: [rater.rate(clip, Details(defects=True)) for clip in clips],
         "reference": lambda: [reference_answers(rater, clip, [score]) for clip in clips],
-        "reference + questions": lambda: [reference_answers(rater, clip, asked) for clip in clips],
+        "reference + questions": lambda: [reference_answers(rater, clip, prompts) for clip in clips],
     }
     measured = run_in_turns(paths, len(clips), runs)
     return {

@@ -4,8 +4,8 @@
     python scripts/bench_training.py --config DIR --random-weights    # full size, on a GPU
 
 Both variants alternate in one run with LoRA on the language model and the same clips. Preparing the samples is timed
-apart from loss, backward pass and optimizer step, because in training other processes do it. DIR holds config.json and
-the files of tokenizer and processor; no weights are needed.
+separately from loss, backward pass and optimizer step, because in training other processes do it. DIR contains
+config.json and the files of tokenizer and processor; no weights are needed.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     python scripts/kill_and_resume.py --work runs/kill [--kills 20] [--clips 24] [-o runs/kill/report.json]
 
-Each kill is a SIGKILL at a random moment: of the whole process group, or, every other time, of the command alone, whose
+Each kill is a SIGKILL at a random time: of the whole process group, or, every other time, of the command alone, whose
 decoding processes must then end on their own. After each kill the rows written so far are checked, and the same command
 resumes. A run that completes is compared with an undisturbed one (all columns but `seconds`), and another one starts
 with the next file format, until there were enough kills. Then faults: a full disk, an output that cannot be written,
@@ -177,7 +177,7 @@ def kill_repeatedly(work: Path, kills: int, clips: int, seed: int) -> Iterator[s
         output = work / f"ratings{FORMATS[run % len(FORMATS)]}"
         for path in (output, journal(output)):
             path.unlink(missing_ok=True)
-        kept: dict[str, Row] = {}
+        before: dict[str, Row] = {}
         while True:
             new, alone = rng.randrange(5), done % 2 == 1
             pause = rng.uniform(0, 0.5 if new else undisturbed.seconds / 4)
@@ -188,18 +188,18 @@ def kill_repeatedly(work: Path, kills: int, clips: int, seed: int) -> Iterator[s
                 ended = finish(command(work / "clips", output))
                 assert ended.code == 0, ended.stderr
             rows = stored(output)
-            assert kept.keys() <= rows.keys(), f"lost: {kept.keys() - rows.keys()}"
+            assert before.keys() <= rows.keys(), f"lost: {before.keys() - rows.keys()}"
             for clip, row in rows.items():
                 assert not (changed := differences(row, expected[clip])), f"{clip}: {changed} differ"
-                assert clip not in kept or kept[clip] == row, f"{clip} was rated again"
-            kept = rows
+                assert clip not in before or before[clip] == row, f"{clip} was rated again"
+            before = rows
             if not killed:
                 break
             done += 1
             who = "the command" if alone else "the group"
             yield f"kill {done:>2}, of {who}, {pause:4.1f} s after {new} rows: {len(rows):>3} rows in {output.name}"
         assert clips_in(output) == names, "not every clip once, in order"
-        yield f"complete: {len(kept)} rows, as undisturbed, in {output.name}"
+        yield f"complete: {len(before)} rows, as undisturbed, in {output.name}"
         if done == kills:
             return
 

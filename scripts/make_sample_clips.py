@@ -2,8 +2,8 @@
 
     python scripts/make_sample_clips.py [--out lmm_qa/samples] [--sheet sheet.png]
 
-Needs the extra `degrade` (scikit-image carries the portrait). The same seed gives the same frames; the same versions of
-PyAV and x264 give the same files.
+Needs the extra `degrade` (scikit-image contains the portrait). The same seed gives the same frames; the same versions
+of PyAV and x264 give the same files.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ SEED = 7
 
 @dataclass(frozen=True)
 class Pose:
-    """What the face does at one moment. Displacements are pixels of the picture that is animated."""
+    """Position of the face in one frame. Displacements are in pixels of the animated picture."""
 
     jaw: float
-    """How far the lower lip lies below where it is in the still: negative closes a mouth that smiles."""
+    """How far the lower lip is below its position in the still; negative values close the smiling mouth."""
     blink: float
     """0: eyes open, 1: closed."""
     yaw: float
-    """Sideways shift of the face's middle; hair and ears follow less, which reads as turning."""
+    """Sideways shift of the face's middle; hair and ears move less, so that the head seems to turn."""
     nod: float
     """The same, downwards."""
     tilt: float
@@ -79,7 +79,7 @@ def blinks(moments: tuple[float, ...]) -> Grid:
 
 
 def performance(rng: np.random.Generator) -> list[Pose]:
-    """One pose a frame."""
+    """One pose per frame."""
     voice = speech(rng)
     jaw = -6.5 + 13.5 * voice
     yaw, nod, tilt = 3.2 * drift(rng, 1.6), 1.3 * drift(rng, 1.2) + 1.0 * voice, 0.022 * drift(rng, 2.0)
@@ -146,7 +146,7 @@ def posed(x: Grid, y: Grid, pose: Pose) -> tuple[Grid, Grid]:
 
 
 def animate_portrait(poses: list[Pose]) -> Iterator[NDArray[np.uint8]]:
-    """The astronaut Eileen Collins (NASA, public domain) as scikit-image carries her, moved by `poses`."""
+    """The astronaut Eileen Collins (NASA, public domain) from scikit-image, animated by `poses`."""
     import skimage.data
 
     photograph: Any = skimage.data.astronaut
@@ -235,7 +235,7 @@ class Sample:
 
 
 DAMAGE = {"blur": "blur", "noise": "noise", "downscale": "rescale", "freeze": "stall"}
-"""Name in the samples: name in lmm_qa.degrade.causes. Compression is the encoder's business, by its rate factor."""
+"""Name in the samples: name in lmm_qa.degrade.causes. Compression comes from the rate factor of the encoder."""
 STRENGTH = {"mild": MILD, "strong": STRONG}
 
 SAMPLES = (
@@ -260,7 +260,7 @@ SOURCES: dict[str, Callable[[list[Pose]], Iterator[NDArray[np.uint8]]]] = {
 
 
 def contact_sheet(clips: dict[str, Frames], path: Path, columns: int = 8) -> None:
-    """A few frames of each clip, a row each, to look at."""
+    """A picture with some frames of each clip, one row per clip, for inspection."""
     rows = [np.concatenate(frames[:: max(1, len(frames) // columns)][:columns], axis=1) for frames in clips.values()]
     Image.fromarray(np.concatenate(rows)).save(path)
 

@@ -149,7 +149,7 @@ def test_a_shard_that_rank_0_cannot_see_is_an_error(tmp_path: Path) -> None:
         with ranks.writer(output, ["a", "b"], "r", False) as writer:
             writer.write(row("ab"[ranks.rank]))
 
-    with pytest.raises(ResultsError, match="hold 0 rows, but the other ranks wrote 1: all ranks need the same file"):
+    with pytest.raises(ResultsError, match="contain 0 rows, but the other ranks wrote 1: all ranks need the same file"):
         together(2, act)
     assert read_rows(tmp_path / "0" / "ratings.jsonl") == [row("a")]
     assert read_rows(shard(tmp_path / "1" / "ratings.jsonl", 1)) == [row("b")]
@@ -255,7 +255,7 @@ def test_rows_of_shards_survive_a_second_crash(tmp_path: Path) -> None:
 def test_shards_of_another_rater_are_refused_and_not_deleted(tmp_path: Path) -> None:
     output = tmp_path / "ratings.jsonl"
     leave_shards(output, [row("a", rater="other")])
-    with pytest.raises(ResultsError, match=r"rank1\.partial\.jsonl holds ratings of another rater"):
+    with pytest.raises(ResultsError, match=r"rank1\.partial\.jsonl contains ratings of another rater"):
         RatingsWriter(output, ["a"], "r").__enter__()
     assert read_rows(shard(output, 1)) == [row("a", rater="other")]
 
@@ -322,11 +322,13 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in read_rows(path)]
 
 
-def command(output: str, model: Path, *options: str, processes: int = 1) -> list[str]:
+def command(
+    output: str, model: Path, *options: str, processes: int = 1, program: Sequence[str] = ("-m", "lmm_qa")
+) -> list[str]:
     """`lmm-qa rate`, under `accelerate launch` where there are several processes."""
     several = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--main_process_port", "0"]
     launch = ["-m", "accelerate.commands.launch", *several, "--mixed_precision", "no", "--dynamo_backend", "no"]
-    start = [sys.executable, *(launch if processes > 1 else []), "-m", "lmm_qa", "rate"]
+    start = [sys.executable, *(launch if processes > 1 else []), *program, "rate"]
     return [*start, "clips", "-o", output, "-m", str(model), *FAST, *options]
 
 
@@ -335,9 +337,51 @@ def written(folder: Path, output: str) -> dict[str, list[str]]:
     return {path.name: re.findall(r".*\n", path.read_text()) for path in folder.glob(f"{output}*")}
 
 
-def wait_for_rows(folder: Path, running: subprocess.Popen[str], output: str, lines: int) -> None:
-    """Wait until a run has written this many rows."""
-    while sum(map(len, written(folder, output).values())) < lines:
+HELD = """
+import time
+from pathlib import Path
+
+import lmm_qa.distributed
+from lmm_qa.cli.app import main
+from lmm_qa.distributed import Ranks
+
+KILLED, FLAG = {killed}, Path({flag!r})
+lmm_qa.distributed.HEARTBEAT_SECONDS, lmm_qa.distributed.HEARTBEAT_TIMEOUT = 0.2, 10.0
+claim = Ranks.claim
+
+def held(ranks, clips):
+    for number, clip in enumerate(claim(ranks, clips), 1):
+        if ranks.rank == KILLED and number == 8:
+            FLAG.touch()
+            time.sleep(1000)
+        if ranks.rank != KILLED and number == 8:
+            while not FLAG.exists():
+                time.sleep(0.05)
+            while KILLED == 0:
+                ranks._store.check(["never"])
+                time.sleep(0.05)
+        yield clip
+
+Ranks.claim = held
+main()
+"""
+
+
+def held(folder: Path, killed: int) -> str:
+    """Write a program: `lmm-qa`, whose rank `killed` keeps its 8th clip until it is killed, however busy the machine.
+
+    The other ranks wait with their 8th clip until then, and if rank 0 is killed, until they notice that.
+    """
+    flag = folder / "held"
+    flag.unlink(missing_ok=True)
+    program = folder / f"held{killed}.py"
+    program.write_text(HELD.format(killed=killed, flag=str(flag)))
+    return str(program)
+
+
+def wait_until_held(folder: Path, running: subprocess.Popen[str], output: str) -> None:
+    """Wait until the rank to be killed keeps a clip, and all ranks together have written six rows."""
+    while not (folder / "held").exists() or sum(map(len, written(folder, output).values())) < 6:
         assert running.poll() is None, running.communicate()[1]
         time.sleep(0.01)
 
@@ -346,16 +390,16 @@ def wait_for_rows(folder: Path, running: subprocess.Popen[str], output: str, lin
 def test_after_a_rank_is_killed_three_ranks_resume_without_loss(
     folder: Path, model: Path, alone: list[dict[str, Any]]
 ) -> None:
-    with subprocess.Popen(command("two.csv", model, processes=2), cwd=folder, stderr=subprocess.PIPE, text=True) as run:
-        wait_for_rows(folder, run, "two.csv", 8)
+    program = held(folder, killed=1)
+    start = command("two.csv", model, processes=2, program=[program])
+    with subprocess.Popen(start, cwd=folder, stderr=subprocess.PIPE, text=True) as run:
+        wait_until_held(folder, run, "two.csv")
         ranks = {
             each.environ()["RANK"]: each
             for each in psutil.Process(run.pid).children()
-            if each.environ().get("RANK") and "lmm_qa" in each.cmdline()
+            if each.environ().get("RANK") and program in each.cmdline()
         }
         assert sorted(ranks) == ["0", "1"]
-        while not (folder / "two.csv.rank1.partial.jsonl").exists() and run.poll() is None:
-            time.sleep(0.01)  # on a busy machine the other rank has written its first rows alone
         os.kill(ranks["1"].pid, signal.SIGKILL)
         run.communicate(timeout=120)
         assert run.returncode == 1
@@ -402,21 +446,13 @@ def test_a_rank_that_is_done_needs_no_heartbeat(monkeypatch: pytest.MonkeyPatch,
     assert read_rows(tmp_path / "ratings.jsonl") == [row("a"), row("b"), row("c")]
 
 
-QUICK_HEARTBEAT = """
-import lmm_qa.distributed
-from lmm_qa.cli.app import main
-lmm_qa.distributed.HEARTBEAT_SECONDS, lmm_qa.distributed.HEARTBEAT_TIMEOUT = 0.2, 10.0
-main()
-"""
-
-
-def start_ranks(world: int, folder: Path, output: str, model: Path) -> list[subprocess.Popen[str]]:
+def start_ranks(world: int, folder: Path, output: str, model: Path, killed: int) -> list[subprocess.Popen[str]]:
     """Processes that nobody ends when one dies, as on several machines without a common launcher."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = os.environ | {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    arguments = [sys.executable, "-c", QUICK_HEARTBEAT, *command(output, model)[3:]]
+    arguments = [sys.executable, held(folder, killed), *command(output, model)[3:]]
     return [
         subprocess.Popen(arguments, cwd=folder, env=common | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
         for rank in range(world)
@@ -435,9 +471,9 @@ def test_the_death_of_a_rank_ends_the_run_and_it_can_be_resumed(
     folder: Path, model: Path, alone: list[dict[str, Any]], killed: int, message: str
 ) -> None:
     output = f"killed{killed}.jsonl"
-    ranks = start_ranks(3, folder, output, model)
+    ranks = start_ranks(3, folder, output, model, killed)
     try:
-        wait_for_rows(folder, ranks[killed], output, 6)
+        wait_until_held(folder, ranks[killed], output)
         ranks[killed].kill()
         start = time.monotonic()
         messages = [rank.communicate(timeout=120)[1] for rank in ranks]

@@ -217,26 +217,26 @@ def test_inputs_that_stand_for_nothing(here: Path) -> None:
     assert "'gone' does not exist" in refusal("gone")
     assert "'gone.csv' does not exist" in refusal("gone.csv")
     assert "'*.mp4' does not exist, and as a glob it matches no clip" in refusal("*.mp4")
-    assert "folder 'notes' and the folders in it hold no video (.3gp " in refusal("notes")
+    assert "folder 'notes' and the folders in it contain no video (.3gp " in refusal("notes")
 
 
 @pytest.mark.parametrize(
     ("file", "content", "expected"),
     [
-        ("l.csv", b"", "l.csv is empty: a header with the names of the columns was expected"),
+        ("l.csv", b"", "l.csv is empty: expected a header with the names of the columns"),
         ("l.csv", b"clip\n", "l.csv lists no clips"),
         ("l.csv", b"a.mp4,3\n", "l.csv: no column is named clip, video, path, file, filename or name;"),
         ("l.csv", b"id,mos\n1,2\n", "the columns are: id, mos"),
-        ("l.csv", b"id,clip\n1,a.mp4\n2\n", "l.csv:3: 2 cells were expected, received 1"),
-        ("l.csv", b"id,clip\n1, \n", "l.csv:2: the path of a clip was expected, received ' '"),
+        ("l.csv", b"id,clip\n1,a.mp4\n2\n", "l.csv:3: expected 2 cells, received 1"),
+        ("l.csv", b"id,clip\n1, \n", "l.csv:2: expected the path of a clip, received ' '"),
         ("l.csv", b"clip\n\xff\xfe.mp4\n", "cannot read l.csv: it is not UTF-8 text"),
         ("l.csv", b"clip\n" + b"x" * 200_000 + b"\n", "l.csv:2: invalid CSV: field larger"),
         ("l.csv", b"clip\na\0.mp4\n", "l.csv:2: 'a\\x00.mp4' cannot be a file name"),
         ("l.jsonl", b"", "l.jsonl lists no clips"),
-        ("l.jsonl", b'{"clip": "a"}\n{"clip": \n', "l.jsonl:2: a JSON object was expected, received '{\"clip\":' (Exp"),
-        ("l.jsonl", b'"a.mp4"\n', "l.jsonl:1: a JSON object was expected, received '\"a.mp4\"'"),
-        ("l.jsonl", b'{"clip": "a.mp4"}\n{"mos": 1}\n', "l.jsonl:2: the path of a clip was expected, received None"),
-        ("l.jsonl", b'{"clip": 7}\n', "l.jsonl:1: the path of a clip was expected, received 7"),
+        ("l.jsonl", b'{"clip": "a"}\n{"clip": \n', "l.jsonl:2: expected a JSON object, received '{\"clip\":' (Exp"),
+        ("l.jsonl", b'"a.mp4"\n', "l.jsonl:1: expected a JSON object, received '\"a.mp4\"'"),
+        ("l.jsonl", b'{"clip": "a.mp4"}\n{"mos": 1}\n', "l.jsonl:2: expected the path of a clip, received None"),
+        ("l.jsonl", b'{"clip": 7}\n', "l.jsonl:1: expected the path of a clip, received 7"),
         ("l.jsonl", b'{"clip": "\\ud800.mp4"}\n', "l.jsonl:1: '\\ud800.mp4' cannot be a file name"),
         ("l.parquet", b"PAR0", "l.parquet is not a Parquet file"),
         ("l.txt", b"\n \n", "l.txt lists no clips"),
@@ -249,7 +249,7 @@ def test_lists_that_cannot_be_understood(here: Path, file: str, content: bytes, 
 
 def test_parquet_lists_without_a_path(here: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"clip": ["a.mp4", None]}), "l.parquet")
-    assert "l.parquet:2: the path of a clip was expected, received None" in refusal("l.parquet")
+    assert "l.parquet:2: expected the path of a clip, received None" in refusal("l.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"mos": [1.0]}), "l.parquet")
     assert "the columns are: mos" in refusal("l.parquet")
 

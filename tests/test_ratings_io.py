@@ -291,9 +291,9 @@ def test_after_a_kill_the_later_row_of_a_clip_counts(tmp_path: Path) -> None:
 def test_a_row_broken_in_the_middle_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps(rating("a.mp4")) + '\n{"clip": "b.m\n' + json.dumps(rating("c.mp4")) + "\n")
-    with pytest.raises(ResultsError, match=r"r\.jsonl:2: a JSON object was expected, received .*b\.m"):
+    with pytest.raises(ResultsError, match=r"r\.jsonl:2: expected a JSON object, received .*b\.m"):
         read_ratings(path)
-    assert "r.jsonl:2: a JSON object was expected" in refusal(path)
+    assert "r.jsonl:2: expected a JSON object" in refusal(path)
 
 
 def test_an_unfinished_table_is_named_when_it_is_read(tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ def test_an_empty_file_is_no_obstacle(tmp_path: Path, form: str) -> None:
 def test_raters_are_not_mixed(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"r{form}"
     write_rows(path, [rating("a.mp4", rater="other-7")])
-    assert "holds ratings of another rater or calibration (other-7; this one is tiny-1)" in refusal(path)
+    assert "contains ratings of another rater or calibration (other-7; this one is tiny-1)" in refusal(path)
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_the_class_of_errors_is_chosen_by_the_caller(tmp_path: Path) -> None:
 def test_an_incomplete_last_row_is_an_error_in_a_table_of_a_user_only(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text('{"clip": "a", "mos": 1}\n{"clip": "b')
     assert read_rows(tmp_path / "t.jsonl") == [{"clip": "a", "mos": 1}]
-    with pytest.raises(ManifestError, match=r"t.jsonl:2: a JSON object was expected"):
+    with pytest.raises(ManifestError, match=r"t.jsonl:2: expected a JSON object"):
         list(read_table(tmp_path / "t.jsonl", COLUMNS))
 
 

@@ -595,7 +595,7 @@ def main() -> None:
         message(f"error: {error}")
         sys.exit(FAILED)
     except SystemExit as done:
-        if done.code == INTERRUPTED:  # what typer makes of Ctrl-C
+        if done.code == INTERRUPTED:  # typer's exit code for Ctrl-C
             message("interrupted; with -o, the same command resumes")
         raise
     except BrokenPipeError:

@@ -91,13 +91,11 @@ Root = Annotated[
 
 ClipColumn = Annotated[
     str | None,
-    typer.Option(
-        help="Column of the labels that holds the clip names.", show_default="clip, video, path, file or name"
-    ),
+    typer.Option(help="Column with the clip names in the labels.", show_default="clip, video, path, file or name"),
 ]
 
 ScoreColumn = Annotated[
-    str | None, typer.Option(help="Column of the labels that holds the MOS.", show_default="mos or score")
+    str | None, typer.Option(help="Column with the MOS in the labels.", show_default="mos or score")
 ]
 
 MODEL_PANEL = "Model and settings"
@@ -115,7 +113,7 @@ def rater_options(
     sampling: Annotated[
         str | None,
         typer.Option(
-            help="Which frames the model sees: uniform:8 | pairs:12 (6 moments, two adjacent frames each) | "
+            help="Which frames the model sees: uniform:8 | pairs:12 (6 pairs of nearby frames) | "
             "fps:2 (at most 32 frames; fps:2:64 for another limit).",
             show_default="the model's",
         ),

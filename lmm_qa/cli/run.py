@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MIN_ANSWER_MASS = 0.5
-"""Yes and no together should hold at least this share of the probability after a closed question."""
+"""Least share of the probability that yes and no should have together after a closed question."""
 
 
 class RatingRun:
@@ -135,7 +135,7 @@ def _warn_about_answers(rows: Sequence[Row]) -> None:
     masses = sorted(row["defect_mass"] for row in rows if row.get("defect_mass") is not None)
     if masses and (median := masses[len(masses) // 2]) < MIN_ANSWER_MASS:
         message(
-            f"note: after the questions about defects, yes and no hold {median:.0%} of the probability (median): the "
+            f"note: after the questions about defects, yes and no have {median:.0%} of the probability (median): the "
             "model does not answer them, and its defect profile is not reliable. If the rater has an adapter, try "
             "--answers-from base"
         )

@@ -1,4 +1,4 @@
-"""What the command shows while it works: messages and progress on stderr."""
+"""Messages and progress bars on stderr."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from lmm_qa.errors import ConfigError
 
 
 class PlattScaling(Settings):
-    """P(defect) = sigmoid(slope * answer + measured * evidence + intercept); Platt (1999), with two inputs."""
+    """P(defect) = sigmoid(slope * answer + measured * features + intercept); Platt (1999), with two inputs."""
 
     slope: float = Field(1.0, ge=0)
     """Weight of the log-odds of yes against no in the model's answer; 0: the question is not asked."""

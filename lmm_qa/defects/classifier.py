@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 FILE = Path(__file__).parent / "classifier.safetensors"
 
-MIN_VOTE_SHARE = 0.002
-"""Vote shares are clipped to this distance from 0 and 1: trees that all agree may all be wrong."""
+MIN_PROBABILITY = 0.002
+"""Probabilities are clipped to this distance from 0 and 1: trees that all agree may all be wrong."""
 
 TENSORS = {"feature": "sign", "limit": "limit", "child": "child", "root": "root", "defect": "defect"}
 """Field of `Forests` -> name of the array in the file, which is older than the field names."""
@@ -59,11 +59,11 @@ class Forests:
         while (inner := self.feature[node] >= 0).any():
             above = values[self.feature[node]] > self.limit[node]
             node = np.where(inner, self.child[node] + above, node)
-        votes = np.bincount(self.defect, self.limit[node]) / np.bincount(self.defect)
-        return {name: float(odds) for name, odds in zip(self.defects, log_odds(votes), strict=True)}
+        probabilities = np.bincount(self.defect, self.limit[node]) / np.bincount(self.defect)
+        return {name: float(odds) for name, odds in zip(self.defects, log_odds(probabilities), strict=True)}
 
     def save(self, file: Path, data: str) -> None:
-        """Write the forests to a file. `data` tells people what they were trained on."""
+        """Write the forests to a file. `data` describes what they were trained on."""
         from safetensors.numpy import save_file
 
         arrays = {stored: getattr(self, name) for name, stored in TENSORS.items()}
@@ -81,10 +81,10 @@ class Forests:
         return cls(tuple(json.loads(names["defects"])), tuple(json.loads(names["signs"])), **arrays)
 
 
-def log_odds(votes: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
-    """Log-odds (natural logarithm) from shares of a forest's votes, of any shape; clipped, see `MIN_VOTE_SHARE`."""
-    share = np.clip(votes, MIN_VOTE_SHARE, 1 - MIN_VOTE_SHARE)
-    return np.asarray(np.log(share / (1 - share)))
+def log_odds(probabilities: NDArray[np.floating[Any]]) -> NDArray[np.floating[Any]]:
+    """Log-odds (natural logarithm) of probabilities of any shape, clipped, see `MIN_PROBABILITY`."""
+    clipped = np.clip(probabilities, MIN_PROBABILITY, 1 - MIN_PROBABILITY)
+    return np.asarray(np.log(clipped / (1 - clipped)))
 
 
 def defect_log_odds(features: Mapping[str, float]) -> dict[str, float]:

@@ -49,22 +49,22 @@ def ask_profiles(
     Args:
         prefill: of the clips, with the system message of `prompt`.
         prompt: the rating prompt; its level logits are read along with the answers.
-        calibration: turns answers into probabilities; defects it does not need the model for are not asked about.
-        frames: the decoded clips, with what was measured of them.
+        calibration: turns answers into probabilities; questions whose answers it does not use are not asked.
+        frames: the decoded clips, with their measured features.
 
     Returns:
         Profile and level logits of each clip.
     """
-    asked = {
-        name: question.model_copy(update={"system": prompt.system})  # the prefill holds this system message
+    prompts = {
+        name: question.model_copy(update={"system": prompt.system})  # that of the prefill
         for name, question in questions().items()
         if calibration.asks(name)
     }
     profiles, level_logits = [], []
-    for clip, answers in zip(frames, prefill.level_logits([*asked.values(), prompt]), strict=True):
+    for clip, answers in zip(frames, prefill.level_logits([*prompts.values(), prompt]), strict=True):
         *closed, levels = answers
         measured = classifier.defect_log_odds(clip.features) if clip.features else {}
-        odds = {name: _yes_log_odds(answer) for name, answer in zip(asked, closed, strict=True)}
+        odds = {name: _yes_log_odds(answer) for name, answer in zip(prompts, closed, strict=True)}
         profiles.append(read_profile(odds, calibration, clip.dynamics, measured))
         level_logits.append(levels)
     return profiles, level_logits

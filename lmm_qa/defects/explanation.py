@@ -1,4 +1,4 @@
-"""Explanations in words: what a model is asked, whether its answer may be shown, and the text that replaces it if not.
+"""Explanations in words: the request to a model, the check of its answer, and the template text that may replace it.
 
 The model continues a sentence that already states the level, and it is given the defects that were found. Its words
 never affect the score. If they contradict the rating or the measurements, a template text is shown instead. The same
@@ -33,7 +33,7 @@ REPEATED_WORDS = 5
 """The grammar check rejects a run of this many words that occurs twice: no template contains one."""
 
 MIN_WORDS = 3
-"""An explanation, or a sentence under the grammar check, with fewer words is taken to be broken off."""
+"""An explanation, or a sentence under the grammar check, with fewer words counts as incomplete."""
 
 Spans = tuple[tuple[float, float], ...]
 
@@ -154,7 +154,7 @@ _POSITIVE = {
     "jerkiness": "the movement is smooth",
     "stall": "the clip plays without a halt",
 }
-"""What can be said of a clip without the defect."""
+"""Positive remark about a clip without the defect."""
 
 _JOIN_DEFECTS = (": {}.", ", as {}.", " because {}.", ". {}.")
 
@@ -215,7 +215,7 @@ def _capitalize(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-# --- What a text says about defects ----------------------------------------------------------------------------------
+# --- Defects that a text mentions ------------------------------------------------------------------------------------
 
 _MENTIONS = {
     "blur": r"blur\w*|unsharp\w*|out of focus|soft focus",
@@ -241,7 +241,7 @@ _MENTIONS = {
     "bitrate_switch": r"low(?:er)? bit-? ?rate|bit-? ?rate (?:is |was )?(?:drops|falls|switches|low|lower)",
     "quantisation": r"quanti[sz]\w*",
 }
-"""How a text can say that a clip has a defect."""
+"""Keywords by which a text says that a clip has a defect."""
 
 _DELIBERATE = (
     r"background blur|(?:blurred|blurry|out of focus) background|background is \w*\s?(?:blurr\w+|out of focus)"
@@ -256,7 +256,7 @@ _NEGATED_BEFORE = (
 
 _NEGATED_AFTER = r"[^.,;:]{0,30}\b(?:is|are|was|were)(?:n't| not| hardly| barely| absent| minimal| negligible)\b"
 
-_DENIED = (
+_NEGATION = (
     r"\b(?:no|not|without|free (?:of|from)|neither|nor|isn't|aren't) "
     r"(?:(?:an?|any|visible|obvious|apparent|noticeable|perceptible|(?:sign|trace|hint)s? of) )*$"
 )
@@ -267,9 +267,9 @@ def mentioned_defects(text: str) -> set[str]:
     return {name for name, before, after in _keywords(text) if not _is_negated(before, after)}
 
 
-def _denied_defects(text: str) -> set[str]:
+def _negated_defects(text: str) -> set[str]:
     """Names of the defects that a text says a clip does not have at all."""
-    return {name for name, before, _ in _keywords(text) if re.search(_DENIED, before)}
+    return {name for name, before, _ in _keywords(text) if re.search(_NEGATION, before)}
 
 
 def _keywords(text: str) -> Iterable[tuple[str, str, str]]:
@@ -311,7 +311,7 @@ _LEVEL_STATEMENTS = (
     rf"(?:[.!?] |\boverall[,:]? ){_DEGREE}(LEVEL) quality{_STATEMENT_ENDS}",
     rf"\boverall[,:]? {_DEGREE}(LEVEL){_STATEMENT_ENDS}",
 )
-"""Patterns of sentences that state the level of the whole clip; praise of its lighting or skin is none."""
+"""Patterns of sentences that state the level of the whole clip, not of its lighting or skin, for example."""
 
 _NOT_STATED = r"\b(?:not|never|than|would|could|should|if|short of|far from|instead of|\w+n't)\b[^.;:]{0,20}$"
 
@@ -336,7 +336,7 @@ def objection(
     absent: Collection[str] = (),
     check: ExplanationCheck = "facts",
 ) -> str | None:
-    """The reason why an explanation must not be shown beside its rating; None if it may be.
+    """The reason why an explanation must not be shown beside its rating; None if there is none.
 
     Args:
         text: the whole explanation, including the opening.
@@ -344,8 +344,8 @@ def objection(
         levels: all level words, worst first.
         found: the defects that were found, the likeliest first.
         absent: the defects that were judged and not found.
-        check: `facts` rejects a text that contradicts the level or a measurement, is empty or broken off; `grammar`
-            also one that no template could have produced, which is how a very small model fails.
+        check: `facts` rejects a text that contradicts the level or a measurement, is empty or incomplete; `grammar`
+            also rejects a text that no template could have produced, which is how a very small model fails.
     """
     reason = _contradiction(text, level, levels, found, absent)
     return reason or (_deviation(text, level, levels, found[:MAX_NAMED]) if check == "grammar" else None)
@@ -359,8 +359,8 @@ def _contradiction(
         return f"it says {stated}, and the rating {level}"
     if invented := sorted(mentioned_defects(text) & set(absent)):
         return f"it names what was not found: {', '.join(invented)}"
-    if denied := sorted((_denied_defects(text) - mentioned_defects(text)) & names):
-        return f"it denies what was found: {', '.join(denied)}"
+    if negated := sorted((_negated_defects(text) - mentioned_defects(text)) & names):
+        return f"it denies what was found: {', '.join(negated)}"
     if praised := next((name for name in names if name in _POSITIVE and _POSITIVE[name] in lower), None):
         return f"it says that {_POSITIVE[praised]}, and {praised} was found"
     if (time := _wrong_time(text, found)) is not None:
@@ -389,7 +389,7 @@ def _contradicting_level(text: str, level: str, levels: Sequence[str], defective
 
 
 def _wrong_time(text: str, found: Sequence[Finding]) -> str | None:
-    """A time given for a defect that is neither start, end nor duration of a measured one, to the digits given."""
+    """A time that a text gives for a defect and that matches no measured start, end or duration to the digits given."""
     for sentence in re.split(_SENTENCE_END, text):
         named = mentioned_defects(sentence)
         spans = [span for finding in found if finding.defect in named for span in finding.seconds]
@@ -462,21 +462,21 @@ def explain(
     found: Sequence[Finding],
     absent: Collection[str],
     seed: str,
-    begun: str,
+    start: str,
     check: ExplanationCheck = "facts",
 ) -> tuple[str, str | None]:
     """The explanation to show: the model's text if there is no objection, otherwise a template text.
 
     Args:
-        text: the model's continuation of `begun`; None if the model was not asked.
+        text: the model's continuation of `start`; None if the model was not asked.
         level, levels, found, absent, check: see `objection`.
         seed: chooses the template text; the same for the same clip.
-        begun: see `opening`.
+        start: first words of the explanation, see `opening`.
 
     Returns:
         the text, and the objection to the model's own if it was replaced.
     """
     reason: str | None = "the model was not asked"
-    if text is not None and (reason := objection(begun + text, level, levels, found, absent, check)) is None:
-        return begun + text, None
-    return begun + template_text(found, absent, random.Random(seed), good=is_good(level, levels)), reason
+    if text is not None and (reason := objection(start + text, level, levels, found, absent, check)) is None:
+        return start + text, None
+    return start + template_text(found, absent, random.Random(seed), good=is_good(level, levels)), reason

@@ -1,6 +1,6 @@
 """Measured features of a clip: some 500 numbers, from which `lmm_qa.defects.classifier` estimates the defects.
 
-They are measured at native resolution: on six pairs of neighbouring frames, called moments, and on all frames. Most are
+They are measured at native resolution: on six pairs of neighbouring frames, and on all frames. Most are
 logarithms. Where possible one part of a clip is compared with another, because clips differ by more than their defects.
 
 | features | what they measure |
@@ -12,7 +12,7 @@ logarithms. Where possible one part of a clip is compared with another, because 
 | `comb*`, `single_steps_*` | unused grey levels, and isolated steps on smooth surfaces: banding |
 | `cb_*`, `cr_*` | texture of the two chroma planes |
 | `light_*`, `burnt*`, `closed`, `red_*`, `blue_*`, `green_*`, ... | brightness, clipping and balance of the colours |
-| `change_*`, `skipped`, `nearly_skipped` | difference between the two frames of a moment |
+| `change_*`, `skipped`, `nearly_skipped` | difference between the two frames of a pair |
 | `behind*`, `head*` | optical flow behind and in the head that camera motion cannot explain |
 | `mouth_*_later`, `mouth_*_soon`, `face_left_*`, `mouth_nearest_*`, ... | how well parts of the face match elsewhere |
 | `stiff_*`, `upper_later_*` | motion of rigid parts of the face relative to each other |
@@ -58,7 +58,7 @@ Picture = NDArray[np.uint8]
 Floats = NDArray[np.floating[Any]]
 Features = dict[str, float]
 
-MOMENTS = 6
+FRAME_PAIRS = 6
 """Pairs of neighbouring frames that are measured."""
 
 MIN_SIDE = 32
@@ -97,7 +97,7 @@ _FACE_PARTS: dict[str, Box] = {
     "left_cheek": (0.02, 0.48, 0.28, 0.78),
     "right_cheek": (0.72, 0.48, 0.98, 0.78),
 }
-"""Parts that are searched for at other moments, relative to the box of the face (brows to chin)."""
+"""Parts that are searched for in other pairs of frames, relative to the box of the face (brows to chin)."""
 
 _EYES_AND_NOSE = ("left_eye", "right_eye", "nose")
 
@@ -128,7 +128,7 @@ _SMALL_BOX, _NATIVE_BOX = 96, (48, 224)
 class FeatureExtractor:
     """Measures the features of a clip while it is decoded: a `lmm_qa.video.decode.ClipMeasurement`."""
 
-    sampling: ClassVar[Sampling] = Sampling(strategy="pairs", frames=2 * MOMENTS)
+    sampling: ClassVar[Sampling] = Sampling(strategy="pairs", frames=2 * FRAME_PAIRS)
 
     def __init__(self, rotation: int) -> None:
         self._pictures: dict[int, Picture] = {}
@@ -150,8 +150,8 @@ def measure(
     """Measure a clip.
 
     Args:
-        pictures: two for each moment, in order: (height, width, 3) uint8 RGB, all of one size, at least `MIN_SIDE` and
-            at most `MAX_SHORT_SIDE` (see `limit_size`).
+        pictures: the two frames of each pair, in order: (height, width, 3) uint8 RGB, all of one size, at least
+            `MIN_SIDE` and at most `MAX_SHORT_SIDE` (see `limit_size`).
         indices: their frame numbers.
         dynamics: of all frames.
         motion: has recorded all frames.
@@ -285,7 +285,7 @@ def _block_statistics(pictures: Floats) -> tuple[Floats, Floats]:
 
 
 def _range(name: str, values: Floats, floor: float) -> Features:
-    """Logarithms of the mean of the two lowest values, the median and the maximum over moments."""
+    """Logarithms of the mean of the two lowest values, the median and the maximum over pairs of frames."""
     low = np.sort(values)[:2].mean()
     return {
         f"{name}_least": _log(low, floor),
@@ -463,7 +463,7 @@ def _light(colours: Picture, greys: Picture) -> Features:
 
 
 def _change(first: Picture, second: Picture) -> Features:
-    """Difference between the two frames of each moment: noise, blocks that the encoder skipped, brightness."""
+    """Difference between the two frames of each pair: noise, blocks that the encoder skipped, brightness."""
     shares = _bin_shares(_histogram(absolute_difference(first, second)), (0, 1, 2, 4, 8, 16, 256))
     lowest = (0, 1, 2, 4, 8, 16)
     features = {f"change_from_{least}": _log(share, 1e-4) for least, share in zip(lowest, shares, strict=True)}
@@ -543,18 +543,18 @@ def _background_flow(pictures: Sequence[Picture], boxes: Floats) -> Features:
     weight = texture / (texture + 8)
     flows: dict[str, list[float]] = {name: [] for name in ("behind_raw", "behind", "head_raw", "head")}
     fields, textures = [], []
-    for moment, box in enumerate(boxes[::2]):
+    for pair, box in enumerate(boxes[::2]):
         across, along = (x - box[0]) / (box[2] - box[0]), (y - box[1]) / (box[3] - box[1])
         head = np.hypot((across - 0.5) * 2 / 1.55, (along - 0.375) * 2 / 1.95)
         body = np.where(along > 0.9, abs(across - 0.5) * 2 / (1.5 + 1.6 * np.clip(along - 0.9, 0, 1.5)), 9)
         behind = np.minimum(head, body) > 1.05
         for name, part in (("behind", behind), ("head", ~behind & (along < 1))):
-            used = np.where(part, weight[moment], 0)
-            raw, residual = _affine_residual(right[moment], down[moment], used, x - 0.5, y - 0.5)
+            used = np.where(part, weight[pair], 0)
+            raw, residual = _affine_residual(right[pair], down[pair], used, x - 0.5, y - 0.5)
             flows[f"{name}_raw"].append(raw)
             flows[name].append(residual)
-        textures.append(float(np.where(behind, weight[moment], 0).mean()))
-        fields.append(np.stack([right[moment] * behind, down[moment] * behind]).ravel())
+        textures.append(float(np.where(behind, weight[pair], 0).mean()))
+        fields.append(np.stack([right[pair] * behind, down[pair] * behind]).ravel())
     features: Features = {}
     for name, values in flows.items():
         features |= _range(name, np.array(values), 0.01)
@@ -562,16 +562,16 @@ def _background_flow(pictures: Sequence[Picture], boxes: Floats) -> Features:
     features["behind_to_head"] = features["behind"] - features["head"]
     features["behind_bends"] = features["behind"] - features["behind_raw"]
     field = np.array(fields) / (np.linalg.norm(fields, axis=1, keepdims=True) + _EPSILON)
-    similarity = (field @ field.T)[np.triu_indices(MOMENTS, 1)]
+    similarity = (field @ field.T)[np.triu_indices(FRAME_PAIRS, 1)]
     features["behind_alike"] = similarity.mean()
     features["behind_alike_least"] = similarity.min()
     return features
 
 
 def _face_matches(faces: Floats) -> Features:
-    """How well parts of the face match those of other moments (later) and of the same one (soon), and where."""
-    between = [(2 * one, 2 * other) for one, other in combinations(range(MOMENTS), 2)]
-    pairs = between + [(2 * moment, 2 * moment + 1) for moment in range(MOMENTS)]
+    """How well parts of the face match in other pairs of frames (later) and within a pair (soon), and where."""
+    between = [(2 * one, 2 * other) for one, other in combinations(range(FRAME_PAIRS), 2)]
+    pairs = between + [(2 * pair, 2 * pair + 1) for pair in range(FRAME_PAIRS)]
     left, relative, place = {}, {}, {}
     for name, part in _FACE_PARTS.items():
         left[name], relative[name], place[name] = _match(faces, pairs, part)
@@ -592,7 +592,7 @@ def _face_matches(faces: Floats) -> Features:
     features["face_left_soon"] = np.median(rigid[soon])
     features["face_left_least"] = rigid[later].min()
     features["mouth_moves"] = _log(np.median(np.hypot(*place["mouth"][later].T)), 0.2)
-    table = np.full((MOMENTS, MOMENTS), np.inf)
+    table = np.full((FRAME_PAIRS, FRAME_PAIRS), np.inf)
     for (one, other), value in zip(between, left["mouth"][later], strict=True):
         table[one // 2, other // 2] = table[other // 2, one // 2] = value
     nearest = np.sort(table.min(1))
@@ -674,7 +674,7 @@ def _deformation(group: str, displacements: dict[str, Floats]) -> Features:
 
 
 def _face_flow(faces: Floats) -> Features:
-    """Optical flow within the moments, in parts of the face and beside it."""
+    """Optical flow within the pairs of frames, in parts of the face and beside it."""
     right, down, texture = _optical_flow(faces[::2], faces[1::2], _FACE_BLOCK)
     x, y = _window_grid(right.shape[1], _FACE_BLOCK)
     regions = {
@@ -688,8 +688,8 @@ def _face_flow(faces: Floats) -> Features:
     for name, region in regions.items():
         flows = np.array(
             [
-                _affine_residual(right[moment], down[moment], np.where(region, weight[moment], 0), x - 0.5, y - 0.5)
-                for moment in range(MOMENTS)
+                _affine_residual(right[pair], down[pair], np.where(region, weight[pair], 0), x - 0.5, y - 0.5)
+                for pair in range(FRAME_PAIRS)
             ]
         )
         features |= _range(f"flow_{name}_raw", flows[:, 0], 0.01)
@@ -717,16 +717,16 @@ def _colour_drift(windows: Picture) -> Features:
     inside = np.hypot((x - 0.5) / 0.36, (y - 0.45) / 0.5) < 1
     outside = np.hypot((x - 0.5) / 0.75, (y - 0.4) / 0.95) >= 1
     upper, face, beside = (pixels[:, region].mean(1) for region in (inside & (y < 0.6), inside, outside))
-    time = np.arange(MOMENTS) - (MOMENTS - 1) / 2
+    time = np.arange(FRAME_PAIRS) - (FRAME_PAIRS - 1) / 2
 
     def trend(colours: Floats) -> Floats:
         """(3,): change over the clip by linear regression."""
-        return np.asarray((MOMENTS - 1) * (time @ colours) / (time @ time))
+        return np.asarray((FRAME_PAIRS - 1) * (time @ colours) / (time @ time))
 
     features: Features = {}
     for name, colours in (("upper", upper), ("face", face), ("face_to_beside", upper - beside)):
         change = trend(colours)
-        residual = np.sqrt(((colours - colours.mean(0) - time[:, None] * change / (MOMENTS - 1)) ** 2).mean())
+        residual = np.sqrt(((colours - colours.mean(0) - time[:, None] * change / (FRAME_PAIRS - 1)) ** 2).mean())
         features[f"drift_{name}"] = _log(np.linalg.norm(change), 0.3)
         features[f"drift_hue_{name}"] = _log(np.linalg.norm(change - change.mean()), 0.3)
         for kind in ("drift", "drift_hue"):

@@ -1,8 +1,8 @@
 """Features of the change from each frame of a clip to the next: the rhythm of an encoder, and the motion of the lips.
 
-An encoder spends its bits unevenly: it refreshes every so many frames and copies what it can from the frame before. So
-the share of unchanged pixels, and the detail, rise and fall periodically. Lips that stand still for a second are found
-by comparing the motion of the mouth with that of the rest of the face in each frame.
+An encoder spends its bits unevenly: it refreshes the picture at intervals and copies what it can from the frame before.
+So the share of unchanged pixels, and the detail, rise and fall periodically. Lips that stand still for a second are
+found by comparing the motion of the mouth with that of the rest of the face in each frame.
 
 | features | what they measure |
 | --- | --- |
@@ -35,7 +35,7 @@ Grey = NDArray[np.uint8]
 Floats = NDArray[np.floating[Any]]
 
 MAX_FRAMES = 900
-"""Small pictures are kept of at most the first this many frames, up to a frame of another size."""
+"""Maximum number of small pictures, from the start of the clip; none are stored after a change of the frame size."""
 
 _SMALL_SIDE = 192
 """Approximate long side of a small picture, in pixels."""
@@ -78,7 +78,7 @@ _WINDOW_FRAMES = (8, 14, 22)
 
 
 class MotionFeatureRecorder:
-    """Receives every frame of a clip; keeps a few numbers and a small picture of each.
+    """Receives every frame of a clip; stores a few numbers and a small picture of each.
 
     Args:
         quarter_turns: counterclockwise, by which stored frames are turned for display.
@@ -90,19 +90,19 @@ class MotionFeatureRecorder:
         self._pending: list[Grey] = []
         self._measured: list[Floats] = []
         self._shape = (0, 0)
-        self._keeps_pictures = True
+        self._stores_pictures = True
 
     def add_frame(self, luma: Grey) -> None:
         """Receive the luma plane of the next frame, (height, width), as stored."""
         if luma.shape != self._shape:
             self._measure(last=True)
-            self._keeps_pictures = self._shape == (0, 0)
+            self._stores_pictures = self._shape == (0, 0)
             self._shape = luma.shape
             self._rows = evenly_spaced(luma.shape[0], max(_MIN_ROWS, _PIXELS // luma.shape[1]))
         self._pending.append(luma[self._rows])
         if len(self._pending) > _BATCH:
             self._measure()
-        if self._keeps_pictures and len(self._small) < MAX_FRAMES:
+        if self._stores_pictures and len(self._small) < MAX_FRAMES:
             factor = max(1, round(max(luma.shape) / _SMALL_SIDE))
             small = np.asarray(Image.fromarray(np.ascontiguousarray(luma)).reduce(factor))
             self._small.append(np.rot90(small, self._quarter_turns))

@@ -12,10 +12,10 @@ class Defect:
 
     name: str
     term: str
-    """How it is called in a sentence."""
+    """Name in sentences."""
     definition: str
     place: str
-    """Where it shows, in words."""
+    """Where in the picture it appears, in words."""
     causes: tuple[str, ...] = ()
     """The degradations in `lmm_qa.degrade.causes` that produce it; empty if none does."""
     visible: bool = True
@@ -68,7 +68,7 @@ TIMED_DEFECTS = ("stall", "buffering", "bitrate_switch", "lips")
 """Defects whose times are given in explanations."""
 
 PRESENT_STRENGTH = 0.25
-"""A degradation of at least this strength gives the clip its defect; below, it cannot be said."""
+"""A degradation of at least this strength gives the clip its defect; below it, that is unknown."""
 
 _SIDE_EFFECTS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(_CODECS, ("blur", "banding")),
@@ -102,7 +102,7 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def reference_defects(degradations: Iterable[tuple[str, float]]) -> dict[str, bool | None]:
-    """Which defects a degraded copy of a good clip has: True, False, or None if it cannot be said.
+    """Which defects a degraded copy of a good clip has: True, False, or None if unknown.
 
     Args:
         degradations: causes (see `lmm_qa.degrade.causes`) and their strengths, 0 to 1.

@@ -429,7 +429,7 @@ def degrade(
 
 
 def encode(frames: Pixels, codec: str, options: dict[str, str], fps: Fraction, file: io.BytesIO | str) -> None:
-    """Encode frames as 4:2:0 video, into a Matroska buffer or a file whose suffix decides on the container.
+    """Encode frames as 4:2:0 video, into a Matroska buffer or a file whose suffix determines the container.
 
     Args:
         frames: (T, H, W, 3) uint8; an odd last row or column is repeated, since 4:2:0 needs even sides.
@@ -570,8 +570,8 @@ def _on_face(
         where = np.ix_(np.clip(rows, 0, height - 1), np.clip(columns, 0, width - 1))
         before = source.frames[number][where]
         after = _rounded(before + mask * (edit(before, number) - before.astype(np.float32)))
-        seen = frames[number, max(top, 0) : max(top + high, 0), max(left, 0) : max(left + wide, 0)]
-        seen[...] = after[inside]
+        visible = frames[number, max(top, 0) : max(top + high, 0), max(left, 0) : max(left + wide, 0)]
+        visible[...] = after[inside]
     used = corners[first:stop] if stop > first else corners
     (left, top), (right, bottom) = used.min(axis=0), used.max(axis=0)
     sides = (width, height) * 2

@@ -131,7 +131,7 @@ class CopyTask:
     plan: DegradationPlan
 
     def identity(self) -> Row:
-        """The columns that tell whether an existing copy is this one, wherever its source is stored."""
+        """The columns that identify a copy, wherever its source is stored."""
         ordered = sorted(self.degradations, key=lambda each: list(DEGRADATIONS).index(each[0]))
         return {
             "source_id": self.source_id,
@@ -279,7 +279,7 @@ class DegradedDataset:
 
 
 def read_clip(path: Path, seconds: float) -> tuple[Pixels, float, float]:
-    """Read the first seconds of a clip; damage after them is not noticed.
+    """Read the first seconds of a clip; damage after them is not detected.
 
     Returns:
         Displayed frames, (T, H, W, 3) uint8 RGB; frames per second; bits per pixel of the file.

@@ -261,7 +261,7 @@ def _region(frames: Pixels, place: Box) -> Pixels:
 
 def mean_change(before: Pixels, after: DegradedFrames, fps: float) -> float:
     """Mean absolute difference, in grey levels, within the place and seconds of a degradation."""
-    first, stop = (round(moment * fps) for moment in after.seconds)
+    first, stop = (round(second * fps) for second in after.seconds)
     height, width = before.shape[1:3]
     left, top, right, bottom = (round(edge * side) for edge, side in zip(after.place, (width, height) * 2, strict=True))
     window = (slice(first, stop, max(1, (stop - first) // 8)), slice(top, bottom, 2), slice(left, right, 2))

@@ -180,7 +180,7 @@ def _raw_score(pair: Pair) -> float:
     score = pair.score
     raw = score.raw if score.calibrated else score.value
     if raw is None:
-        raise ScoresError(f"the rating of {score.clip} is calibrated already and holds no raw_score to calibrate")
+        raise ScoresError(f"the rating of {score.clip} is already calibrated and has no raw_score to calibrate")
     return raw
 
 
@@ -189,7 +189,7 @@ def _fit(
 ) -> tuple[ScoreMapping, ConformalInterval]:
     """The mapping fitted to one half of the groups, the interval to its errors on the other half."""
     if len(np.unique(data.groups)) < 2:
-        raise ScoresError("a calibration needs clips of at least two groups (persons, sources), all these are of one")
+        raise ScoresError("a calibration needs clips of at least two groups (persons, sources), these are all of one")
     second = group_folds(data.groups.tolist(), 2, seed) == 1
     mapping_half, interval_half = data.select(~second), data.select(second)
     mapping = MAPPING_FITS[kind](*checked(mapping_half.scores, mapping_half.mos))

@@ -1,8 +1,8 @@
 """Evaluate a rater: agreement of its ratings with the MOS, with bootstrap intervals and baselines.
 
-Overall metrics flatter: on a set of many generators, it helps a lot to recognise the generator. So an evaluation also
-reports how well the rater orders the clips of one class and of one generator, and its margin over the name-only prior
-(`lmm_qa.evaluation.thqa.NamePrior`).
+Overall metrics can mislead: on a set of many generators, recognising the generator is enough for a high value. So an
+evaluation also reports how well the rater orders the clips of one class and of one generator, and its margin over the
+name-only prior (`lmm_qa.evaluation.thqa.NamePrior`).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class Evaluation:
     by_class: dict[str, Subset]
     """For the clip classes of THQA-NTIRE; clips of other sets are `other`. Empty if no name is of THQA-NTIRE."""
     by_generator: dict[str, Subset]
-    """By `class/generator`, or `3d/distortion`: SRCC and PLCC. A logistic fitted to so few clips would flatter."""
+    """By `class/generator`, or `3d/distortion`: SRCC and PLCC. A logistic would overfit so few clips."""
     coverage: float | None
     """Share of the MOS inside the prediction intervals of the ratings; None unless all ratings have one."""
     prior: Comparison | None

@@ -1,7 +1,7 @@
 """A self-contained HTML report of ratings: score distribution, a table of clips, and details of each clip.
 
-The page loads nothing; its one script is allowed by its hash and works from a file. Whatever a row contains is shown as
-text, never as markup. Frames are decoded again from the clips, a few clips at a time, and written as they come. If a
+The page loads nothing from a network; its only script is allowed by its hash and works from a local file. Content of
+rows is shown as text, never as markup. Frames are decoded again from the clips and written clip by clip. If a
 clip is not found, the page says so and shows the rest.
 """
 
@@ -41,7 +41,7 @@ from lmm_qa.video.views import Picture
 THUMBNAILS = 6
 """Thumbnails of a filmstrip."""
 SAMPLING = Sampling(strategy="fps", fps=8, frames=128)
-"""Dense enough that a frame lies near any moment."""
+"""Dense enough that there is a frame near any time."""
 VIEW = View(max_pixels=144 * 128)
 JPEG_QUALITY = 60
 BINS = 20
@@ -49,7 +49,7 @@ LARGEST_ERRORS = 10
 PRESENT = 0.5
 """Probability from which a defect counts as found, in rows without `found`."""
 WHOLE_CLIP = 0.9
-"""A defect that lasts this share of the clip has no moment of its own."""
+"""A defect that lasts at least this share of the clip is not used to choose the worst moment."""
 NOT_HTML = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufdcf\ufdf0-\ufffd\U00010000-\U0010fffd]")
 """Characters that HTML does not allow (HTML Living Standard, 13.2.3.5)."""
 
@@ -102,8 +102,8 @@ class RatedClip:
                 if any(start <= second <= end for start, end in timeline.low)
             ]
             return min(low)[1] if low else sum(timeline.low[0]) / 2
-        moments = [(start + end) / 2 for start, end in self._spans if end - start < WHOLE_CLIP * self.duration]
-        return moments[0] if moments else None
+        middles = [(start + end) / 2 for start, end in self._spans if end - start < WHOLE_CLIP * self.duration]
+        return middles[0] if middles else None
 
     @property
     def duration(self) -> float:
@@ -324,12 +324,12 @@ def _thumbnails(clip: RatedClip, file: Path, frames: Frames | ClipError) -> tupl
         raise frames
     if clip.row.content_id not in (None, content_id(file)):
         raise ClipUnreadable(f"{file} is not the clip that was rated: its content differs")
-    moments = np.array(frames.seconds)
-    chosen = sorted({int((share + 0.5) * len(moments) / THUMBNAILS) for share in range(THUMBNAILS)})
+    times = np.array(frames.seconds)
+    chosen = sorted({int((share + 0.5) * len(times) / THUMBNAILS) for share in range(THUMBNAILS)})
     worst = None
     if clip.worst_moment is not None:  # replaces the nearest of the evenly spaced frames
-        worst = int(np.abs(moments - clip.worst_moment).argmin())
-        chosen[int(np.abs(moments[chosen] - moments[worst]).argmin())] = worst
+        worst = int(np.abs(times - clip.worst_moment).argmin())
+        chosen[int(np.abs(times[chosen] - times[worst]).argmin())] = worst
     return tuple(_thumbnail(frames.views[0][index], frames.seconds[index], index == worst) for index in chosen)
 
 

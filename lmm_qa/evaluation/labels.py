@@ -31,7 +31,7 @@ class Label:
     clip: str
     mos: float
     group: Hashable
-    """Clips of one group (one person, one source) never lie on both sides of a split. The column `group`, else (class,
+    """Clips of one group (one person, one source) are never on both sides of a split. The column `group`, else (class,
     pid) of a THQA-NTIRE name, else the clip itself."""
 
 
@@ -101,7 +101,7 @@ def read_labels(path: Path, clip_column: str | None = None, score_column: str | 
     Args:
         path: .csv, .tsv, .jsonl or .parquet; any line ends, with or without a byte order mark.
         clip_column: the column that names the clip; by default the first of `CLIP_COLUMNS` in the table.
-        score_column: the column that holds the MOS; by default the first of `SCORE_COLUMNS` in the table.
+        score_column: the column with the MOS; by default the first of `SCORE_COLUMNS` in the table.
 
     Raises:
         ManifestError: the file cannot be read, a column or a value is missing, a MOS is not a finite number, or a clip
@@ -180,7 +180,7 @@ def _clip_column(name: str | None) -> Column:
 def _score_of_line(line: str, where: str) -> Score:
     clip, comma, value = line.rpartition(",")
     if not comma or not clip:
-        raise ManifestError(f"{where}: name,score was expected, received {line[:80]!r}")
+        raise ManifestError(f"{where}: expected name,score, received {line[:80]!r}")
     return Score(clip, _number(value, where))
 
 
@@ -219,7 +219,7 @@ def _ends(value: Sequence[float] | None) -> tuple[float, float] | None:
 
 def _clip(value: object, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise ManifestError(f"{where}: the name of a clip was expected, received {value!r}")
+        raise ManifestError(f"{where}: expected the name of a clip, received {value!r}")
     return value.strip()
 
 
@@ -229,7 +229,7 @@ def _number(value: object, where: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise ManifestError(f"{where}: a finite number was expected, received {value!r}")
+        raise ManifestError(f"{where}: expected a finite number, received {value!r}")
     return number
 
 

@@ -171,7 +171,7 @@ def checked(scores: ArrayLike, mos: ArrayLike) -> tuple[Floats, Floats]:
     """
     x, y = np.asarray(scores, dtype=np.float64), np.asarray(mos, dtype=np.float64)
     if x.ndim != 1 or x.shape != y.shape:
-        raise ScoresError(f"one score for each MOS was expected, received arrays of shape {x.shape} and {y.shape}")
+        raise ScoresError(f"expected one score for each MOS, received arrays of shape {x.shape} and {y.shape}")
     if len(x) < MIN_CLIPS:
         raise ScoresError(f"{len(x)} clips have both a score and a MOS: at least {MIN_CLIPS} are needed")
     for name, values in (("score", x), ("MOS", y)):

@@ -3,7 +3,7 @@
     MOS      = m(score)                               m linear, logistic4 or isotonic
     interval = m(score) +- half_width * max(std, std_floor)
 
-How it is fitted, and what the interval promises, is described in `lmm_qa.evaluation.calibration`.
+How it is fitted, and the guarantees of the interval, are described in `lmm_qa.evaluation.calibration`.
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ class ConformalInterval(Settings):
         if self.std_floor is None:
             return np.asarray(self.half_width)
         if std is None:
-            raise ScoresError("this calibration makes intervals from the rating's std: give it")
+            raise ScoresError(
+                "the intervals of this calibration depend on the std of the rating, which is missing: pass it"
+            )
         return np.asarray(self.half_width * np.maximum(std, self.std_floor), dtype=np.float64)
 
 
@@ -206,13 +208,13 @@ class Calibration(Settings):
         )
 
     def write(self, folder: Path) -> Path:
-        """Write calibration.json into a rater directory, whole or not at all.
+        """Write calibration.json into a rater directory, atomically.
 
         Raises:
             ConfigError: there is no such directory, or it cannot be written to.
         """
         if not folder.is_dir():
-            raise ConfigError(f"{folder} is no directory: give the rater directory whose ratings these are")
+            raise ConfigError(f"{folder} is not a directory: give the directory of the rater that made these ratings")
         path = folder / CALIBRATION_NAME
         try:
             with replacing(path) as beside:

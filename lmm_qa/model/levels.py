@@ -12,16 +12,11 @@ probabilities follows Q-Align (Wu et al., 2023, equation 3).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lmm_qa.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
-
 
 LEVELS = ("bad", "poor", "fair", "good", "excellent")
 
@@ -50,7 +45,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class LevelReading:
-    """What one clip's level logits say."""
+    """Level probabilities and score of one clip."""
 
     probabilities: tuple[float, ...]
     """P(level), worst first; sums to 1."""
@@ -61,7 +56,7 @@ class LevelReading:
     level: int
     """Index of the likeliest level."""
     mass: float
-    """Share of the whole vocabulary's probability that the level words hold. Low: the prompt is not understood."""
+    """Share of the vocabulary's probability on the level words. Low: the model does not understand the prompt."""
 
 
 def read_levels(logits: Floats, log_normalizer: float, scale: Scale) -> LevelReading:
@@ -90,7 +85,7 @@ def read_levels(logits: Floats, log_normalizer: float, scale: Scale) -> LevelRea
 
 @dataclass(frozen=True)
 class LevelLogits:
-    """What one prefill says at the end of the stem."""
+    """Logits of the level words at the end of the stem."""
 
     logits: NDArray[np.float32]
     """(K,) logits of the level words, worst first."""

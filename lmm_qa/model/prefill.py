@@ -1,4 +1,4 @@
-"""Ask several questions about the same clips while their video tokens are processed once."""
+"""Ask several questions about the same clips; their video tokens are processed only once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class SharedPrefill:
     def __init__(self, backbone: Backbone, clips: Sequence[ClipInput], system: str | None = None) -> None:
         """
         Args:
-            system: system message of all questions that will be asked; it comes before the videos.
+            system: system message of all questions; it comes before the videos.
         """
         self.backbone = backbone
         self.clips = clips
@@ -44,7 +44,7 @@ class SharedPrefill:
             For each clip one `LevelLogits` per prompt, equal to those of `Backbone.level_logits`.
 
         Raises:
-            ConfigError: a prompt has another system message than this prefill.
+            ConfigError: a prompt has a system message other than that of this prefill.
             ModelError: see `Backbone.level_logits`.
         """
         self._check_system(prompts)

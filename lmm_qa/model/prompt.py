@@ -1,7 +1,7 @@
-"""Prompts: what is asked about a clip, and the sentence whose next word is the level.
+"""Prompts: a question about a clip, and the beginning of an answer whose next word is the level.
 
-A prompt is a YAML file in `prompts/`. The media always come first, then the question, then the assistant's answer
-is begun by the stem; the level word follows it. Knows nothing of tokenizers or models.
+A prompt is a YAML file in `prompts/`. The videos come first, then the question, then the stem, which is
+the beginning of the assistant's answer. The level word follows it. Knows nothing of tokenizers or models.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from lmm_qa.model.levels import LEVELS
 SLOTS = ("seconds", "fps", "frames", "width", "height")
 
 
-"""What a question may mention of the clip: seconds it lasts, frame rate, frames looked at, picture size in pixels."""
+"""Properties of a clip that a question may contain: duration in seconds, frame rate, number of sampled frames, width
+and height in pixels."""
 
 
 DEFAULT_PROMPT = "talking_head"
@@ -29,7 +30,7 @@ DEFAULT_PROMPT = "talking_head"
 OTHER_FILES = ("defects", "explanation")
 
 
-"""Files in `prompts/` that ask for something else than a level."""
+"""Files in `prompts/` that do not ask for a level."""
 
 
 class Prompt(Settings):
@@ -42,22 +43,24 @@ class Prompt(Settings):
     question: str
     """The user's message after the video(s). May use the slots in `SLOTS`, as in `{seconds:.1f}`."""
     paraphrases: tuple[str, ...] = ()
-    """The same question in other words, for training alone: a rater should not hang on the wording."""
+    """The same question in other words, for training only, so that a rater does not depend on the wording."""
     stem: str
     """The beginning of the assistant's answer; the next word is the level."""
     levels: tuple[str, ...] = LEVELS
     """Level words, worst first. Each must be a single token after the stem."""
 
     @model_validator(mode="after")
-    def _well_formed(self) -> Self:
+    def _check_words(self) -> Self:
         if not self.stem.strip():
             raise ValueError("stem is empty")
         if self.stem != self.stem.strip():
-            raise ValueError(f"stem has white space around it: {self.stem!r}; the level word brings its own")
+            raise ValueError(
+                f"stem starts or ends with white space: {self.stem!r}; the space before the level is added"
+            )
         if len(self.levels) < 2 or len(set(self.levels)) != len(self.levels):
             raise ValueError(f"levels are at least two different words, worst first; received {list(self.levels)}")
         if not all(level and level == level.strip() for level in self.levels):
-            raise ValueError(f"a level is a word without white space around it; received {list(self.levels)}")
+            raise ValueError(f"a level is a word without surrounding white space; received {list(self.levels)}")
         _check_question("question", self.question)
         for paraphrase in self.paraphrases:
             _check_question("paraphrase", paraphrase)
@@ -73,7 +76,7 @@ class Prompt(Settings):
 
         Args:
             videos: how many videos (views of the clip) come before the question.
-            values: a value for each slot of the question; more than needed do no harm.
+            values: a value for each slot of the question; others are ignored.
 
         Raises:
             ConfigError: a slot has no value.
@@ -112,7 +115,7 @@ def load_prompt(name_or_path: str | Path) -> Prompt:
     """Load a prompt by its name in `prompts/` or by the path of a YAML file.
 
     Raises:
-        ConfigError: there is no such prompt, or the file says something it may not say.
+        ConfigError: there is no such prompt, or the file is invalid.
     """
     path = Path(name_or_path)
     if path.suffix in {".yaml", ".yml"}:

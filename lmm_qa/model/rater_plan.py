@@ -1,7 +1,7 @@
 """Decide what a rater will do, before its weights are loaded.
 
 A plan resolves the model, the settings and the calibration. That is enough to identify the ratings that it would make,
-so that a finished job is recognised at once and a dry run costs nothing.
+so a finished job is recognised at once, and a dry run loads no weights.
 """
 
 from __future__ import annotations

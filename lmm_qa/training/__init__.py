@@ -1,1 +1,1 @@
-"""TODO-DOC training."""
+"""Fine-tune a rater on opinion scores: data, losses, the training run, export."""

@@ -11,7 +11,7 @@ from torch import nn
 from lmm_qa.model import compat
 from lmm_qa.training.config import TrainingConfig, TuningConfig
 
-# Names of a model's modules, by component; the merger often lies inside the vision tower.
+# Names of a model's modules, by component; the merger is often inside the vision tower.
 MERGER = re.compile(r"merger|multi_modal_projector|connector")
 VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model)\.")
 LANGUAGE = re.compile(r"(^|\.)language_model\.")

@@ -83,7 +83,7 @@ class Sample(TypedDict):
     prefix_length: int
     """Tokens up to the end of the last video."""
     vision_features: Tensors
-    """Cached output of the vision tower; empty if the inputs hold pixels."""
+    """Cached output of the vision tower; empty if the inputs contain pixels."""
     mos: float
     std: float
     """NaN if unknown."""
@@ -177,7 +177,7 @@ class RatingDataset(Dataset[Sample]):
         tokens = max([tokens, *(prefix_length + len(one.input_ids) for one in auxiliary)])
         if tokens > self.max_tokens:
             raise TrainingError(
-                f"{example.path} takes {tokens} tokens, the model's context holds {self.max_tokens}: {TOO_LONG_ADVICE}"
+                f"{example.path} takes {tokens} tokens, the model's context is {self.max_tokens}: {TOO_LONG_ADVICE}"
             )
         return Sample(
             name=example.name,
@@ -279,7 +279,7 @@ def explanation_target(example: Example, prompt: Prompt) -> tuple[Prompt, str]:
     found = example.found
     if found is None:
         found = tuple(Finding(name, 1.0) for name in VISIBLE if name in mentioned_defects(text))
-    return _begun(prompt, found, level[0]), text[level.end() :].rstrip()
+    return _with_opening(prompt, found, level[0]), text[level.end() :].rstrip()
 
 
 def random_explanation(prompt: Prompt, rng: random.Random) -> tuple[Prompt, str]:
@@ -294,10 +294,10 @@ def random_explanation(prompt: Prompt, rng: random.Random) -> tuple[Prompt, str]
         found.append(Finding(name, 1.0, tuple(spans) if name in TIMED_DEFECTS and rng.random() < 0.85 else ()))
     absent = set(known) - {one.defect for one in found}
     level = rng.choice(prompt.levels)
-    return _begun(prompt, found, level), template_text(found, absent, rng, good=is_good(level, prompt.levels))
+    return _with_opening(prompt, found, level), template_text(found, absent, rng, good=is_good(level, prompt.levels))
 
 
-def _begun(prompt: Prompt, found: Sequence[Finding], level: str) -> Prompt:
+def _with_opening(prompt: Prompt, found: Sequence[Finding], level: str) -> Prompt:
     return explanation_prompt(prompt, found).model_copy(update={"stem": opening(prompt, level)})
 
 

@@ -41,7 +41,7 @@ RENAMED_KEYS = {
     "training.cache": "training.cache_dir",
     "training.workers": "training.num_workers",
 }
-"""Keys of version 0.1 and their present names. Old keys are refused; the table goes away with the next release."""
+"""Keys of earlier versions and their current names. Old keys are refused; the next release drops this table."""
 
 
 class ModelConfig(Settings):
@@ -223,7 +223,7 @@ class TrainingConfig(Settings):
 
     @classmethod
     def parse(cls, values: object, where: str) -> Self:
-        """Validate plain data; names that were changed since version 0.1 get an error that gives the new name.
+        """Validate plain data; for a renamed key, the error gives the new name.
 
         Raises:
             ConfigError: with one line for each thing that is wrong.
@@ -238,7 +238,7 @@ class TrainingConfig(Settings):
 
         Args:
             path: YAML file, in which paths are relative to the working directory; or the name of a file in `configs/`.
-                A file that `extends` another one, named in the same way or relative to itself, holds only what differs.
+                A file that `extends` another one, named in the same way or relative to itself, has only what differs.
             overrides: each `section.key=value` with the value in YAML, e.g. `training.learning_rate=2e-4`.
 
         Raises:

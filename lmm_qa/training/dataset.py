@@ -62,15 +62,15 @@ class Table(Settings):
 
     path: str
     """A .csv, .tsv, .jsonl or .parquet file or a data set directory, relative to `Data.root`; or a data set id of the
-    Hugging Face hub. Files and directories are read anew each time; a data set of the hub is downloaded once, into the
-    hub's own cache."""
+    Hugging Face hub. Files and directories are read again in each run; a data set of the hub is downloaded once, into
+    the hub's own cache."""
     split: str | None = None
     """Split of a directory or hub data set. Default: the only one."""
     revision: str | None = None
     """Branch, tag or commit of a hub data set. Default: its main branch."""
     videos: str = "."
-    """Folder of the clips, relative to `Data.root`. If a name has no video suffix, that of the only video with this
-    name is added. Default: `Data.root` itself."""
+    """Folder of the clips, relative to `Data.root`. If a name has no video suffix, the suffix of the only video with
+    this name is added. Default: `Data.root` itself."""
     scale: ScaleEnds
     """Lowest and highest possible MOS. It is never inferred from the data. No default."""
     clip: str | None = None
@@ -112,7 +112,7 @@ class Data(Settings):
     smaller share can be a single person.)"""
 
     @model_validator(mode="after")
-    def _something_is_left(self) -> Self:
+    def _check_shares(self) -> Self:
         if self.validation_share + self.calibration_share >= 1:
             raise ValueError(
                 f"validation_share and calibration_share leave nothing to train on: "
@@ -293,18 +293,18 @@ def _read(table: Table, root: Path, labelled: dict[Path, str]) -> list[Example]:
         count = f"{len(problems)} of {len(rows)} rows of {table.path} cannot be used:"
         raise ManifestError("\n".join([count, *problems[:MAX_PROBLEMS], *more]))
     if not examples:
-        raise ManifestError(f"{table.path} holds no labels")
+        raise ManifestError(f"{table.path} contains no labels")
     return examples
 
 
 def _example(row: Row, scale: tuple[float, float], find: Callable[[str], Path]) -> Example:
     name = _text(row["clip"])
     if not name or "\0" in name:
-        raise ManifestError(f"the name of a clip was expected, received {row['clip']!r}")
+        raise ManifestError(f"expected the name of a clip, received {row['clip']!r}")
     mos = _number(row["mos"], "MOS", name)
     if not scale[0] <= mos <= scale[1]:
         raise ManifestError(
-            f"MOS {mos:g} of {name!r} lies outside the declared scale [{scale[0]:g}, {scale[1]:g}]: declare the scale "
+            f"MOS {mos:g} of {name!r} is outside the declared scale [{scale[0]:g}, {scale[1]:g}]: declare the scale "
             "that people rated on"
         )
     std = _number(row["std"], "the standard deviation", name) if _text(row.get("std")) else None
@@ -509,7 +509,7 @@ def _quiet_datasets(local: bool) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class DecodedClip:
+class CheckedClip:
     """A clip that can be decoded without errors."""
 
     content_id: str
@@ -522,7 +522,7 @@ class DatasetCheck:
     """The result of `check`."""
 
     examples: tuple[Example, ...]
-    outcomes: tuple[DecodedClip | ClipError, ...]
+    outcomes: tuple[CheckedClip | ClipError, ...]
     """Of each example, in order."""
     decoded: int
     """Number of files that were decoded; the others were in the cache."""
@@ -569,11 +569,11 @@ def check(
     Raises:
         UsageError: `workers` or `timeout` is not positive, or `cache` cannot be written.
     """
-    known = DecodedClipCache(cache, sampling, views, factor)
+    known = CheckedClipCache(cache, sampling, views, factor)
     paths = list(dict.fromkeys(example.path for example in examples))
     # Read before decoding: a file that changes meanwhile must not be found in the cache.
     versions = {path: _file_version(path) for path in paths}
-    outcomes: dict[Path, DecodedClip | ClipError] = {
+    outcomes: dict[Path, CheckedClip | ClipError] = {
         path: clip for path in paths if (clip := known.get(path, versions[path]))
     }
     unknown = [path for path in paths if path not in outcomes]
@@ -582,7 +582,7 @@ def check(
     with DecoderPool(workers, timeout) as pool:
         for path, frames in zip(unknown, pool.imap(unknown, sampling, views, factor), strict=True):
             outcomes[path] = outcome = _outcome(path, frames)
-            if isinstance(outcome, DecodedClip):
+            if isinstance(outcome, CheckedClip):
                 known.add(path, versions[path], outcome)
             if progress:
                 progress(len(outcomes), len(paths))
@@ -601,16 +601,16 @@ def _file_version(path: Path) -> FileVersion | None:
     return status.st_size, status.st_mtime_ns
 
 
-def _outcome(path: Path, frames: Frames | ClipError) -> DecodedClip | ClipError:
+def _outcome(path: Path, frames: Frames | ClipError) -> CheckedClip | ClipError:
     if isinstance(frames, ClipError):
         return frames
     try:
-        return DecodedClip(content_id(path), tuple((len(view), view.shape[1], view.shape[2]) for view in frames.views))
+        return CheckedClip(content_id(path), tuple((len(view), view.shape[1], view.shape[2]) for view in frames.views))
     except ClipError as error:
         return error
 
 
-class DecodedClipCache:
+class CheckedClipCache:
     """A file with one line of JSON per clip.
 
     A line is appended by a single write, so that several processes can append at once. Incomplete lines are ignored.
@@ -626,20 +626,20 @@ class DecodedClipCache:
             lines = self._file.read_bytes().splitlines()
         except OSError as error:
             raise UsageError(f"cannot record in {folder} which clips were checked: {error.strerror or error}") from None
-        self._known: dict[str, tuple[FileVersion, DecodedClip]] = {}
+        self._known: dict[str, tuple[FileVersion, CheckedClip]] = {}
         for line in lines:
             try:
                 path, size, changed, content, sizes = json.loads(line)
             except (ValueError, TypeError):
                 continue
-            self._known[path] = (size, changed), DecodedClip(content, tuple((t, h, w) for t, h, w in sizes))
+            self._known[path] = (size, changed), CheckedClip(content, tuple((t, h, w) for t, h, w in sizes))
 
-    def get(self, path: Path, version: FileVersion | None) -> DecodedClip | None:
+    def get(self, path: Path, version: FileVersion | None) -> CheckedClip | None:
         """The clip, if this version of the file was added."""
         known, clip = self._known.get(str(path), (None, None))
         return clip if version is not None and known == version else None
 
-    def add(self, path: Path, version: FileVersion | None, clip: DecodedClip) -> None:
+    def add(self, path: Path, version: FileVersion | None, clip: CheckedClip) -> None:
         """Record a clip; does nothing without a version (the file did not exist)."""
         if version is not None:
             line = json.dumps([str(path), *version, clip.content_id, clip.sizes])

@@ -1,4 +1,4 @@
-"""`lmm-qa train --dry-run`: what a run would take. Loads no weights and writes nothing."""
+"""`lmm-qa train --dry-run`: data, tokens, memory, time and first batch of a run. Loads no weights, writes nothing."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ def preview(config: TrainingConfig) -> str:
     splits = load(config.data, training.seed)
     everything = (*splits.train, *splits.validation, *splits.calibration)
     missing = [example.path for example in everything if not example.path.is_file()]
-    lines = [str(splits), f"videos      {len(everything) - len(missing)} of {len(everything)} files are there"]
+    lines = [str(splits), f"videos      {len(everything) - len(missing)} of {len(everything)} files exist"]
     if missing:
         lines.append(f"            missing, among others: {missing[0]}")
     present = [example for example in splits.train if example.path.is_file()]
     if not present:
-        raise TrainingError("\n".join([*lines, "no training video is there: correct data.root"]))
+        raise TrainingError("\n".join([*lines, "no training video exists: correct data.root"]))
     probed = [example.path for example in present[:: -(-len(present) // PROBED_CLIPS)]]
     tokens = _token_counts(processor, settings, factor or 1, probed)
     lines.append(
-        f"tokens      {min(tokens)} to {max(tokens)} a clip, median {median(tokens):.0f} ({len(tokens)} clips)"
+        f"tokens      {min(tokens)} to {max(tokens)} per clip, median {median(tokens):.0f} ({len(tokens)} clips)"
     )
     device = choose_device()
     dtype = config.model.dtype or choose_dtype(device.value).value

@@ -62,7 +62,7 @@ def level_targets(mos: Tensor, anchors: Tensor, kind: TargetKind = "two_hot", st
     _refuse(
         ~((labels >= low) & (labels <= high)),
         labels,
-        f"a MOS must lie on the scale [{low:g}, {high:g}]",
+        f"a MOS must be on the scale [{low:g}, {high:g}]",
         "declare the scale on which the opinions were given",
     )
     match kind:
@@ -184,7 +184,7 @@ def answers(logits: Tensor, target_ids: Tensor, weights: Tensor, tasks: Tensor, 
 
 
 def _float32(tensor: Tensor) -> Tensor:
-    """As float32; float64 is kept."""
+    """As float32; float64 stays float64."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

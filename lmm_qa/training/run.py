@@ -53,7 +53,7 @@ from lmm_qa.training.collate import (
     explanation_target,
 )
 from lmm_qa.training.config import AuxiliaryConfig, TrainingConfig
-from lmm_qa.training.dataset import DatasetCheck, DecodedClip, Splits, check, load
+from lmm_qa.training.dataset import CheckedClip, DatasetCheck, Splits, check, load
 from lmm_qa.training.export import model_card
 from lmm_qa.training.trainer import BEST_METRIC, GracefulStop, Log, MetricsLogger, RatingTrainer, write_text
 from lmm_qa.training.vision_cache import VisionCache
@@ -86,7 +86,7 @@ class TrainingResult:
 
 
 def train(config: TrainingConfig, log: Log = print) -> TrainingResult:
-    """Train, or resume training, and leave a rater directory.
+    """Train, or resume training; the output directory becomes a rater directory.
 
     Under `accelerate launch` every process calls this; only the main process writes files and logs.
 
@@ -155,7 +155,7 @@ class TrainingRun:
         max_tokens = context_length(str(settings.backbone), options)
         if longest > max_tokens:
             raise TrainingError(
-                f"a clip takes {longest} tokens, the model's context holds {max_tokens}: {TOO_LONG_ADVICE}"
+                f"a clip takes {longest} tokens, the model's context is {max_tokens}: {TOO_LONG_ADVICE}"
             )
         log(f"{longest} tokens for the longest clip")
         auxiliary = available_tasks(config, settings, processor, clips["train"], log)
@@ -416,7 +416,7 @@ def _check_clips(
 def _readable(checked: DatasetCheck, scale: tuple[float, float]) -> tuple[LabelledClip, ...]:
     both = zip(checked.examples, checked.outcomes, strict=True)
     clips = tuple(
-        LabelledClip(example.on(scale), found.content_id) for example, found in both if isinstance(found, DecodedClip)
+        LabelledClip(example.on(scale), found.content_id) for example, found in both if isinstance(found, CheckedClip)
     )
     if checked.examples and not clips:
         raise TrainingError(f"none of {len(checked.examples)} clips can be read: check data.root")
@@ -451,7 +451,7 @@ def available_tasks(
 def _longest_clip(processor: Any, settings: RaterConfig, checks: Mapping[str, DatasetCheck]) -> int:
     """Tokens of the longest clip."""
     outcomes = [outcome for checked in checks.values() for outcome in checked.outcomes]
-    shapes = {outcome.sizes for outcome in outcomes if isinstance(outcome, DecodedClip)}
+    shapes = {outcome.sizes for outcome in outcomes if isinstance(outcome, CheckedClip)}
     return max(
         count_tokens(processor, sizes[0][0], [(height, width) for _, height, width in sizes], settings.prompt)
         for sizes in shapes
@@ -498,14 +498,14 @@ def run_directory_lock(folder: Path, state: PartialState) -> Iterator[None]:
     """Create the run directory and keep other runs out of it: a run whose launcher was killed may still be alive.
 
     Raises:
-        ConfigError: another process holds the lock, or the directory holds something else than a run.
+        ConfigError: another process has the lock, or the directory contains something other than a run.
     """
     if not state.is_main_process:
         yield
         return
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if names - {LOCK_FILE} and RUN_FILE not in names:
-        raise ConfigError(f"{folder} is not empty and holds no run: choose another training.output_dir")
+        raise ConfigError(f"{folder} is not empty and contains no run: choose another training.output_dir")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / LOCK_FILE, timeout=0):
@@ -515,10 +515,10 @@ def run_directory_lock(folder: Path, state: PartialState) -> Iterator[None]:
 
 
 def start_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write run.json, or make sure that the one that is there belongs to the same run. Call it with the lock held.
+    """Write run.json, or make sure that the existing one belongs to the same run. Call it with the lock held.
 
     Raises:
-        ConfigError: the directory holds another run.
+        ConfigError: the directory contains another run.
     """
     path = folder / RUN_FILE
     if not path.exists():
@@ -529,7 +529,7 @@ def start_record(folder: Path, record: dict[str, Any]) -> None:
     if differences := _differences(before, record, keys):
         places = [f"{place}: {old} -> {new}" for place, old, new in differences[:5]]
         raise ConfigError(
-            f"{folder} holds a run of another configuration, other data or another number of processes "
+            f"{folder} contains a run with another configuration, other data or another number of processes "
             f"({'; '.join(places)}): choose another training.output_dir, or remove the directory to start over"
         )
 
@@ -547,8 +547,11 @@ def _differences(before: Any, after: Any, keys: Sequence[str]) -> list[tuple[str
 
 
 def last_checkpoint(folder: Path, processes: int = 1) -> Path | None:
-    """The newest complete checkpoint. Trainer writes its state last, and each process its RNG state: a checkpoint that
-    was cut off, which transformers' `get_last_checkpoint` would return, lacks one of them."""
+    """The newest complete checkpoint; None if there is none.
+
+    Trainer writes its state last, and each process its RNG state: an incomplete checkpoint, which transformers'
+    `get_last_checkpoint` would return, lacks one of these files.
+    """
     rng_files = ["rng_state.pth"] if processes == 1 else [f"rng_state_{number}.pth" for number in range(processes)]
     steps = sorted((int(path.name.rpartition("-")[2]), path) for path in folder.glob("checkpoint-*"))
     for _, path in reversed(steps):

@@ -47,7 +47,7 @@ class SampledClip(NamedTuple):
 
 
 class CachedClip(NamedTuple):
-    """What is stored of a sampled clip."""
+    """The stored data of a sampled clip."""
 
     inputs: Tensors
     """Model inputs without pixels and without a question: see `lmm_qa.model.inputs.append_question`."""

@@ -252,10 +252,10 @@ def _decode_every_frame(
         views, factor, measure: as for `read_frames`.
 
     Returns:
-        the scan, corrected if it counted packets that show nothing as frames; and the frames.
+        The scan, corrected if it counted packets without a frame; and the frames.
     """
     indices = choose(scan.seconds)
-    kept = frozenset(indices)
+    sampled = frozenset(indices)
     measured = sample_indices(scan.seconds, measure.sampling) if measure else []
     pictured = frozenset(measured)
     renderer = ViewRenderer(views, factor)
@@ -264,9 +264,9 @@ def _decode_every_frame(
     times: list[float | None] = []
     interlaced = False
     for index, frame in enumerate(_iterate_frames(scan)):
-        if index in kept or index in pictured:
+        if index in sampled or index in pictured:
             picture = _displayed_picture(frame, scan.info)
-            if index in kept:
+            if index in sampled:
                 renderer.add(index, picture)
             if measurement and index in pictured:
                 measurement.add_picture(index, picture)
@@ -291,7 +291,7 @@ def _decode_every_frame(
 
 
 class _GuardedMeasurement:
-    """Calls a `ClipMeasurement` until a call fails, and keeps that error: measuring must never cost the clip."""
+    """Calls a `ClipMeasurement` until a call fails; stores that error, so that the clip itself does not fail."""
 
     def __init__(self, measure: type[ClipMeasurement], rotation: int) -> None:
         self.error: str | None = None

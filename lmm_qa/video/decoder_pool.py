@@ -43,7 +43,7 @@ Reader = Callable[..., Any]
 class DecoderPool:
     """Worker processes that read clips, and are killed when a decoder hangs.
 
-    A worker is a new interpreter that imports this module and nothing of the caller's: it is safe beside threads,
+    A worker is a new interpreter that imports this module and nothing from the caller: it is safe beside threads,
     torch and CUDA, and needs no `if __name__ == "__main__"`. Use as a context manager; leaving it kills the workers.
     """
 
@@ -229,7 +229,7 @@ def _exchange(process: subprocess.Popen[bytes], request: object, timeout: float)
     """Send a request to a worker process and wait for its answer.
 
     Raises:
-        TimeoutError: none came within `timeout` seconds; the process has been killed.
+        TimeoutError: no answer within `timeout` seconds; the process has been killed.
         EOFError: the process died.
     """
     message = pickle.dumps(request)

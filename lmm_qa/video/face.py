@@ -1,8 +1,8 @@
 """Locate the face in each frame of a clip: for the face view, and for measurements and degradations of faces.
 
 The detector is the frontal face cascade that scikit-image ships (local binary patterns, from OpenCV): it finds most
-faces that look at the camera, including drawn ones, and few that look aside. If it finds none, the face is assumed
-where most talking heads have it, and `Face.found` is False.
+faces that look at the camera, including drawn ones, and few that are turned away. If it finds none, the face is
+assumed where most talking heads have it, and `Face.found` is False.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def find_face(frames: NDArray[np.uint8]) -> Face:
 def follow_face(frames: Sequence[NDArray[np.uint8]]) -> Face:
     """Find the largest face of the first picture with one, and follow it; four times as fast as `find_face`.
 
-    For a few pictures of a clip: `FOLLOWED_PICTURES` of them are searched, the first completely, the others nearby.
+    For a few pictures of a clip: `FOLLOWED_PICTURES` of them are searched, the first one completely, the others near
+    the last position.
 
     Args:
         frames: each (H, W, 3) uint8 RGB, all of one size.

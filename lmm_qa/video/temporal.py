@@ -51,8 +51,8 @@ _MIN_STALL = 0.25
 """Seconds. Shorter ones are not noticed, and are common at low bit rates."""
 
 _SIMILAR_LENGTH, _MAX_SIMILAR_SHARE = 3.0, 0.1
-"""If most pictures are shown for long, the frame rate is low: of a stall, pictures shown for at least a third as long
-must be fewer than a tenth of the others."""
+"""If most pictures are shown for long, the frame rate is low. So a picture counts as a stall only if the pictures shown
+for at least a third as long are fewer than a tenth of the others."""
 
 _REPEAT_SHARE, _REPEAT_RADIUS = 0.15, 0.3
 """At a low frame rate, a frame also repeats the previous one if it changes by less than this share of the largest
@@ -64,7 +64,7 @@ MIN_SWITCH_EVIDENCE = 0.09
 """Reached by 1 in 20 clips without a switch (see `switches`)."""
 
 _COMPARED_SECONDS = 0.2
-"""Before and after a frame, in which detail is compared."""
+"""Length of the intervals before and after a frame whose detail is compared."""
 
 _FULL_WEIGHT_CHANGE, _MIN_WEIGHT = 4.0, 0.3
 """A step of detail has weight 1 if the background changes by this multiple of its usual change, else less, down to the
@@ -113,7 +113,7 @@ class Cadence:
 
 
 class FrameDynamicsRecorder:
-    """Measures frames as they come; keeps numbers, and samples of the most recent frames only."""
+    """Measures frames as they come; stores numbers, and samples of only the most recent frames."""
 
     def __init__(self) -> None:
         self._shape = (0, 0)
@@ -297,7 +297,7 @@ def switch_evidence(dynamics: FrameDynamics) -> NDArray[np.float64]:
 
 
 def _best_pair(evidence: NDArray[np.float64], seconds: Floats) -> tuple[int, int, float]:
-    """The step down and the later step up of which the smaller is largest, and the size of that one."""
+    """The step down and the later step up whose smaller size is the largest possible; and that size."""
     best, lowest, earlier = (0, 0, 0.0), 0, 0
     for last in range(len(evidence)):
         while seconds[last] - seconds[earlier] >= _MIN_SWITCH:

@@ -15,7 +15,7 @@ Picture = npt.NDArray[np.uint8]
 """(height, width, 3) uint8 RGB."""
 
 FACE_SEARCH_FRAMES = 3
-"""Pictures of a clip in which the face is searched: two have to agree, and each costs 10 to 40 ms."""
+"""Pictures of a clip in which the face is searched for: two have to agree, and each costs 10 to 40 ms."""
 
 
 def view_size(height: int, width: int, view: View, factor: int) -> tuple[int, int]:
@@ -60,10 +60,10 @@ def pad_to_minimum(picture: Picture, side: int) -> Picture:
 
 
 class ViewRenderer:
-    """Renders and keeps the views of frames.
+    """Renders and stores the views of frames.
 
-    If there is a view of the face, the first `FACE_SEARCH_FRAMES` pictures are held back until it has been searched in
-    them. Its window is the same for the whole clip: what moves in it is the head.
+    If there is a view of the face, the first `FACE_SEARCH_FRAMES` pictures are stored until it has been searched for in
+    them. Its window is fixed for the whole clip, so that motion of the head stays visible.
     """
 
     def __init__(self, views: Sequence[View], factor: int) -> None:

@@ -53,7 +53,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(size: int) -> Qwen2Tokenizer:
-    """Train a byte-level BPE of the Qwen kind on corpus.txt and everything that is asked and answered."""
+    """Train a byte-level BPE of the Qwen kind on corpus.txt and all prompts and answers."""
     plain = Tokenizer(models.BPE())
     plain.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer  # Qwen's own splitting
     trainer = trainers.BpeTrainer(

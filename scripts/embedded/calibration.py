@@ -2,7 +2,7 @@
 
 A logistic regression per defect, on the predictions of forests that were trained on other sources. Where the model's
 answers to the closed questions improve the prediction for sources left out, they get a weight; elsewhere the question
-is not asked when clips are rated. The threshold is the one with the best F1, but at least `MIN_THRESHOLD`.
+is not used when clips are rated. The threshold is the one with the best F1, but at least `MIN_THRESHOLD`.
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def fit_calibration(predictions: Path, answers: Path, out: Path) -> None:
         present = np.array([row["defects"][name]["present"] for row in labelled], bool)
         if not labelled or present.all() or not present.any():
             continue
-        asked = np.array([row["clip"] in answered for row in labelled])
-        odds = np.array([answered[row["clip"]][name] for row, known in zip(labelled, asked, strict=True) if known])
-        groups = [row["group"] for row, known in zip(labelled, asked, strict=True) if known]
-        found = fit_defect(measured, present, asked, odds, groups)
+        has_answer = np.array([row["clip"] in answered for row in labelled])
+        odds = np.array([answered[row["clip"]][name] for row, known in zip(labelled, has_answer, strict=True) if known])
+        groups = [row["group"] for row, known in zip(labelled, has_answer, strict=True) if known]
+        found = fit_defect(measured, present, has_answer, odds, groups)
         print(f"{name:<16}{present.sum():>6} of {len(labelled):<6} {found}", flush=True)
         if (found.average_precision or 0) >= MIN_PRECISION:
             judged[name] = found
@@ -70,21 +70,21 @@ def fit_calibration(predictions: Path, answers: Path, out: Path) -> None:
     out.write_text(DefectCalibration(defects=judged, data=data).model_dump_json(indent=2) + "\n")
 
 
-def fit_defect(measured: Floats, present: NDArray[np.bool_], asked: NDArray[np.bool_], odds: Floats,
+def fit_defect(measured: Floats, present: NDArray[np.bool_], has_answer: NDArray[np.bool_], odds: Floats,
                groups: Sequence[str]) -> PlattScaling:  # fmt: skip
     """Fit one defect.
 
     Args:
         measured: (n,) log-odds of the classifier.
         present: (n,) labels.
-        asked: (n,) whether there is an answer.
+        has_answer: (n,) whether there is an answer.
         odds: (answers,) log-odds of the answers.
         groups: (answers,) their sources.
     """
     X, y = measured[:, None], present
-    both = np.stack([measured[asked], odds], 1)
-    if answers_help(both, present[asked], groups):
-        X, y = both, present[asked]
+    both = np.stack([measured[has_answer], odds], 1)
+    if answers_help(both, present[has_answer], groups):
+        X, y = both, present[has_answer]
     model = LogisticRegression().fit(X, y)
     weight, slope = np.append(model.coef_[0], 0.0)[:2].clip(min=0).round(4).tolist()
     probability = model.predict_proba(X)[:, 1]

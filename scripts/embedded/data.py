@@ -51,7 +51,7 @@ UNKNOWN: dict[Kind, tuple[str, ...]] = {"clip": (), "portrait": ("lips",), "pict
 
 @dataclass(frozen=True)
 class Segment:
-    """A video that copies are made of."""
+    """A video of which copies are made."""
 
     source: Path
     kind: Kind
@@ -59,7 +59,7 @@ class Segment:
     """Of the degraded copies; in round 0, a clip is used as it is."""
 
     def path(self, folder: Path) -> Path:
-        """Where the video is."""
+        """Path of the video."""
         original = self.kind == "clip" and not self.round
         return self.source if original else folder / f"{self.kind}__{self.source.name}__{self.round}.mp4"
 
@@ -74,7 +74,7 @@ def training_portraits(folder: Path, clips: Sequence[Mapping[str, str]]) -> list
     """The portraits whose repository has no clip in the splits `val` and `test`.
 
     Args:
-        folder: holds pictures and `index.csv` (image, repository).
+        folder: contains pictures and `index.csv` (image, repository).
         clips: rows of the clips' index (repository, split).
     """
 
@@ -190,7 +190,7 @@ def cut_clip(path: Path, length: float, rng: np.random.Generator) -> tuple[Pixel
 
 def vary_colours(frames: Pixels, rng: np.random.Generator) -> Pixels:
     """The same clip as another camera would record it, perhaps mirrored: brightness, contrast, white balance and
-    saturation within what nobody minds, so that a model cannot recognise its sources by them."""
+    saturation within an unobtrusive range, so that a model cannot recognise its sources by them."""
     gains = 1 + rng.normal(0, 0.08) + rng.normal(0, 0.03, 3)  # of each channel
     gamma, contrast, saturation = np.exp(rng.normal(0, 0.12)), 1 + rng.normal(0, 0.06), rng.uniform(0.7, 1.2)
     values = (np.arange(256) / 255) ** gamma
@@ -223,7 +223,7 @@ def pan_photograph(segment: Segment, length: float, rng: np.random.Generator) ->
 
 
 class ViewCache:
-    """The views of copies, as the model sees them, decoded once and kept as arrays."""
+    """The views of copies, as the model sees them, decoded once and stored as arrays."""
 
     def __init__(self, folder: Path, sampling: Sampling, views: Sequence[View]) -> None:
         self.folder, self.sampling, self.views = folder, sampling, views

@@ -2,7 +2,7 @@
 
     python scripts/embedded/make.py --clips CLIPS --portraits PORTRAITS --pictures PICTURES --work runs/embedded
 
-CLIPS holds videos and `index.csv` (clip, repository, split: train / val / test); PORTRAITS, optional, photographs of
+CLIPS contains videos and `index.csv` (clip, repository, split: train / val / test); PORTRAITS, optional, photographs of
 heads and `index.csv` (image, repository); PICTURES, optional, large photographs of anything else. The same command
 resumes an interrupted run; finished steps are skipped. Hours on 2 cores.
 
@@ -19,7 +19,7 @@ Steps, and what they leave in the work folder:
     calibration  defect profile                                  model/adapter/defects.json
     evaluate     figures on the copies of the split test         report.json
 
-steps.jsonl says how long each took.
+steps.jsonl records how long each took.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Experiment:
         return TrainingConfig.load(HERE / f"{name}.yaml", [*changes, *self.settings[f"{name}_phase"]])
 
     def step(self, name: str, result: Path, function: Callable[..., object], *arguments: object) -> None:
-        """Run a step unless its result exists, which a step writes last."""
+        """Run a step unless its result, which it writes last, exists."""
         if result.exists():
             print(f"{name}: done", flush=True)
             return

@@ -1,9 +1,8 @@
-"""First phase: teach the vision tower alone, with targets for every merged token, before it meets any words.
+"""First phase: train the vision tower alone, with targets for every merged token, before the language model.
 
-From each region of 28 x 28 pixels the tower learns to tell its frequency energies, its motion, its colour, and what the
-degradation did to it; from all regions of a window together, the quality and the causes. The heads that read this are
-thrown away. These targets need the undamaged source beside each copy, which is why this phase does not go through
-`lmm-qa train`.
+For each region of 28 x 28 pixels the tower learns to predict frequency energies, motion, colour and the effect of the
+degradation; for all regions of a window together, quality and causes. The prediction heads are discarded. These targets
+need the undamaged source of each copy, so this phase does not use `lmm-qa train`.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class WindowDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """`frames` and `clean`, (4, 112, 112, 3) uint8; `quality` in [0, 1]; `causes`, (27,): 0.3 to 1 by the strength,
-        0 where absent; `aligned`: 1 where each frame shows the same moment as the source's."""
+        0 where absent; `aligned`: 1 if each frame shows the same time as that of the source."""
         row = self.rows[index]
         rng = np.random.default_rng(int(torch.randint(2**31, ())) if self.training else index)
         copies, sources = (self.views.read(self.folder / clip) for clip in (row["clip"], self.clean[row["source"]]))
@@ -107,7 +106,7 @@ def token_regions(frames: Tensor) -> Tensor:
 
 
 class DenseTargets(nn.Module):
-    """What each merged token should tell about its own pixels, at roughly unit scale, and what was done to them."""
+    """Targets of each merged token: properties of its pixels, at roughly unit scale, and how they changed."""
 
     cosine: Tensor
     bands: Tensor

@@ -341,7 +341,7 @@ def test_raw_and_calibrated_ratings_are_not_mixed(
     shutil.copy("raw.jsonl", output)
     done = command(*RATE, "old", "-o", output)
     assert done.code == 1
-    assert "holds ratings of another rater or calibration" in done.err.splitlines()[-1]
+    assert "contains ratings of another rater or calibration" in done.err.splitlines()[-1]
     assert output.read_bytes() == Path("raw.jsonl").read_bytes()
     assert command(*RATE, "old", "-o", output, "--overwrite").code == 0
     assert all(row["calibration"] for row in read_rows(output))
@@ -489,7 +489,7 @@ def test_the_environment(command: Command) -> None:
         (["clips", "-m", "./gone"], "there is no model directory at './gone'"),
         (["clips", "--dtype", "int4"], "--dtype"),
         (["clips", "--batch-size", "0"], "--batch-size"),
-        (["nothing"], "folder 'nothing' and the folders in it hold no video"),
+        (["nothing"], "folder 'nothing' and the folders in it contain no video"),
         (["gone"], "'gone' does not exist: give a file, a folder, a glob or a list of clips"),
         (["gone/*.mp4"], "as a glob it matches no clip"),
         ([], "Missing argument"),

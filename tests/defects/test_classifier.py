@@ -10,7 +10,7 @@ import pytest
 from paths import SAMPLES, SCRIPTS
 
 from lmm_qa.config import Sampling, View
-from lmm_qa.defects.classifier import FILE, MIN_VOTE_SHARE, Forests, defect_log_odds
+from lmm_qa.defects.classifier import FILE, MIN_PROBABILITY, Forests, defect_log_odds
 from lmm_qa.defects.features import FeatureExtractor
 from lmm_qa.defects.vocabulary import DEFECTS
 from lmm_qa.video.decode import read_frames
@@ -32,7 +32,7 @@ def test_trees_vote_as_scikit_learn_has_them_vote(tmp_path: Path) -> None:
     for row in features[:50]:
         odds = forests.defect_log_odds(dict(zip(names, map(float, row), strict=True)) | {"another": 1.0})
         for name, model in models.items():
-            share = np.clip(model.predict_proba(row[None])[0, 1], MIN_VOTE_SHARE, 1 - MIN_VOTE_SHARE)
+            share = np.clip(model.predict_proba(row[None])[0, 1], MIN_PROBABILITY, 1 - MIN_PROBABILITY)
             assert odds[name] == pytest.approx(np.log(share / (1 - share)), abs=1e-4)
 
 

@@ -106,7 +106,7 @@ def test_a_large_std_gives_a_wide_interval() -> None:
     floor = calibration.interval.std_floor
     assert floor is not None
     assert calibration.apply(3.0, 0.0) == calibration.apply(3.0, floor)
-    with pytest.raises(ScoresError, match="intervals from the rating's std: give it"):
+    with pytest.raises(ScoresError, match="intervals of this calibration depend on the std of the rating"):
         calibration.apply(3.0)
 
 
@@ -140,7 +140,7 @@ def test_a_calibration_is_read_as_it_was_written(tmp_path: Path) -> None:
         assert Calibration.read(calibration.write(tmp_path)) == calibration
     assert [path.name for path in tmp_path.iterdir()] == [CALIBRATION_NAME]
     assert len({calibrate(pairs(), kind).identity for kind in MAPPING_FITS}) == 3
-    with pytest.raises(ConfigError, match="is no directory: give the rater directory"):
+    with pytest.raises(ConfigError, match="is not a directory: give the directory of the rater"):
         calibration.write(tmp_path / "gone")
 
 
@@ -178,7 +178,7 @@ def test_raw_scores_of_calibrated_ratings_are_used() -> None:
     ]
     assert calibrate(again).mapping == calibrate(pairs()).mapping
     without = [Pair(pair.label, Score(pair.score.clip, pair.score.value, calibrated=True)) for pair in pairs()]
-    with pytest.raises(ScoresError, match=r"the rating of 0.mp4 is calibrated already and holds no raw_score"):
+    with pytest.raises(ScoresError, match=r"the rating of 0.mp4 is already calibrated and has no raw_score"):
         calibrate(without)
 
 

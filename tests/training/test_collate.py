@@ -157,7 +157,7 @@ def test_without_augmentation_a_sample_has_the_inputs_of_rating(dataset: RatingD
 
 def test_a_clip_with_too_many_tokens_is_named(dataset: RatingDataset) -> None:
     dataset.max_tokens = 10
-    with pytest.raises(TrainingError, match=r"\.mp4 takes \d+ tokens, the model's context holds 10: use fewer frames"):
+    with pytest.raises(TrainingError, match=r"\.mp4 takes \d+ tokens, the model's context is 10: use fewer frames"):
         dataset[0, 0]
 
 
@@ -342,5 +342,5 @@ def test_auxiliary_examples_depend_only_on_seed_epoch_and_clip(described: Rating
 def test_a_clip_with_too_many_auxiliary_tokens_is_refused(described: RatingDataset) -> None:
     described.max_tokens = described[0, 1]["inputs"]["input_ids"].shape[1] + 12
     described[0, 1]
-    with pytest.raises(TrainingError, match=r"takes \d+ tokens, the model's context holds"):
+    with pytest.raises(TrainingError, match=r"takes \d+ tokens, the model's context is"):
         described[0, 0]

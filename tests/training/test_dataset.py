@@ -26,7 +26,7 @@ from lmm_qa.defects.vocabulary import VISIBLE, reference_defects
 from lmm_qa.errors import ClipNotFound, ClipTruncated, ClipUnreadable, ConfigError, ManifestError, UsageError
 from lmm_qa.evaluation.labels import read_names
 from lmm_qa.evaluation.thqa import find_leaks
-from lmm_qa.training.dataset import Data, DatasetCheck, DecodedClip, Example, Splits, check, load
+from lmm_qa.training.dataset import CheckedClip, Data, DatasetCheck, Example, Splits, check, load
 
 HOLD_NOTHING = {"validation_share": 0, "calibration_share": 0}
 
@@ -185,14 +185,14 @@ def test_an_index_column_without_a_name_and_columns_of_one_name(write: Write, tm
     [
         (
             "clip,mos\na.mp4,5.5\n",
-            "row 1: MOS 5.5 of 'a.mp4' lies outside the declared scale [1, 5]: declare the scale",
+            "row 1: MOS 5.5 of 'a.mp4' is outside the declared scale [1, 5]: declare the scale",
         ),
-        ("clip,mos\na.mp4,0.5\n", "row 1: MOS 0.5 of 'a.mp4' lies outside the declared scale [1, 5]"),
+        ("clip,mos\na.mp4,0.5\n", "row 1: MOS 0.5 of 'a.mp4' is outside the declared scale [1, 5]"),
         ("clip,mos\na.mp4,nan\n", "row 1: MOS of 'a.mp4' is a finite number, received 'nan'"),
         ("clip,mos\na.mp4,-inf\n", "row 1: MOS of 'a.mp4' is a finite number, received '-inf'"),
         ("clip,mos\na.mp4,\n", "row 1: MOS of 'a.mp4' is a finite number, received ''"),
-        ("clip,mos\na.mp4\n", "t.csv:2: 2 cells were expected, received 1"),
-        ("clip,mos\n,3\n", "row 1: the name of a clip was expected, received ''"),
+        ("clip,mos\na.mp4\n", "t.csv:2: expected 2 cells, received 1"),
+        ("clip,mos\n,3\n", "row 1: expected the name of a clip, received ''"),
         ("clip,mos\na.mp4,3\n./a.mp4,2\n", "row 2: './a.mp4' has a label already, in t.csv, row 1: keep one of them"),
         ("clip,mos,sd\na.mp4,3,-1\n", "row 1: the standard deviation of 'a.mp4' is negative: -1"),
         ("clip,mos,sd\na.mp4,3,wide\n", "row 1: the standard deviation of 'a.mp4' is a finite number, received 'wide'"),
@@ -203,10 +203,10 @@ def test_an_index_column_without_a_name_and_columns_of_one_name(write: Write, tm
             "t.csv: no column is named clip, video, path, file, filename or name; no column ",
         ),
         ("id,q\na.mp4,3\n", "no column is named mos or score; the columns are: id, q"),
-        ("clip,mos\n", "t.csv holds no labels"),
-        ("", "t.csv is empty: a header with the names of the columns was expected"),
-        ("clip,mos\na.mp4,3,4\n", "t.csv:2: 2 cells were expected, received 3"),
-        ("clip,mos\na.mp4,3\nb.mp4,3,4\n", "t.csv:3: 2 cells were expected, received 3"),
+        ("clip,mos\n", "t.csv contains no labels"),
+        ("", "t.csv is empty: expected a header with the names of the columns"),
+        ("clip,mos\na.mp4,3,4\n", "t.csv:2: expected 2 cells, received 3"),
+        ("clip,mos\na.mp4,3\nb.mp4,3,4\n", "t.csv:3: expected 2 cells, received 3"),
     ],
 )
 def test_tables_that_cannot_be_used(write: Write, tmp_path: Path, text: str, message: str) -> None:
@@ -307,10 +307,10 @@ def test_all_problems_of_a_table_are_told_together(write: Write, tmp_path: Path)
             {"path": "t.csv", "std": "sd", "group": "who"},
             "is named sd; no column is named who; the columns are",
         ),
-        ({"path": "broken.jsonl"}, "broken.jsonl:1: a JSON object was expected, received '{' (Expecting property name"),
+        ({"path": "broken.jsonl"}, "broken.jsonl:1: expected a JSON object, received '{' (Expecting property name"),
         ({"path": "broken.parquet"}, "broken.parquet is not a Parquet file: Parquet file size"),
-        ({"path": "empty.jsonl"}, "empty.jsonl holds no labels"),
-        ({"path": "empty.parquet"}, "empty.parquet holds no labels"),
+        ({"path": "empty.jsonl"}, "empty.jsonl contains no labels"),
+        ({"path": "empty.parquet"}, "empty.parquet contains no labels"),
         ({"path": "latin.csv"}, "latin.csv: it is not UTF-8 text: 'utf-8' codec"),
         ({"path": "empty"}, "empty: EmptyDatasetError"),
     ],
@@ -618,12 +618,12 @@ def test_check_finds_what_can_be_read_and_what_not(videos: Path) -> None:
     files = ("good.mp4", "none.mp4", "cut.mp4", "odd.webm", "text.mp4", "none2.mp4", "good.mp4")
     found = survey(videos, *files, progress=lambda done, total: heard.append((done, total)))
     good, none, cut, odd, text, _, again = found.outcomes
-    assert isinstance(good, DecodedClip)
+    assert isinstance(good, CheckedClip)
     assert good.sizes == ((4, 84, 112), (4, 56, 56))
     assert again == good
     with av.open(str(videos / "odd.webm")) as container:
         assert (container.streams.video[0].width, container.streams.video[0].height) == (177, 133)
-    assert isinstance(odd, DecodedClip)
+    assert isinstance(odd, CheckedClip)
     assert odd.sizes == ((4, 84, 112), (4, 56, 56))
     assert (type(none), type(cut), type(text)) == (ClipNotFound, ClipTruncated, ClipUnreadable)
     assert [example.name for example, _ in found.failed] == ["none.mp4", "cut.mp4", "text.mp4", "none2.mp4"]
@@ -638,7 +638,7 @@ def test_check_finds_what_can_be_read_and_what_not(videos: Path) -> None:
 def test_the_content_id_is_that_of_the_bytes(videos: Path) -> None:
     shutil.copy(videos / "good.mp4", videos / "copy.mp4")
     good, copy, odd = survey(videos, "good.mp4", "copy.mp4", "odd.webm").outcomes
-    assert isinstance(good, DecodedClip) and isinstance(copy, DecodedClip) and isinstance(odd, DecodedClip)
+    assert isinstance(good, CheckedClip) and isinstance(copy, CheckedClip) and isinstance(odd, CheckedClip)
     assert good.content_id == copy.content_id != odd.content_id
 
 
@@ -673,14 +673,14 @@ def test_what_was_changed_is_decoded_again(videos: Path, change: str) -> None:
     assert isinstance(again.outcomes[0], ClipUnreadable)
     assert again.decoded == (2 if change == "sampling" else 1)
     if change == "sampling":
-        assert isinstance(again.outcomes[1], DecodedClip)
+        assert isinstance(again.outcomes[1], CheckedClip)
         assert again.outcomes[1].sizes == ((2, 84, 112), (2, 56, 56))
 
 
 def test_a_failure_that_was_mended_is_seen(videos: Path) -> None:
     assert isinstance(survey(videos, "none.mp4").outcomes[0], ClipNotFound)
     shutil.copy(videos / "good.mp4", videos / "none.mp4")
-    assert isinstance(survey(videos, "none.mp4").outcomes[0], DecodedClip)
+    assert isinstance(survey(videos, "none.mp4").outcomes[0], CheckedClip)
 
 
 def test_several_at_once_and_a_line_cut_off(videos: Path) -> None:
@@ -696,7 +696,7 @@ def test_several_at_once_and_a_line_cut_off(videos: Path) -> None:
     with ThreadPoolExecutor(3) as threads:
         runs = list(threads.map(lambda _: survey(videos, *files, workers=1), range(3)))
     assert runs[0].outcomes == runs[1].outcomes == runs[2].outcomes
-    assert all(isinstance(found, DecodedClip) for found in runs[0].outcomes)
+    assert all(isinstance(found, CheckedClip) for found in runs[0].outcomes)
     assert survey(videos, *files, "odd.webm").decoded == 0
 
 

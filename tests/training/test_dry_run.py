@@ -226,10 +226,10 @@ def test_missing_videos_are_counted_and_named(make_config: MakeConfig, labelled:
     table = tmp_path / "more.csv"
     table.write_text((labelled / "labels.csv").read_text() + "gone.mp4,3,x\nlost.mp4,3,y\n")
     report = preview(make_config(data__train=[{"path": str(table), "scale": [1, 5]}]))
-    assert "videos      8 of 10 files are there" in report
+    assert "videos      8 of 10 files exist" in report
     assert f"missing, among others: {labelled / 'gone.mp4'}" in report
     table.write_text("clip,mos\ngone.mp4,3\n")
-    with pytest.raises(TrainingError, match=r"0 of 1 files are there(?s:.*)correct data\.root"):
+    with pytest.raises(TrainingError, match=r"0 of 1 files exist(?s:.*)correct data\.root"):
         preview(make_config(data__train=[{"path": str(table), "scale": [1, 5]}]))
 
 

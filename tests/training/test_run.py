@@ -402,7 +402,7 @@ def test_other_defect_labels_make_another_run(make_config: MakeConfig, labelled:
         if defect == "blur":
             train(with_training(config, epochs=0.1), quiet)
         else:
-            with pytest.raises(ConfigError, match="holds a run of another configuration, other data"):
+            with pytest.raises(ConfigError, match="contains a run with another configuration, other data"):
                 train(with_training(config, epochs=0.1), quiet)
 
 
@@ -648,7 +648,7 @@ def test_a_run_directory_is_not_reused_for_another_run(make_config: MakeConfig, 
         train(with_training(short, learning_rate=0.5), quiet)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").touch()
-    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+    with pytest.raises(ConfigError, match="is not empty and contains no run"):
         train(with_training(short, output_dir=tmp_path / "other"), quiet)
 
 
@@ -722,5 +722,5 @@ def test_a_missing_logger_is_refused_before_any_work(make_config: MakeConfig) ->
 
 def test_clips_longer_than_the_context_are_refused(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "context_length", lambda *_: 20)
-    with pytest.raises(TrainingError, match=r"a clip takes \d+ tokens, the model's context holds 20: use fewer frames"):
+    with pytest.raises(TrainingError, match=r"a clip takes \d+ tokens, the model's context is 20: use fewer frames"):
         train(make_config(), quiet)
