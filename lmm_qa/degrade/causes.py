@@ -376,27 +376,15 @@ def frame_rate_divisor(strength: float) -> float:
     return float(12**strength)
 
 
-FACIAL = (
-    "defocus", "mouth_smear", "mouth_freeze", "teeth_smear", "face_warp", "background_wobble", "seam", "identity_drift",
-)  # fmt: skip
-
-PICTURE = (
-    "flicker", "overexposure", "underexposure", "colour_cast", "banding", "blur", "motion_blur", "rescale", "noise",
-)  # fmt: skip
-
-COMPRESSION = ("jpeg", "h264", "h265", "vp9", "av1", "bitrate_switch")
-
-TEMPORAL = ("buffering", "stall", "drop", "jitter")
-
-
+_GROUPS = (
+    (defocus, mouth_smear, mouth_freeze, teeth_smear, face_warp, background_wobble, seam, identity_drift),
+    (flicker, overexposure, underexposure, colour_cast, banding, blur, motion_blur, rescale, noise),
+    (jpeg, h264, h265, vp9, av1, bitrate_switch),
+    (buffering, stall, drop, jitter),
+)
+FACIAL, PICTURE, COMPRESSION, TEMPORAL = (tuple(function.__name__ for function in group) for group in _GROUPS)
 DEGRADATIONS: dict[str, Callable[[_Source, float, np.random.Generator], DegradedFrames]] = {
-    function.__name__: function
-    for function in (
-        *(defocus, mouth_smear, mouth_freeze, teeth_smear, face_warp, background_wobble, seam, identity_drift),
-        *(flicker, overexposure, underexposure, colour_cast, banding, blur, motion_blur, rescale, noise),
-        *(jpeg, h264, h265, vp9, av1, bitrate_switch),
-        *(buffering, stall, drop, jitter),
-    )
+    function.__name__: function for group in _GROUPS for function in group
 }
 """All causes, in the order in which they occur: generation, picture, encoder, network."""
 

@@ -159,7 +159,7 @@ def test_token_counts_are_those_of_the_processor(
         views = [torch.from_numpy(view).permute(0, 3, 1, 2) for view in frames.views]
         slots = dict.fromkeys(SLOTS, 0.0)
         lengths.append(conversation_inputs(processor, rater.prompt, slots, views, metadata)["input_ids"].shape[1])
-    fewest, most, middle, clips = found(r"^tokens      (\d+) to (\d+) a clip, median (\d+) \((\d+) clips\)", report)
+    fewest, most, middle, clips = found(r"^tokens      (\d+) to (\d+) per clip, median (\d+) \((\d+) clips\)", report)
     assert (int(fewest), int(most), int(clips)) == (min(lengths), max(lengths), len(SIZES))
     assert int(middle) == sorted(lengths)[len(SIZES) // 2]
 
