@@ -11,7 +11,14 @@ import torch
 from lmm_qa.errors import ModelError
 from lmm_qa.model import compat
 from lmm_qa.model.hub import find_model
-from lmm_qa.model.weights import check_checkpoint, check_files, load_adapter, stored_quantization
+from lmm_qa.model.weights import (
+    DOWNLOAD_AGAIN,
+    check_checkpoint,
+    check_files,
+    check_loaded,
+    load_adapter,
+    stored_quantization,
+)
 
 Quantization = Literal["4bit", "8bit"]
 
@@ -96,6 +103,7 @@ def load_model(model: str, adapter: Path | None = None, **options: Unpack[LoadOp
             **kwargs,
         )
     except Exception as error:  # transformers, safetensors and the hub raise a dozen classes
+        check_loaded(repr(model), _missing_if_quantized(model, kwargs), advice=DOWNLOAD_AGAIN)
         raise ModelError(f"cannot load the model {model!r}: {_first_line(error)}") from error
     check_checkpoint(model, info)
     stored = getattr(loaded.config, "quantization_config", None)
@@ -276,6 +284,26 @@ def _bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> Any:
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=skipped,
     )
+
+
+def _missing_if_quantized(model: str, kwargs: dict[str, Any]) -> set[str]:
+    """Tensors that a checkpoint stored quantized lacks; found by reading it as if it were not quantized.
+
+    Quantized loading fails on such a checkpoint, with an error that does not name them.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    load: Any = AutoModelForImageTextToText.from_pretrained
+    options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    try:
+        config = AutoConfig.from_pretrained(model, **kwargs)
+        if getattr(config, "quantization_config", None) is None:
+            return set()
+        del config.quantization_config
+        missing: set[str] = load(model, config=config, **options, **kwargs)[1]["missing_keys"]
+    except Exception:  # the first error is reported
+        return set()
+    return missing
 
 
 def _method(stored: Any) -> str:

@@ -30,6 +30,8 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 NAMES_SHOWN = 3
 
+DOWNLOAD_AGAIN = "Download or export the checkpoint again, complete, with the config.json that belongs to it"
+
 
 def check_loaded(
     what: str,
@@ -66,8 +68,7 @@ def check_checkpoint(model: str, info: Mapping[str, Any]) -> None:
     if info.get("error_msgs"):
         raise ModelError(f"the tensors of {model!r} do not fit the model: {info['error_msgs'][0]}")
     shapes = [f"{name}: {list(stored)} instead of {list(needed)}" for name, stored, needed in info["mismatched_keys"]]
-    advice = "Download or export the checkpoint again, complete, with the config.json that belongs to it"
-    check_loaded(repr(model), info["missing_keys"], info["unexpected_keys"], shapes, advice)
+    check_loaded(repr(model), info["missing_keys"], info["unexpected_keys"], shapes, DOWNLOAD_AGAIN)
 
 
 def load_saved_weights(model: Any, folder: str) -> None:
