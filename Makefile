@@ -31,10 +31,10 @@ demo: .venv/.installed
 	@echo "Ratings: demo/ratings.jsonl; to look at them, open demo/report.html in a browser"
 
 test: .venv/.installed-dev
-	$(BIN)/python -m pytest --durations=15
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=15
 
 test-fast: .venv/.installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 check: .venv/.installed-dev
 	$(BIN)/ruff check .

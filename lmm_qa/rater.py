@@ -46,10 +46,10 @@ SCORE_ONLY = Details()
 GPU_BATCH_SIZE = 64
 
 CPU_THREADS = 4
-"""Most clips that a CPU rates in parallel, each in one thread with its share of the cores."""
+"""Maximum number of clips that a CPU rates in parallel, each in one thread with its share of the cores."""
 
 WINDOWS_PER_PREFILL = 8
-"""Windows of a timeline that go through the model together."""
+"""Number of windows of a timeline in one prefill."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Rater:
         """Rate one clip; decodes in this process.
 
         Raises:
-            ClipError: it cannot be rated; the class says why.
+            ClipError: it cannot be rated; the class gives the reason.
             ModelError: the model returns numbers that are not finite.
         """
         clip = Clip(Path(path), str(path), "argument")
@@ -193,7 +193,7 @@ class Rater:
 
         On a CPU, several threads that each run a whole model on a share of the cores are faster than one model whose
         layers use all cores, because they never wait for each other. A GPU runs one batch at a time. So does a model
-        whose adapter is switched off for the answers: that switch affects all threads.
+        whose adapter is disabled for the answers, because that affects all threads.
         """
         cores = torch.get_num_threads()
         one_at_a_time = self.backbone.device.type != "cpu" or details.answers_from == "base"
@@ -329,7 +329,7 @@ def _decoded_clip(clip: Clip, content: str, decoded: Frames | Windows) -> Decode
 def _batches(clips: Iterable[DecodedClip | Failure], size: int) -> Iterator[list[DecodedClip | Failure]]:
     """Batches of `size` decoded clips, with the failures between them.
 
-    A failure that no decoded clip precedes in its batch is a batch of its own, so that it need not wait for others.
+    A failure at the start of a batch is a batch of its own, so that it is reported without waiting for clips.
     """
     batch: list[DecodedClip | Failure] = []
     decoded = 0

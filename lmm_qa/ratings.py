@@ -1,4 +1,4 @@
-"""What a rating is: the result in Python (`Rating`, `Failure`), and the row of a file of ratings (`RatingRow`).
+"""Ratings: the result in Python (`Rating`, `Failure`), and the row of a file of ratings (`RatingRow`).
 
 `RatingRow` is the only definition of the columns. The files, the HTML report and the reference page are made from it.
 """
@@ -29,7 +29,7 @@ LOW = 0.1
 
 @dataclass(frozen=True)
 class Details:
-    """What is reported of a clip besides its score."""
+    """What to report for a clip besides its score."""
 
     defects: bool = False
     """The defect profile: a closed question for each defect, all on one prefill."""

@@ -386,6 +386,7 @@ def wait_until_held(folder: Path, running: subprocess.Popen[str], output: str) -
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_after_a_rank_is_killed_three_ranks_resume_without_loss(
     folder: Path, model: Path, alone: list[dict[str, Any]]
@@ -459,6 +460,7 @@ def start_ranks(world: int, folder: Path, output: str, model: Path, killed: int)
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("killed", "message"),
@@ -566,6 +568,7 @@ def wait_for_rater(node: Any, running: subprocess.Popen[str]) -> psutil.Process:
     raise AssertionError(running.communicate()[1])
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_after_a_ray_node_is_killed_the_rows_are_those_of_one_process(
     nodes: Any, folder: Path, model: Path, alone: list[dict[str, Any]]
@@ -608,6 +611,7 @@ def raters(load: Callable[[], Any], messages: list[str], dtype: str = "float32")
     return RayRaters(plan(dtype), 1, messages.append, lambda _: load())
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_an_idle_rater_takes_over_the_clips_of_a_lost_node(nodes: Any, driver: Any, tmp_path: Path) -> None:
     second = nodes.add_node(num_cpus=1)
@@ -639,6 +643,7 @@ def test_an_idle_rater_takes_over_the_clips_of_a_lost_node(nodes: Any, driver: A
     assert len(said) == 1 and "1 of its clips" in said[0]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_errors_of_ray_raters_are_reported(driver: Any) -> None:
     said: list[str] = []
@@ -659,6 +664,7 @@ def test_errors_of_ray_raters_are_reported(driver: Any) -> None:
     assert len(said) == MAX_LOSSES * dying.number + 1
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_gpus_of_a_ray_cluster_determine_number_and_dtype_of_raters(nodes: Any, driver: Any) -> None:
     """The cluster does not check the declared number of GPUs."""

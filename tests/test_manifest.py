@@ -48,7 +48,7 @@ def refusal(*inputs: str | Path) -> str:
 # --- files and folders -----------------------------------------------------------------------------------------------
 
 
-def test_a_file_is_called_what_it_was_called(here: Path) -> None:
+def test_a_file_has_the_name_given_on_the_command_line(here: Path) -> None:
     touch("a/clip.mp4")
     assert expand(["a/clip.mp4"]) == [Clip(Path("a/clip.mp4"), "a/clip.mp4", "argument")]
     assert names(expand([here / "a" / "clip.mp4"])) == [(here / "a" / "clip.mp4").as_posix()]
@@ -87,25 +87,25 @@ def test_a_broken_link_to_a_clip_is_a_clip(here: Path) -> None:
     assert names(expand(["clips/gone.mp4"])) == ["clips/gone.mp4"]
 
 
-def test_the_same_file_is_kept_once_where_it_came_first(here: Path) -> None:
+def test_a_file_given_twice_is_listed_once_at_its_first_position(here: Path) -> None:
     touch("clips/a.mp4", "clips/b.mp4")
     Path("link.mp4").symlink_to("clips/b.mp4")
     clips = expand(["link.mp4", "clips", "./clips/a.mp4", here / "clips" / "b.mp4"])
     assert [(clip.name, clip.origin) for clip in clips] == [("link.mp4", "argument"), ("a.mp4", "folder clips")]
 
 
-def test_clips_that_would_share_a_name_take_a_longer_one(here: Path) -> None:
+def test_clips_with_equal_file_names_get_longer_names(here: Path) -> None:
     touch("x/a.mp4", "y/a.mp4", "y/b.mp4")
     assert names(expand(["x", "y"])) == ["x/a.mp4", "y/a.mp4", "b.mp4"]
 
 
-def test_a_longer_name_that_is_taken_too_gives_way_to_the_absolute_path(here: Path) -> None:
+def test_a_clip_gets_its_absolute_path_if_the_longer_name_is_taken(here: Path) -> None:
     touch("x/a.mp4", "y/a.mp4", "z/x/a.mp4")
     assert names(expand(["x", "y", "z"])) == [(here / "x/a.mp4").as_posix(), "y/a.mp4", "z/x/a.mp4"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse file names that are not Unicode")
-def test_a_name_that_is_not_unicode_can_be_written_down(here: Path) -> None:
+def test_a_name_that_is_not_unicode_can_be_written_to_a_file(here: Path) -> None:
     Path("clips").mkdir()
     Path(os.fsdecode(b"clips/\xff\xc3\xa9.mp4")).write_bytes(b"")
     (clip,) = expand(["clips"])
@@ -114,14 +114,14 @@ def test_a_name_that_is_not_unicode_can_be_written_down(here: Path) -> None:
 
 
 @given(st.lists(st.integers(0, 10**6), unique=True))
-def test_natural_order_is_the_order_of_the_numbers(numbers: list[int]) -> None:
+def test_natural_order_sorts_by_number(numbers: list[int]) -> None:
     assert sorted((f"clip{n}.mp4" for n in numbers), key=_natural) == [f"clip{n}.mp4" for n in sorted(numbers)]
 
 
 # --- globs -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_glob_that_no_shell_expanded(here: Path) -> None:
+def test_globs_are_expanded(here: Path) -> None:
     touch("clips/a10.mp4", "clips/a9.mp4", "clips/deep/b.mp4", "clips/c.txt", "clips/d.bin")
     assert names(expand(["clips/*.mp4"])) == ["clips/a9.mp4", "clips/a10.mp4"]
     assert names(expand(["clips/**/*.mp4"])) == ["clips/a9.mp4", "clips/a10.mp4", "clips/deep/b.mp4"]
@@ -145,7 +145,7 @@ def test_a_glob_that_no_shell_expanded(here: Path) -> None:
         ("list.txt", "a.mp4\r\n\r\n sub/b.mp4"),
     ],
 )
-def test_lists_in_text(here: Path, file: str, text: str) -> None:
+def test_text_lists(here: Path, file: str, text: str) -> None:
     Path("lists").mkdir()
     Path("lists", file).write_bytes(text.encode())
     clips = expand([f"lists/{file}"])
@@ -153,18 +153,18 @@ def test_lists_in_text(here: Path, file: str, text: str) -> None:
     assert [clip.path for clip in clips] == [Path("lists/a.mp4"), Path("lists/sub/b.mp4")]
 
 
-def test_lists_in_parquet(here: Path) -> None:
+def test_parquet_lists(here: Path) -> None:
     table = pyarrow.table({"mos": [1.0, 2.0], "Name": ["a.mp4", "b.mp4"]})
     pyarrow.parquet.write_table(table, "list.parquet")
     assert expand(["list.parquet"])[1] == Clip(Path("b.mp4"), "b.mp4", "list.parquet:2")
 
 
-def test_the_first_known_column_wins_whatever_the_order(here: Path) -> None:
+def test_the_preferred_path_column_is_used_whatever_the_column_order(here: Path) -> None:
     Path("list.csv").write_text("name,path,video\nn.mp4,p.mp4,v.mp4\n")
     assert names(expand(["list.csv"])) == ["v.mp4"]
 
 
-def test_entries_stay_when_their_files_are_missing(here: Path) -> None:
+def test_list_entries_with_missing_files_are_included(here: Path) -> None:
     touch("there.mp4")
     Path("list.csv").write_text("clip\nmissing.mp4\nthere.mp4\n")
     assert [(clip.name, clip.origin, clip.path.exists()) for clip in expand(["list.csv"])] == [
@@ -173,7 +173,7 @@ def test_entries_stay_when_their_files_are_missing(here: Path) -> None:
     ]
 
 
-def test_root_is_where_the_entries_of_lists_are(here: Path) -> None:
+def test_list_entries_are_relative_to_root(here: Path) -> None:
     touch("data/a.mp4")
     Path("list.csv").write_text(f"clip\na.mp4\n{here}/b.mp4\n")
     assert [clip.path for clip in expand(["list.csv"], root=Path("data"))] == [Path("data/a.mp4"), here / "b.mp4"]
@@ -200,7 +200,7 @@ def test_the_published_lists_of_thqa(shared_dir: Path) -> None:
         assert all(clip.name.endswith(".mp4") for clip in clips)
 
 
-def test_a_missing_video_that_is_named_outright_is_a_clip(here: Path) -> None:
+def test_a_missing_video_given_by_name_is_a_clip(here: Path) -> None:
     touch("there.mp4")
     assert expand(["gone.MP4", "there.mp4"]) == [
         Clip(Path("gone.MP4"), "gone.MP4", "argument"),
@@ -211,7 +211,7 @@ def test_a_missing_video_that_is_named_outright_is_a_clip(here: Path) -> None:
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
-def test_inputs_that_stand_for_nothing(here: Path) -> None:
+def test_inputs_that_match_no_clip_are_errors(here: Path) -> None:
     touch("notes/readme.md")
     assert "no clips were given" in refusal()
     assert "'gone' does not exist" in refusal("gone")
@@ -242,12 +242,12 @@ def test_inputs_that_stand_for_nothing(here: Path) -> None:
         ("l.txt", b"\n \n", "l.txt lists no clips"),
     ],
 )
-def test_lists_that_cannot_be_understood(here: Path, file: str, content: bytes, expected: str) -> None:
+def test_invalid_lists_are_errors(here: Path, file: str, content: bytes, expected: str) -> None:
     Path(file).write_bytes(content)
     assert expected in refusal(file)
 
 
-def test_parquet_lists_without_a_path(here: Path) -> None:
+def test_parquet_lists_without_a_path_column_are_errors(here: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"clip": ["a.mp4", None]}), "l.parquet")
     assert "l.parquet:2: expected the path of a clip, received None" in refusal("l.parquet")
     pyarrow.parquet.write_table(pyarrow.table({"mos": [1.0]}), "l.parquet")
@@ -266,7 +266,7 @@ def test_content_id_is_the_hash_of_the_bytes(here: Path) -> None:
     assert content_id(Path("a.mp4")) == content_id(Path("b.mp4")) != content_id(Path("c.mp4"))
 
 
-def test_content_id_of_what_is_no_file(here: Path) -> None:
+def test_content_id_of_something_that_is_not_a_file_is_an_error(here: Path) -> None:
     touch("file.mp4")
     for missing in ("gone.mp4", "file.mp4/inside.mp4"):
         with pytest.raises(ClipNotFound, match=r"mp4 does not exist"):
@@ -277,7 +277,7 @@ def test_content_id_of_what_is_no_file(here: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 @pytest.mark.timeout(20)
-def test_content_id_never_waits_for_a_pipe(here: Path) -> None:
+def test_content_id_does_not_block_on_a_pipe(here: Path) -> None:
     os.mkfifo("pipe.mp4")
     with pytest.raises(ClipUnreadable, match=r"pipe\.mp4 is not a regular file"):
         content_id(Path("pipe.mp4"))
@@ -290,7 +290,7 @@ def test_content_id_never_waits_for_a_pipe(here: Path) -> None:
 # --- the module ------------------------------------------------------------------------------------------------------
 
 
-def test_importing_it_loads_nothing_heavy() -> None:
+def test_importing_the_module_loads_no_heavy_libraries() -> None:
     code = "import json, sys, lmm_qa.manifest; print(json.dumps(sorted(sys.modules)))"
     loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
     assert "lmm_qa.manifest" in loaded

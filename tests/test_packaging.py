@@ -112,6 +112,7 @@ def test_an_editable_install_finds_the_files_of_the_repository(tmp_path: Path) -
     assert places["lmm_qa.config_files"] == ROOT / "configs"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not any(EMBEDDED.rglob("*.safetensors")), reason=f"no embedded model at {EMBEDDED}")
 def test_an_installed_wheel_rates_a_clip_from_anywhere(installed: Path, tmp_path: Path) -> None:
     clip = installed / "lmm_qa" / "samples" / "astronaut_clean.mp4"

@@ -9,8 +9,6 @@ import hashlib
 import json
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -22,7 +20,7 @@ import pytest
 import torch
 from backbones import FAMILIES, add_adapter, conversation_inputs
 from clips import write_clip
-from paths import EMBEDDED, ROOT, SAMPLES
+from paths import EMBEDDED, SAMPLES
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.video_utils import VideoMetadata
 
@@ -320,50 +318,6 @@ def assert_peft_alone_agrees(adapter: Path, base: str, rater: Rater, clip: Path)
 def test_peft_alone_gives_the_same_logits(adapter_dir: Path, model_dir: Path, good: list[Path]) -> None:
     rater = Rater.from_pretrained(adapter_dir, sampling=Sampling(frames=4), views=VIEWS, **SMALL)
     assert_peft_alone_agrees(adapter_dir, str(model_dir), rater, good[0])
-
-
-# --- identity --------------------------------------------------------------------------------------------------------
-
-
-def test_the_identity_depends_on_model_and_settings(model_dir: Path, adapter_dir: Path, rater: Rater) -> None:
-    def identity(model: Path = model_dir, **options: Any) -> str:
-        return plan_rater(model, **SMALL | options).rater_id
-
-    changed = [
-        identity(),
-        identity(adapter_dir),
-        identity(prompt="qalign"),
-        identity(scale=(0, 5)),
-        identity(sampling=Sampling(frames=4)),
-        identity(sampling=Sampling(strategy="pairs")),
-        identity(views=VIEWS),
-        identity(views=VIEWS[::-1]),
-        identity(dtype="bfloat16"),
-        identity(quantization="8bit"),
-    ]
-    assert len(set(changed)) == len(changed)
-    same = [
-        identity(),
-        identity(prompt="talking_head"),
-        identity(prompt=ROOT / "prompts" / "talking_head.yaml"),
-        identity(scale=(1.0, 5.0)),
-        identity(sampling=Sampling.from_text("uniform:8")),
-        identity(views=[View.from_text("whole:448")]),
-    ]
-    assert set(same) == {changed[0]}
-    assert rater.rater_id == identity(sampling=Sampling(frames=4), views=VIEWS)
-
-
-def test_a_plan_is_identified_without_loading_heavy_libraries(model_dir: Path) -> None:
-    """So that a run that has nothing to do ends quickly."""
-    script = """
-import sys
-from lmm_qa.model.rater_plan import plan_rater
-plan_rater(sys.argv[1], device="cpu").rater_id
-print(*sorted({"transformers", "peft", "scipy", "torchvision"} & sys.modules.keys()))
-"""
-    done = subprocess.run([sys.executable, "-c", script, model_dir], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
 
 
 # --- calibration ---------------------------------------------------------------------------------------------------

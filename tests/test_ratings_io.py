@@ -83,7 +83,7 @@ def refusal(path: Path, clips: tuple[str, ...] = ("a.mp4",)) -> str:
 
 
 @FORMS
-def test_a_run_leaves_one_row_a_clip_in_the_order_of_the_run(tmp_path: Path, form: str) -> None:
+def test_the_output_has_one_row_per_clip_in_input_order(tmp_path: Path, form: str) -> None:
     path = tmp_path / "deep" / f"r{form}"
     rows = [rating("b.mp4"), failure("gone.mp4"), rating("a.mp4")]
     with RatingsWriter(path, ["b.mp4", "gone.mp4", "a.mp4"], "tiny-1") as sink:
@@ -94,7 +94,7 @@ def test_a_run_leaves_one_row_a_clip_in_the_order_of_the_run(tmp_path: Path, for
 
 
 @FORMS
-def test_a_finished_run_repeated_does_nothing(tmp_path: Path, form: str) -> None:
+def test_repeating_a_finished_run_does_nothing(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"r{form}"
     rows = [rating("a.mp4"), rating("b.mp4", score=0.5)]
     assert run(path, rows)[1] == ["a.mp4", "b.mp4"]
@@ -104,7 +104,7 @@ def test_a_finished_run_repeated_does_nothing(tmp_path: Path, form: str) -> None
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_what_a_run_can_resume(tmp_path: Path) -> None:
+def test_which_rows_can_be_resumed(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     for rows, resumes in (([failure("a.mp4", "A")], False), ([rating("a.mp4", "A")], False), ([rating("b.mp4")], True)):
         with RatingsWriter(path, [row["clip"] for row in rows], "tiny-1") as sink:
@@ -114,7 +114,7 @@ def test_what_a_run_can_resume(tmp_path: Path) -> None:
 
 
 @FORMS
-def test_failures_are_tried_again(tmp_path: Path, form: str) -> None:
+def test_failed_clips_are_rated_again(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"r{form}"
     run(path, [failure("a.mp4", "A"), rating("b.mp4"), failure("c.mp4", "C")])
     again = [rating("a.mp4", "A"), rating("b.mp4"), failure("c.mp4", "C", "still broken")]
@@ -123,7 +123,7 @@ def test_failures_are_tried_again(tmp_path: Path, form: str) -> None:
 
 
 @FORMS
-def test_profiles_made_by_something_else_are_made_again(tmp_path: Path, form: str) -> None:
+def test_profiles_of_another_classifier_are_computed_again(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"r{form}"
 
     def reusable(needs: tuple[str, ...], profile_id: str | None) -> bool:
@@ -143,7 +143,7 @@ def test_profiles_made_by_something_else_are_made_again(tmp_path: Path, form: st
 
 
 @FORMS
-def test_the_same_content_under_another_name_is_known(tmp_path: Path, form: str) -> None:
+def test_a_renamed_clip_is_not_rated_again(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"r{form}"
     run(path, [rating("a.mp4", "A", 1.5), rating("old.mp4", "B", 2.5)])
     sink, rated = run(path, [rating("clips/a.mp4", "A"), rating("copy.mp4", "A"), rating("old.mp4", "B")])
@@ -156,7 +156,7 @@ def test_the_same_content_under_another_name_is_known(tmp_path: Path, form: str)
 
 
 @FORMS
-def test_new_content_under_a_known_name_is_rated_anew(tmp_path: Path, form: str) -> None:
+def test_a_clip_with_changed_content_is_rated_again(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"r{form}"
     run(path, [rating("a.mp4", "old", 1.0), rating("b.mp4")])
     assert run(path, [rating("a.mp4", "new", 4.0), rating("b.mp4")])[1] == ["a.mp4"]
@@ -164,7 +164,7 @@ def test_new_content_under_a_known_name_is_rated_anew(tmp_path: Path, form: str)
 
 
 @FORMS
-def test_clips_that_a_later_run_does_not_ask_for_stay(tmp_path: Path, form: str) -> None:
+def test_rows_of_clips_outside_a_later_run_are_preserved(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"r{form}"
     run(path, [rating("a.mp4"), failure("lost.mp4"), rating("b.mp4")])
     run(path, [rating("c.mp4"), rating("b.mp4")])
@@ -172,7 +172,7 @@ def test_clips_that_a_later_run_does_not_ask_for_stay(tmp_path: Path, form: str)
 
 
 @FORMS
-def test_overwrite_begins_anew(tmp_path: Path, form: str) -> None:
+def test_overwrite_discards_earlier_rows(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"r{form}"
     run(path, [rating("a.mp4", score=1.0), rating("b.mp4")])
     journal(path).write_text("leftovers\n")
@@ -181,7 +181,7 @@ def test_overwrite_begins_anew(tmp_path: Path, form: str) -> None:
 
 
 @FORMS
-def test_overwrite_leaves_the_file_alone_until_there_is_a_row(tmp_path: Path, form: str) -> None:
+def test_overwrite_does_not_touch_the_file_before_the_first_row(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"r{form}"
     path.write_text("mine")
     with pytest.raises(KeyboardInterrupt), RatingsWriter(path, ["a.mp4"], "tiny-1", overwrite=True):
@@ -189,7 +189,7 @@ def test_overwrite_leaves_the_file_alone_until_there_is_a_row(tmp_path: Path, fo
     assert path.read_text() == "mine"
 
 
-def test_a_run_that_forgets_a_clip_says_so(tmp_path: Path) -> None:
+def test_a_run_that_leaves_out_a_clip_is_an_error(tmp_path: Path) -> None:
     with (
         pytest.raises(ResultsError, match=r"1 clips of the run have no row, the first is b\.mp4"),
         RatingsWriter(tmp_path / "r.csv", ["a.mp4", "b.mp4"], "tiny-1") as sink,
@@ -226,7 +226,7 @@ def test_a_rewritten_file_keeps_its_permissions(tmp_path: Path) -> None:
 
 
 @FORMS
-def test_an_interrupted_run_goes_on(tmp_path: Path, form: str) -> None:
+def test_an_interrupted_run_is_resumed(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"r{form}"
     rows = [rating("a.mp4"), rating("b.mp4"), failure("c.mp4", "C"), rating("d.mp4")]
     with pytest.raises(KeyboardInterrupt), RatingsWriter(path, [row["clip"] for row in rows], "tiny-1") as sink:
@@ -240,7 +240,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, form: str) -> None:
 
 @FORMS
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system has no kill -9")
-def test_kill_9_loses_no_row_that_was_written(tmp_path: Path, form: str) -> None:
+def test_sigkill_loses_no_written_row(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"r{form}"
     code = f"""
 import sys, time
@@ -262,7 +262,7 @@ with RatingsWriter(Path({str(path)!r}), [f"{{n}}.mp4" for n in range(9)], "tiny-
 
 
 @FORMS
-def test_a_row_cut_short_is_dropped_and_written_again(tmp_path: Path, form: str) -> None:
+def test_a_truncated_last_row_is_dropped_and_written_again(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"r{form}"
     growing = path if form == ".jsonl" else journal(path)
     rows = [rating("a.mp4"), rating("é.mp4")]
@@ -275,14 +275,14 @@ def test_a_row_cut_short_is_dropped_and_written_again(tmp_path: Path, form: str)
         assert read_ratings(path) == rows
 
 
-def test_a_whole_last_row_without_a_newline_counts(tmp_path: Path) -> None:
+def test_a_complete_last_row_without_a_newline_is_read(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps(rating("a.mp4")))
     assert run(path, [rating("a.mp4"), rating("b.mp4")])[1] == ["b.mp4"]
     assert read_ratings(path) == [rating("a.mp4"), rating("b.mp4")]
 
 
-def test_after_a_kill_the_later_row_of_a_clip_counts(tmp_path: Path) -> None:
+def test_the_later_of_two_rows_of_a_clip_is_used(tmp_path: Path) -> None:
     rows = [failure("a.mp4", "A"), rating("b.mp4"), rating("a.mp4", "A"), rating("a.mp4", "A", rater="other")]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert read_ratings(tmp_path / "r.jsonl") == [rows[2], rows[1], rows[3]]
@@ -296,7 +296,7 @@ def test_a_row_broken_in_the_middle_is_an_error(tmp_path: Path) -> None:
     assert "r.jsonl:2: expected a JSON object" in refusal(path)
 
 
-def test_an_unfinished_table_is_named_when_it_is_read(tmp_path: Path) -> None:
+def test_reading_an_unfinished_table_is_an_error_that_names_its_journal(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), RatingsWriter(tmp_path / "r.csv", ["a.mp4"], "tiny-1") as sink:
         sink.write(rating("a.mp4"))
         raise KeyboardInterrupt
@@ -330,7 +330,7 @@ def test_other_suffixes_are_refused(tmp_path: Path, name: str) -> None:
         ("r.parquet", "PAR1"),
     ],
 )
-def test_a_file_that_is_none_of_ours_is_never_touched(tmp_path: Path, name: str, text: str) -> None:
+def test_a_file_that_holds_no_ratings_is_never_changed(tmp_path: Path, name: str, text: str) -> None:
     path = tmp_path / name
     path.write_bytes(text.encode("latin-1"))
     message = refusal(path)
@@ -341,20 +341,20 @@ def test_a_file_that_is_none_of_ours_is_never_touched(tmp_path: Path, name: str,
 
 
 @FORMS
-def test_an_empty_file_is_no_obstacle(tmp_path: Path, form: str) -> None:
+def test_an_empty_file_can_be_written_to(tmp_path: Path, form: str) -> None:
     (tmp_path / f"r{form}").touch()
     run(tmp_path / f"r{form}", [rating("a.mp4")])
     assert read_ratings(tmp_path / f"r{form}") == [rating("a.mp4")]
 
 
 @FORMS
-def test_raters_are_not_mixed(tmp_path: Path, form: str) -> None:
+def test_rows_of_another_rater_are_refused(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"r{form}"
     write_rows(path, [rating("a.mp4", rater="other-7")])
     assert "contains ratings of another rater or calibration (other-7; this one is tiny-1)" in refusal(path)
 
 
-def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "folder.csv").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "device.csv").symlink_to(os.devnull)
@@ -367,7 +367,7 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
             pass
 
 
-def test_a_row_that_is_no_json_is_refused(tmp_path: Path) -> None:
+def test_a_row_that_is_not_json_is_refused(tmp_path: Path) -> None:
     with RatingsWriter(tmp_path / "r.jsonl", ["a.mp4"], "tiny-1") as sink:
         for value in (math.nan, math.inf, object()):
             with pytest.raises(ResultsError, match=r"row of 'a\.mp4' cannot be written as JSON"):
@@ -378,7 +378,7 @@ def test_a_row_that_is_no_json_is_refused(tmp_path: Path) -> None:
 
 @FORMS
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
-def test_a_disk_that_fills_up_leaves_earlier_rows_whole(tmp_path: Path, form: str) -> None:
+def test_a_full_disk_leaves_earlier_rows_intact(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"r{form}"
     code = f"""
 import resource, sys
@@ -411,7 +411,7 @@ def test_two_runs_cannot_write_one_file(tmp_path: Path) -> None:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_table_is_flat_with_the_parts_of_a_dict_together(tmp_path: Path) -> None:
+def test_nested_values_become_adjacent_table_columns(tmp_path: Path) -> None:
     rows = [rating("a.mp4"), failure("b.mp4")]
     for form in (".csv", ".parquet"):
         write_rows(tmp_path / f"r{form}", rows)
@@ -435,7 +435,7 @@ def test_types_in_parquet_are_native(tmp_path: Path) -> None:
     assert types["adapter"] == types["level"] == "string"
 
 
-def test_a_column_that_fits_no_table_is_an_error(tmp_path: Path) -> None:
+def test_a_column_that_no_table_can_hold_is_an_error(tmp_path: Path) -> None:
     mixed = [rating("a.mp4") | {"prompt": 7}, rating("b.mp4")]
     with pytest.raises(ResultsError, match="column 'prompt' fits no Parquet type"):
         write_rows(tmp_path / "r.parquet", mixed)
@@ -470,13 +470,13 @@ def any_rating(draw: st.DrawFn) -> Row:
 @FORMS
 @given(rows=st.lists(any_rating(), min_size=1, max_size=4, unique_by=lambda row: row["clip"]))
 @settings(max_examples=150, deadline=None)
-def test_rows_come_back_as_they_were(tmp_path_factory: pytest.TempPathFactory, form: str, rows: list[Row]) -> None:
+def test_rows_survive_a_round_trip(tmp_path_factory: pytest.TempPathFactory, form: str, rows: list[Row]) -> None:
     path = tmp_path_factory.getbasetemp() / f"round-trip{form}"
     write_rows(path, copy.deepcopy(rows))
     assert read_ratings(path) == rows
 
 
-def test_text_that_utf8_cannot_hold(tmp_path: Path) -> None:
+def test_text_that_utf8_cannot_encode(tmp_path: Path) -> None:
     row = failure("a.mp4", "A", "caf\udce9 is missing")
     for form, expected in ((".jsonl", "caf\udce9 is missing"), (".csv", "caf\udce9 is missing")):
         write_rows(tmp_path / f"r{form}", [row])
@@ -529,12 +529,12 @@ def test_the_table_is_cut_at_its_limit() -> None:
     assert "... and 3 more clips, 1 of which failed" in text
 
 
-def test_the_table_of_nothing_and_of_failures_alone() -> None:
+def test_the_table_without_rows_and_with_failures_only() -> None:
     assert "score" in printed([])
     assert "ClipTruncated" in printed([failure("b.mp4")])
 
 
-def test_the_table_on_a_terminal_that_knows_ascii_only() -> None:
+def test_the_table_on_an_ascii_terminal() -> None:
     assert ". : : -" in printed([rating("a.mp4")], encoding="ascii")
 
 
@@ -545,7 +545,7 @@ def test_failures_are_red() -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
-def test_rows_on_a_stream_can_be_read_whatever_its_encoding(encoding: str) -> None:
+def test_streamed_rows_are_readable_in_any_encoding(encoding: str) -> None:
     buffer = io.BytesIO()
     rows: list[dict[str, Any]] = [rating("é→.mp4"), failure("a\nb.mp4", "A", "caf\udce9")]
     stream = io.TextIOWrapper(buffer, encoding=encoding)
@@ -554,7 +554,7 @@ def test_rows_on_a_stream_can_be_read_whatever_its_encoding(encoding: str) -> No
     assert [json.loads(line) for line in buffer.getvalue().decode(encoding).splitlines()] == rows
 
 
-def test_importing_it_loads_nothing_heavy() -> None:
+def test_importing_the_module_loads_no_heavy_libraries() -> None:
     code = "import json, sys, lmm_qa.ratings_io; print(json.dumps(sorted(sys.modules)))"
     loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
     assert "lmm_qa.ratings_io" in loaded

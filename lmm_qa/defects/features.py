@@ -1,7 +1,7 @@
 """Measured features of a clip: some 500 numbers, from which `lmm_qa.defects.classifier` estimates the defects.
 
 They are measured at native resolution: on six pairs of neighbouring frames, and on all frames. Most are
-logarithms. Where possible one part of a clip is compared with another, because clips differ by more than their defects.
+logarithms. Where possible, parts of a clip are compared with each other: clips differ in more than their defects.
 
 | features | what they measure |
 | --- | --- |

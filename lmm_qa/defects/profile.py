@@ -22,7 +22,7 @@ AnswerSource = Literal["adapter", "base"]
 
 @dataclass(frozen=True)
 class Profile:
-    """What is wrong with a clip."""
+    """The defects of a clip."""
 
     defects: dict[str, float | None]
     """Probability of each defect, in the order of `lmm_qa.defects.vocabulary.DEFECTS`; None: not judged."""

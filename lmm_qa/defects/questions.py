@@ -1,4 +1,4 @@
-"""Closed questions about defects. Each is a `Prompt` with the two levels no and yes, so that it is read like a rating.
+"""Closed questions about defects: each is a `Prompt` with the two levels no and yes, and is read like a rating.
 
 The wording is in `prompts/defects.yaml`.
 """

@@ -586,14 +586,14 @@ def _waves(
     """A smooth random field of displacements that sways with time; (rows + 1, columns + 1, 2), about -1 to 1."""
     waves = 4
     angle, turn = rng.uniform(0, 2 * np.pi, waves), rng.uniform(0, 2 * np.pi, waves)
-    many, pace = np.pi * rng.uniform(*cycles, waves), 2 * np.pi * rng.uniform(*hertz, waves)
+    frequency, pace = np.pi * rng.uniform(*cycles, waves), 2 * np.pi * rng.uniform(*hertz, waves)
     push = rng.normal(size=(waves, 2))
     push /= np.linalg.norm(push, axis=1, keepdims=True)
 
     def field(rows: int, columns: int, seconds: float) -> NDArray[np.float64]:
         x, y = _grid(rows, columns)
         along = x[..., None] * np.cos(angle) + y[..., None] * np.sin(angle)
-        return np.asarray(np.sin(many * along + turn + pace * seconds) @ push / 2)
+        return np.asarray(np.sin(frequency * along + turn + pace * seconds) @ push / 2)
 
     return field
 

@@ -46,7 +46,7 @@ SRCC_WITHIN = "srcc_within"
 """Mean over groups of clips of the SRCC within each."""
 
 MIN_CLIPS = 5
-"""A fit of four parameters needs more clips than four."""
+"""A fit of four parameters needs at least five clips."""
 EQUAL = 1e-13
 """Values whose relative difference is below this are equal up to rounding."""
 CHUNK = 1 << 22

@@ -5,7 +5,7 @@ Every file name follows one of three patterns:
     class  example                                              made by
     2d     14_dalle3_common_voice_en_35729059_audio2head.mp4    a generator, from a portrait of a text-to-image model
     v1     8_voice_en_34939394_wavlip.mp4                       a generator, from a portrait (the first THQA set)
-    3d     7889059_SEN_the_small_boy_..._video_lead_1.mp4       a 3D scan of an actor who speaks, then distorted
+    3d     7889059_SEN_the_small_boy_..._video_lead_1.mp4       a 3D scan of a speaking actor, then distorted
 
 `pid` is the number of the prompt (2d), portrait (v1) or scan (3d); the numbers of different classes are unrelated. MOS
 range from 0 to 5.
@@ -78,7 +78,7 @@ class ThqaName:
                 level = parts.pop("level", None)
                 return cls(clip_class, int(parts.pop("pid")), level=None if level is None else float(level), **parts)
         raise ManifestError(
-            f"{name!r} is no file name of THQA-NTIRE, such as 14_dalle3_common_voice_en_35729059_audio2head.mp4"
+            f"{name!r} is not a file name of THQA-NTIRE, such as 14_dalle3_common_voice_en_35729059_audio2head.mp4"
         )
 
     @property

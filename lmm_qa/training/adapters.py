@@ -1,4 +1,4 @@
-"""Which weights are trained: adapters are added or weights unfrozen, everything else is frozen."""
+"""Select the weights that are trained: add adapters or unfreeze weights, and freeze everything else."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class ClipInfo:
     """Properties of a clip, as displayed."""
 
     frames: int
-    """Frames that are shown. (`probe` counts packets: a few too many in VP8, where some show nothing.)"""
+    """Displayed frames. (`probe` counts packets: a few too many in VP8, where some are not displayed.)"""
     declared_frames: int
     """Frames that the container declares, including those hidden by an edit list; 0 if it declares none."""
     fps: float
@@ -244,7 +244,7 @@ def _declared_frames(container: InputContainer, stream: VideoStream) -> int:
 
 
 def _frames_by_duration(container: InputContainer, stream: VideoStream) -> int:
-    """Estimate the frames of the declared duration, to tell how much of a damaged clip is missing."""
+    """Estimate the frames of the declared duration, to estimate how much of a damaged clip is missing."""
     return round(float(stream.average_rate or 0) * (container.duration or 0) / 1_000_000)
 
 

@@ -77,7 +77,7 @@ def test_other_datasets_have_no_classes_and_no_prior() -> None:
     labels = [Label(f"{number}.mp4", label.mos, number) for number, label in enumerate(thqa_labels())]
     found = evaluate(ratings(labels), labels, resamples=20)
     assert (found.by_class, found.by_generator, set(found.metrics)) == ({}, {}, set(METRICS))
-    with pytest.raises(ManifestError, match=r"'0.mp4' is no file name of THQA-NTIRE"):
+    with pytest.raises(ManifestError, match=r"'0.mp4' is not a file name of THQA-NTIRE"):
         evaluate(ratings(labels), labels, prior=thqa_labels(), resamples=20)
 
 

@@ -443,7 +443,10 @@ def test_labels_of_other_clips_are_refused(tmp_path: Path) -> None:
         ({**rating("a.mp4"), "score": "high"}, r"score: .*received 'high'"),
         (rating("a.mp4", interval=[1.0]), r"interval.1: Field required"),
         (rating("a.mp4", found=[{"defect": "blur", "probability": 7}]), r"found.0.probability: .*received 7"),
-        (rating("a.mp4", timeline={"seconds": [1, 2], "scores": [3]}), "expected one score per window, received 1 for 2 windows"),
+        (
+            rating("a.mp4", timeline={"seconds": [1, 2], "scores": [3]}),
+            "expected one score per window, received 1 for 2 windows",
+        ),
     ],
 )
 def test_invalid_rows_are_refused(row: Row, message: str, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_groups_and_categories() -> None:
 )
 def test_names_of_other_datasets_are_refused(name: str) -> None:
     assert try_parse(name) is None
-    with pytest.raises(ManifestError, match="is no file name of THQA-NTIRE"):
+    with pytest.raises(ManifestError, match="is not a file name of THQA-NTIRE"):
         ThqaName.parse(name)
 
 
@@ -76,7 +76,7 @@ def test_prior_means_are_shrunk_towards_the_coarser_category() -> None:
 
 
 def test_the_prior_needs_thqa_names_and_labels() -> None:
-    with pytest.raises(ManifestError, match=r"'clip.mp4' is no file name of THQA-NTIRE"):
+    with pytest.raises(ManifestError, match=r"'clip.mp4' is not a file name of THQA-NTIRE"):
         NamePrior.fit(["clip.mp4"], [3.0])
     with pytest.raises(ScoresError, match="needs labelled clips, received none"):
         NamePrior.fit([], [])

@@ -50,6 +50,7 @@ def test_the_reference_gets_the_same_pixels(rater: Rater) -> None:
         assert np.abs(picture.astype(int) - other).max() <= 3  # decord's pixels
 
 
+@pytest.mark.slow
 def test_every_path_rates_every_clip(rater: Rater, monkeypatch: pytest.MonkeyPatch) -> None:
     import bench_rating
 

@@ -30,6 +30,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     return kill_and_resume
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_without_loss(script: Any, tmp_path: Path) -> None:
     first, *kills, last = script.kill_repeatedly(tmp_path, kills=1, clips=8, seed=0)
     assert first.startswith("undisturbed: 8 clips")
