@@ -95,17 +95,17 @@ def load_adapter(model: Any, adapter: Path) -> Any:
         ModelError: tensors are missing, unexpected or of another shape.
         Exception: PEFT refuses the adapter.
     """
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import PeftConfig, PeftType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     file = adapter / ADAPTER_WEIGHTS
     if not file.is_file():
-        raise ModelError(f"the adapter {adapter} has no {ADAPTER_WEIGHTS}: copy it there, or save the adapter again")
+        raise FileNotFoundError(f"it has no {ADAPTER_WEIGHTS}: copy it there, or save the adapter again")
     tensors = load_file(file)
     config: Any = PeftConfig.from_pretrained(str(adapter))
-    if config.is_prompt_learning:
+    if config.peft_type == PeftType.PREFIX_TUNING:
         raise ModelError(
-            f"the adapter {adapter} is of the kind {config.peft_type.value}, which adds virtual tokens to the prompt: "
-            "lmm-qa supports adapters that change weights, such as LoRA"
+            f"the adapter {adapter} is of the kind {config.peft_type.value}, which does not work with videos: use one "
+            "that changes weights, such as LoRA"
         )
     config.inference_mode = True
     config.base_model_name_or_path = model.name_or_path  # a rater's adapter is loaded from where rater.json says
@@ -121,10 +121,13 @@ def load_adapter(model: Any, adapter: Path) -> Any:
             for name, tensor in tensors.items()
             if name in needed and tensor.shape != needed[name].shape
         ]
-        loaded: Any = None if shapes else set_peft_model_state_dict(wrapped, tensors)
-    unexpected = loaded.unexpected_keys if loaded else []
+        missing, unexpected = needed.keys() - tensors.keys(), tensors.keys() - needed.keys()
+        if not shapes and not missing:
+            loaded: Any = set_peft_model_state_dict(wrapped, tensors)
+            # Embeddings can be stored with an adapter. PEFT adds its name for an adapter, "default", to some names.
+            unexpected &= {re.sub(r"\.default(?=\.|$)", "", name) for name in loaded.unexpected_keys}
     advice = "Use the base model and the adapter_config.json that it was trained with"
-    check_loaded(f"the adapter {adapter}", needed.keys() - tensors.keys(), unexpected, shapes, advice)
+    check_loaded(f"the adapter {adapter}", missing, unexpected, shapes, advice)
     return wrapped
 
 
