@@ -44,7 +44,7 @@ TOLERANCE = 1e-4
 SMALL: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
 VIEWS = (View(max_pixels=112 * 112), View(kind="crop", size=56))
 
-# PEFT 0.21 asks transformers 5.23 by a name that it has given up.
+# PEFT 0.21 reads an attribute that transformers 5.23 has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 needs_embedded = pytest.mark.skipif(

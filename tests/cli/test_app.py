@@ -105,7 +105,7 @@ def add_broken(folder: Path) -> dict[str, str]:
 # --- in a process of its own -----------------------------------------------------------------------------------------
 
 
-# PEFT 0.21 asks transformers 5.23 by a name that it has given up.
+# PEFT 0.21 reads an attribute that transformers 5.23 has deprecated.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_a_pipe_gets_one_json_line_per_clip(folder: Path, model: Path) -> None:
     adapter = add_adapter(model, folder / "adapter")

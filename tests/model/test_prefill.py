@@ -167,7 +167,7 @@ def test_answers_that_are_not_finite_are_an_error(family_dir: Callable[[str], Pa
         SharedPrefill(backbone, [random_clip(backbone, (2, 2))]).level_logits(QUESTIONS)
 
 
-# PEFT 0.21 asks transformers 5.23 by a name that it has given up.
+# PEFT 0.21 reads an attribute that transformers 5.23 has deprecated.
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("family", QWEN)
 def test_the_adapter_can_be_disabled(

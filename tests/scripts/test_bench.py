@@ -1,6 +1,6 @@
 """python -m pytest tests/scripts/test_bench.py
 
-The scripts that measure: that all paths do the work that they stand for, not how long it takes.
+The benchmarks: whether each measured path does its work, not how long it takes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CLIPS = [SAMPLES / "astronaut_clean.mp4", SAMPLES / "astronaut_blur_strong.mp4",
 
 pytestmark = [
     pytest.mark.skipif(not any(EMBEDDED.glob("*.safetensors")), reason=f"no embedded model at {EMBEDDED}"),
-    # PEFT 0.21 asks transformers 5.23 by a name that it has given up.
+    # PEFT 0.21 reads an attribute that transformers 5.23 has deprecated.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 

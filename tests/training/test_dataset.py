@@ -101,7 +101,7 @@ def as_splits(path: Path) -> None:
         ("odd [name]*.csv", lambda path: as_csv(path, ",")),
     ],
 )
-def test_every_form_gives_the_same(
+def test_all_table_formats_give_the_same_examples(
     tmp_path: Path, name: str, put: Callable[[Path], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
     *split, name = name.split(":")
@@ -119,7 +119,7 @@ def test_every_form_gives_the_same(
     assert capfd.readouterr() == ("", ""), "the library is quiet"
 
 
-def test_reading_leaves_nothing_behind_and_the_library_as_it_was(
+def test_reading_leaves_no_files_and_no_changed_settings_of_datasets(
     write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -138,7 +138,7 @@ def test_reading_leaves_nothing_behind_and_the_library_as_it_was(
     assert read(tmp_path, "t.csv")[0].mos == 4, "a table that was changed is read again"
 
 
-def test_numbers_that_a_gap_made_fractional(tmp_path: Path) -> None:
+def test_integers_that_became_floats_because_of_missing_values(tmp_path: Path) -> None:
     rows = [(12.0, 3.0, 7.0), (13.0, 3.0, None), (1.5, 3.0, 7.0)]
     pd.DataFrame(rows, columns=["clip", "mos", "group"]).to_parquet(tmp_path / "t.parquet")
     assert {(e.name, e.group) for e in read(tmp_path, "t.parquet")} == {
@@ -160,7 +160,7 @@ def test_a_hub_layout_with_a_video_column(tmp_path: Path) -> None:
     assert (example.path, example.mos) == (folder / "1.mp4", 3.0)
 
 
-def test_splits_are_named_where_there_are_several(tmp_path: Path) -> None:
+def test_a_data_set_with_several_splits_needs_a_split_name(tmp_path: Path) -> None:
     as_splits(tmp_path / "set")
     assert "set has the splits dev, test: name one (received None)" in complaint(tmp_path, "set")
     assert names(read(tmp_path, {"path": "set", "split": "test"})) == ["NA.mp4"]
@@ -175,7 +175,7 @@ def test_videos_inside_a_table_are_refused(tmp_path: Path) -> None:
     assert "t.parquet contains the videos themselves: write them to files" in complaint(tmp_path, "t.parquet")
 
 
-def test_an_index_column_without_a_name_and_columns_of_one_name(write: Write, tmp_path: Path) -> None:
+def test_unnamed_index_columns_and_duplicate_columns(write: Write, tmp_path: Path) -> None:
     write("t.csv", ",clip , mos,note,note\n0,a.mp4,3,x,y\n")
     assert [(example.name, example.mos) for example in read(tmp_path, "t.csv")] == [("a.mp4", 3.0)]
 
@@ -209,7 +209,7 @@ def test_an_index_column_without_a_name_and_columns_of_one_name(write: Write, tm
         ("clip,mos\na.mp4,3\nb.mp4,3,4\n", "t.csv:3: expected 2 cells, received 3"),
     ],
 )
-def test_tables_that_cannot_be_used(write: Write, tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_tables_are_errors(write: Write, tmp_path: Path, text: str, message: str) -> None:
     write("t.csv", text)
     wanted = {column: name for column, name in (("std", "sd"), ("votes", "n")) if f",{name}\n" in text}
     assert message in complaint(tmp_path, {"path": "t.csv", **wanted})
@@ -251,7 +251,7 @@ def test_defects_and_explanations_are_read(tmp_path: Path, form: str) -> None:
     assert CAUSED and not {"lip_sync", "movement"} & CAUSED, "no damage makes them"
 
 
-def test_a_table_without_these_columns_knows_nothing(write: Write, tmp_path: Path) -> None:
+def test_a_table_without_defect_columns_has_no_defect_labels(write: Write, tmp_path: Path) -> None:
     write("t.csv", "clip,mos,what,why\na.mp4,3,blur,It is fair.\n")
     (example,) = read(tmp_path, "t.csv")
     assert (example.found, example.absent, example.explanation) == (None, (), None)
@@ -274,19 +274,19 @@ def test_a_table_without_these_columns_knows_nothing(write: Write, tmp_path: Pat
         ("[blur]", "the defects of 'b.mp4' are names with ; between them, received '[blur]'"),
     ],
 )
-def test_defects_that_cannot_be(write: Write, tmp_path: Path, cell: str, message: str) -> None:
+def test_invalid_defects_are_errors(write: Write, tmp_path: Path, cell: str, message: str) -> None:
     write("t.csv", f"clip,mos,defects\na.mp4,3,blur\nb.mp4,3,{cell}\n")
     assert message in complaint(tmp_path, "t.csv")
 
 
-def test_the_defects_of_a_rating_are_no_labels(write: Write, tmp_path: Path) -> None:
+def test_defects_of_ratings_are_not_accepted_as_labels(write: Write, tmp_path: Path) -> None:
     write("t.jsonl", '{"clip": "a.mp4", "mos": 3, "defects": {"blur": 0.9}}\n')
     assert "the defects of 'a.mp4' are names with ; between them, received {'blur': 0.9}" in complaint(
         tmp_path, "t.jsonl"
     )
 
 
-def test_all_problems_of_a_table_are_told_together(write: Write, tmp_path: Path) -> None:
+def test_all_problems_of_a_table_are_reported_together(write: Write, tmp_path: Path) -> None:
     rows = "".join(f"{number}.mp4,{9 if number % 2 else 3}\n" for number in range(10))
     write("t.csv", f"clip,mos\n{rows}")
     lines = complaint(tmp_path, "t.csv").splitlines()
@@ -315,7 +315,7 @@ def test_all_problems_of_a_table_are_told_together(write: Write, tmp_path: Path)
         ({"path": "empty"}, "empty: EmptyDatasetError"),
     ],
 )
-def test_tables_that_are_not_there_or_no_tables(
+def test_missing_files_and_files_that_are_not_tables(
     write: Write, tmp_path: Path, table: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     write("t.csv", "clip,mos\na.mp4,3\n")
@@ -339,7 +339,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "hub"
 
 
-def test_a_data_set_of_the_hub(hub: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_data_set_on_the_hub(hub: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = datasets.Dataset.from_list([{"flickr_id": 3339962845, "mos": 3.5}])
     rows.save_to_disk(str(tmp_path / "rows"))
     folder = hub / "some___set" / "default" / "0.0.0" / "c0ffee"  # as the library keeps a download
@@ -356,7 +356,7 @@ def test_a_data_set_of_the_hub(hub: Path, tmp_path: Path, caplog: pytest.LogCapt
 
 
 @pytest.mark.usefixtures("hub")
-def test_the_hub_out_of_reach_is_one_clear_error(tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_one_clear_error(tmp_path: Path) -> None:
     message = complaint(tmp_path, {"path": "nobody/nothing", "revision": "v1"})
     assert message.startswith(
         f"cannot read nobody/nothing from the Hugging Face hub ({tmp_path}/nobody/nothing does not exist): "
@@ -374,7 +374,7 @@ def test_the_hub_out_of_reach_is_one_clear_error(tmp_path: Path) -> None:
         ({"train": [{"path": "t", "scale": [0, 1]}], "validation_share": 0.5, "calibration_share": 0.5}, r"0.5 \+ 0.5"),
     ],
 )
-def test_settings_that_are_refused(values: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Data.parse(values, "data")
 
@@ -407,7 +407,7 @@ def test_konvid(write: Write, tmp_path: Path) -> None:
     assert (found.path, found.mos, found.std) == (tmp_path / "videos/3339962845.mp4", 3.24, 0.64)
 
 
-def test_names_without_a_suffix_that_could_be_two(write: Write, tmp_path: Path) -> None:
+def test_ambiguous_names_without_a_suffix_are_refused(write: Write, tmp_path: Path) -> None:
     write("t.csv", "clip,mos\n7,3\n")
     write("7.mp4", "x")
     write("7.webm", "x")
@@ -437,7 +437,7 @@ def thqa_data(root: Path, **more: Any) -> Data:
     return Data.parse({"root": str(root), "train": [train], "validation": [val], **more}, "data")
 
 
-def test_thqa_and_the_leak_that_its_organisers_left(thqa: Path) -> None:
+def test_thqa_training_clips_that_share_a_group_with_validation_are_excluded(thqa: Path) -> None:
     splits = load(thqa_data(thqa), seed=0)
     train, val = (read_names(thqa / f"thqa_ntire_{part}.csv") for part in ("train", "val"))
     (published,) = find_leaks(train, val)
@@ -460,7 +460,7 @@ def test_thqa_and_the_leak_that_its_organisers_left(thqa: Path) -> None:
     )
 
 
-def test_every_name_of_thqa_resolves(thqa: Path) -> None:
+def test_all_clip_names_of_thqa_are_found(thqa: Path) -> None:
     splits = load(thqa_data(thqa), seed=0)
     examples = splits.train + splits.validation + splits.calibration
     assert len(examples) == 8927 - 55 + 1714
@@ -497,7 +497,7 @@ def names(examples: Sequence[Example]) -> list[str]:
     shares=st.tuples(st.sampled_from([0, 0.004, 0.1, 0.3]), st.sampled_from([0, 0.05, 0.25])),
     seed=st.integers(0, 9),
 )
-def test_no_group_on_two_sides_no_clip_lost(
+def test_groups_are_not_split_and_no_clip_is_lost(
     sizes: list[int], shares: tuple[float, float], seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     root = tmp_path_factory.mktemp("splits")
@@ -524,7 +524,7 @@ def test_splits_depend_on_the_seed_and_not_on_the_order_of_rows(tmp_path: Path) 
     assert len(drawn) == 4
 
 
-def test_shares_are_of_the_clips(tmp_path: Path) -> None:
+def test_shares_refer_to_numbers_of_clips(tmp_path: Path) -> None:
     grouped(tmp_path / "t.csv", [1] * 300 + [10] * 70)
     splits = split(tmp_path, validation_share=0.13, calibration_share=0.07)
     assert (len(splits.train), len(splits.validation), len(splits.calibration)) == (800, 130, 70)
@@ -539,14 +539,14 @@ def test_the_largest_group_can_be_held_out_and_can_be_trained_on(tmp_path: Path)
     assert held == {False, True}
 
 
-def test_too_few_groups_to_split(tmp_path: Path) -> None:
+def test_too_few_groups_are_an_error(tmp_path: Path) -> None:
     grouped(tmp_path / "t.csv", [5, 5])
     with pytest.raises(ManifestError, match=r"10 training clips in 2 groups are too few .* 0.1 .* 0.1 \(calibration\)"):
         split(tmp_path)
     assert len(split(tmp_path, calibration_share=0).validation) == 5
 
 
-def test_clips_of_one_name_in_two_folders_are_two(write: Write, tmp_path: Path) -> None:
+def test_clips_of_the_same_name_in_two_folders_are_different(write: Write, tmp_path: Path) -> None:
     write("t.csv", "clip,mos\n1.mp4,3\n2.mp4,3\n")
     for folder in ("ours", "theirs"):
         (tmp_path / folder).mkdir()
@@ -560,7 +560,7 @@ def test_clips_of_one_name_in_two_folders_are_two(write: Write, tmp_path: Path) 
     assert "row 1: '1.mp4' has a label already, in t.csv, row 1" in again
 
 
-def test_a_person_of_one_name_is_one_in_all_tables(write: Write, tmp_path: Path) -> None:
+def test_equal_group_names_in_several_tables_are_one_group(write: Write, tmp_path: Path) -> None:
     write("t.csv", "clip,mos,group\n1.mp4,3,anna\n2.mp4,3,bert\n")
     write("v.csv", "clip,mos,who\n3.mp4,3,anna\n")
     validation = [{"path": "v.csv", "scale": [1, 5], "group": "who"}]
@@ -569,7 +569,7 @@ def test_a_person_of_one_name_is_one_in_all_tables(write: Write, tmp_path: Path)
     assert [(left.group, left.clips, left.held_out) for left in splits.excluded] == [("anna", ("1.mp4",), 1)]
 
 
-def test_a_clip_on_both_sides_takes_its_group_along(write: Write, tmp_path: Path) -> None:
+def test_a_clip_in_both_splits_excludes_its_group_from_training(write: Write, tmp_path: Path) -> None:
     write("t.csv", "clip,mos,group\n1.mp4,3,anna\n2.mp4,3,anna\n3.mp4,3,bert\n4.mp4,3,\n")
     write("v.csv", "clip,mos\n2.mp4,3\n4.mp4,3\n")
     splits = split(tmp_path, validation=[{"path": "v.csv", "scale": [1, 5]}], calibration_share=0)
@@ -578,7 +578,7 @@ def test_a_clip_on_both_sides_takes_its_group_along(write: Write, tmp_path: Path
 
 
 @pytest.mark.parametrize(("mos", "mapped"), [(0.0, 1.0), (100.0, 5.0), (50.0, 3.0), (57.5, 3.3)])
-def test_another_scale(mos: float, mapped: float) -> None:
+def test_labels_are_mapped_to_another_scale(mos: float, mapped: float) -> None:
     example = Example("a", Path("/a"), mos, 20.0, 7, "g", (0.0, 100.0))
     there = example.on((1.0, 5.0))
     assert (there.mos, there.std) == pytest.approx((mapped, 0.8))
@@ -613,7 +613,7 @@ def survey(folder: Path, *files: str, sampling: Sampling = SAMPLING, **more: Any
     return check(examples_of(folder, *files), sampling, VIEWS, 28, **{"cache": folder / "cache", **more})
 
 
-def test_check_finds_what_can_be_read_and_what_not(videos: Path) -> None:
+def test_check_separates_readable_from_unreadable_clips(videos: Path) -> None:
     heard: list[tuple[int, int]] = []
     files = ("good.mp4", "none.mp4", "cut.mp4", "odd.webm", "text.mp4", "none2.mp4", "good.mp4")
     found = survey(videos, *files, progress=lambda done, total: heard.append((done, total)))
@@ -635,7 +635,7 @@ def test_check_finds_what_can_be_read_and_what_not(videos: Path) -> None:
     assert {line.split(":")[0].strip() for line in lines[2:]} == {"ClipTruncated", "ClipUnreadable"}
 
 
-def test_the_content_id_is_that_of_the_bytes(videos: Path) -> None:
+def test_the_content_id_is_the_hash_of_the_bytes(videos: Path) -> None:
     shutil.copy(videos / "good.mp4", videos / "copy.mp4")
     good, copy, odd = survey(videos, "good.mp4", "copy.mp4", "odd.webm").outcomes
     assert isinstance(good, CheckedClip) and isinstance(copy, CheckedClip) and isinstance(odd, CheckedClip)
@@ -649,7 +649,7 @@ def spoil(path: Path) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def test_what_was_decoded_once_is_not_decoded_again(videos: Path) -> None:
+def test_checked_clips_are_not_decoded_again(videos: Path) -> None:
     first = survey(videos, "good.mp4", "odd.webm", "text.mp4")
     spoil(videos / "good.mp4")
     heard: list[tuple[int, int]] = []
@@ -660,7 +660,7 @@ def test_what_was_decoded_once_is_not_decoded_again(videos: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["time", "size", "sampling"])
-def test_what_was_changed_is_decoded_again(videos: Path, change: str) -> None:
+def test_changed_clips_are_decoded_again(videos: Path, change: str) -> None:
     survey(videos, "good.mp4", "odd.webm")
     spoil(videos / "good.mp4")
     status = (videos / "good.mp4").stat()
@@ -677,13 +677,13 @@ def test_what_was_changed_is_decoded_again(videos: Path, change: str) -> None:
         assert again.outcomes[1].sizes == ((2, 84, 112), (2, 56, 56))
 
 
-def test_a_failure_that_was_mended_is_seen(videos: Path) -> None:
+def test_a_repaired_clip_is_checked_again(videos: Path) -> None:
     assert isinstance(survey(videos, "none.mp4").outcomes[0], ClipNotFound)
     shutil.copy(videos / "good.mp4", videos / "none.mp4")
     assert isinstance(survey(videos, "none.mp4").outcomes[0], CheckedClip)
 
 
-def test_several_at_once_and_a_line_cut_off(videos: Path) -> None:
+def test_concurrent_checks_and_a_truncated_cache_line(videos: Path) -> None:
     files = [f"{number}.mp4" for number in range(6)]
     for file in files:
         shutil.copy(videos / "good.mp4", videos / file)
@@ -700,6 +700,6 @@ def test_several_at_once_and_a_line_cut_off(videos: Path) -> None:
     assert survey(videos, *files, "odd.webm").decoded == 0
 
 
-def test_a_cache_that_cannot_be_written(videos: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_an_error(videos: Path) -> None:
     with pytest.raises(UsageError, match=r"cannot record in .*good.mp4 which clips were checked: File exists"):
         survey(videos, "good.mp4", cache=videos / "good.mp4")

@@ -1,0 +1,74 @@
+"""python -m pytest tests/model/test_rater_plan.py; plans with a calibration: tests/test_rater.py"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from backbones import add_adapter
+from paths import ROOT
+
+from lmm_qa import Rater, Sampling, View
+from lmm_qa.model.rater_plan import plan_rater
+
+SMALL: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
+VIEWS = (View(max_pixels=112 * 112), View(kind="crop", size=56))
+
+# PEFT 0.21 reads an attribute that transformers 5.23 has deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def model_dir(family_dir: Callable[[str], Path]) -> Path:
+    return family_dir("qwen2_vl")
+
+
+@pytest.fixture(scope="module")
+def adapter_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return add_adapter(model_dir, tmp_path_factory.mktemp("adapter"))
+
+
+def test_the_identity_depends_on_model_and_settings(model_dir: Path, adapter_dir: Path) -> None:
+    def identity(model: Path = model_dir, **options: Any) -> str:
+        return plan_rater(model, **SMALL | options).rater_id
+
+    changed = [
+        identity(),
+        identity(adapter_dir),
+        identity(prompt="qalign"),
+        identity(scale=(0, 5)),
+        identity(sampling=Sampling(frames=4)),
+        identity(sampling=Sampling(strategy="pairs")),
+        identity(views=VIEWS),
+        identity(views=VIEWS[::-1]),
+        identity(dtype="bfloat16"),
+        identity(quantization="8bit"),
+    ]
+    assert len(set(changed)) == len(changed)
+    same = [
+        identity(),
+        identity(prompt="talking_head"),
+        identity(prompt=ROOT / "prompts" / "talking_head.yaml"),
+        identity(scale=(1.0, 5.0)),
+        identity(sampling=Sampling.from_text("uniform:8")),
+        identity(views=[View.from_text("whole:448")]),
+    ]
+    assert set(same) == {changed[0]}
+    rater = Rater.from_pretrained(model_dir, sampling=Sampling(frames=4), views=VIEWS, **SMALL)
+    assert rater.rater_id == identity(sampling=Sampling(frames=4), views=VIEWS)
+
+
+def test_a_plan_is_identified_without_loading_heavy_libraries(model_dir: Path) -> None:
+    """So that a run that has nothing to do ends quickly."""
+    script = """
+import sys
+from lmm_qa.model.rater_plan import plan_rater
+plan_rater(sys.argv[1], device="cpu").rater_id
+print(*sorted({"transformers", "peft", "scipy", "torchvision"} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", script, model_dir], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
