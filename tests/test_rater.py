@@ -20,7 +20,7 @@ import pytest
 import torch
 from backbones import FAMILIES, add_adapter, conversation_inputs
 from clips import write_clip
-from paths import EMBEDDED, SAMPLES
+from paths import SAMPLES
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.video_utils import VideoMetadata
 
@@ -36,6 +36,7 @@ from lmm_qa.model.levels import LEVELS, read_levels
 from lmm_qa.model.prompt import Prompt
 from lmm_qa.model.rater_config import CALIBRATION_NAME, DEFECTS_NAME, RaterConfig
 from lmm_qa.model.rater_plan import plan_rater
+from lmm_qa.model.source import EMBEDDED
 from lmm_qa.rater import clip_input
 from lmm_qa.ratings import STEP, WINDOW, Details
 from lmm_qa.video.decode import Frames, read_frames, read_windows

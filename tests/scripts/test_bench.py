@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from paths import EMBEDDED, SAMPLES, SCRIPTS
+from paths import SAMPLES, SCRIPTS
 
 from lmm_qa import Rater
 from lmm_qa.config import Sampling, View
+from lmm_qa.model.source import EMBEDDED
 from lmm_qa.video.decode import read_frames
 
 CLIPS = [SAMPLES / "astronaut_clean.mp4", SAMPLES / "astronaut_blur_strong.mp4", SAMPLES / "avatar_clean.mp4"]
