@@ -62,7 +62,7 @@ def test_rows_of_other_versions_can_be_read(rating: Rating) -> None:
     row = rating.to_row()
     assert RatingRow.parse(row | {"new": 1, "video": row["video"] | {"codec": "h264"}}, "here").to_row() == row
     assert RatingRow.parse({"clip": "a", "error": "broken"}, "here").error == "broken"
-    with pytest.raises(ConfigError, match="1 seconds and 0 scores"):
+    with pytest.raises(ConfigError, match="expected one score per window, received 0 for 1 windows"):
         RatingRow.parse({"clip": "a", "timeline": {"seconds": [1.0], "scores": []}}, "here")
 
 
