@@ -115,7 +115,8 @@ def _from_hub(model: HubModel) -> ModelSource:
 def _from_directory(folder: Path, name: str) -> ModelSource:
     check_files(folder)
     adapter = folder if (folder / ADAPTER_CONFIG).is_file() else None
-    if (folder / FILE_NAME).is_file():
+    is_rater = (folder / FILE_NAME).is_file()
+    if is_rater:
         settings = RaterConfig.read(folder / FILE_NAME)
         note = None
     elif adapter or (folder / "config.json").is_file():
@@ -128,7 +129,7 @@ def _from_directory(folder: Path, name: str) -> ModelSource:
             f"(found: {found})"
         )
     backbone, revision = settings.backbone, settings.revision
-    if adapter is None and (backbone or not any(folder.glob("*.safetensors"))):
+    if is_rater and adapter is None and (backbone or not any(folder.glob("*.safetensors"))):
         raise _no_adapter(str(folder), backbone)
     if backbone is None and adapter:
         backbone, revision = read_adapter_base(adapter)
