@@ -380,8 +380,13 @@ def held(folder: Path, killed: int) -> str:
 
 
 def wait_until_held(folder: Path, running: subprocess.Popen[str], output: str) -> None:
-    """Wait until the rank to be killed keeps a clip, and all ranks together have written six rows."""
-    while not (folder / "held").exists() or sum(map(len, written(folder, output).values())) < 6:
+    """Wait until the rank to be killed keeps a clip, two ranks have written rows, and all together at least six."""
+
+    def ready() -> bool:
+        rows = [len(lines) for lines in written(folder, output).values()]
+        return (folder / "held").exists() and sum(rows) >= 6 and sum(map(bool, rows)) >= 2
+
+    while not ready():
         assert running.poll() is None, running.communicate()[1]
         time.sleep(0.01)
 
