@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lmm_qa.atomic import replacing
-from lmm_qa.errors import ModelError
+from lmm_qa.errors import ModelError, first_line
 
 TIMEOUT = 10.0
 """Seconds that the hub has to answer."""
@@ -57,7 +57,7 @@ class HubModel:
             if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
                 return None
             raise ModelError(
-                f"cannot fetch {name} of {self.name!r} from the Hugging Face hub: {_reason(error)}. Try again later"
+                f"cannot fetch {name} of {self.name!r} from the Hugging Face hub: {first_line(error)}. Try again later"
             ) from error
 
     def snapshot(self) -> Path:
@@ -72,7 +72,7 @@ class HubModel:
         try:
             return Path(snapshot_download(self.name, revision=self.commit, local_files_only=offline))
         except Exception as error:
-            raise ModelError(f"cannot fetch {self.name!r} from the Hugging Face hub: {_reason(error)}") from error
+            raise ModelError(f"cannot fetch {self.name!r} from the Hugging Face hub: {first_line(error)}") from error
 
 
 def find_model(name: str, revision: str | None = None) -> HubModel:
@@ -95,16 +95,17 @@ def find_model(name: str, revision: str | None = None) -> HubModel:
             _remember_commit(name, revision, commit)
         return HubModel(name, commit, None)
     except HFValidationError as error:
-        raise ModelError(f"{name!r} is neither a directory nor a hub id: {_reason(error)}") from None
+        raise ModelError(f"{name!r} is neither a directory nor a hub id: {first_line(error)}") from None
     except RepositoryNotFoundError as error:
         raise ModelError(
-            f"{name!r} is neither a directory nor a model that you can access on the Hugging Face hub: {_reason(error)}"
+            f"{name!r} is neither a directory nor a model that you can access on the Hugging Face hub: "
+            f"{first_line(error)}"
         ) from None
     except Exception as error:  # the HTTP client of huggingface_hub has its own classes
         if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
             at = f" at revision {revision!r}" if revision else ""
-            raise ModelError(f"the Hugging Face hub refuses {name!r}{at}: {_reason(error)}") from None
-        reason = _reason(error)
+            raise ModelError(f"the Hugging Face hub refuses {name!r}{at}: {first_line(error)}") from None
+        reason = first_line(error)
     commit = _cached_commit(name, revision)
     if commit is None:
         at = f" at revision {revision!r}" if revision else ""
@@ -143,8 +144,3 @@ def _cache(name: str) -> Path:
     from huggingface_hub.file_download import repo_folder_name
 
     return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

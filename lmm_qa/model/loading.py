@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 
-from lmm_qa.errors import ModelError
+from lmm_qa.errors import ModelError, first_line
 from lmm_qa.model import compat
 from lmm_qa.model.hub import find_model
 from lmm_qa.model.weights import (
@@ -104,7 +104,7 @@ def load_model(model: str, adapter: Path | None = None, **options: Unpack[LoadOp
         )
     except Exception as error:  # transformers, safetensors and the hub raise a dozen classes
         check_loaded(repr(model), _missing_if_quantized(model, kwargs), advice=DOWNLOAD_AGAIN)
-        raise ModelError(f"cannot load the model {model!r}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load the model {model!r}: {first_line(error)}") from error
     check_checkpoint(model, info)
     stored = getattr(loaded.config, "quantization_config", None)
     if stored is not None and not quantization:
@@ -117,7 +117,7 @@ def load_model(model: str, adapter: Path | None = None, **options: Unpack[LoadOp
         except ModelError:
             raise
         except Exception as error:
-            raise ModelError(f"cannot load the adapter {adapter} for {model!r}: {_first_line(error)}") from error
+            raise ModelError(f"cannot load the adapter {adapter} for {model!r}: {first_line(error)}") from error
     return LoadedModel(loaded, processor, choices)
 
 
@@ -134,7 +134,7 @@ def load_processor(model: str, **options: Unpack[LoadOptions]) -> Any:
         load: Any = AutoProcessor.from_pretrained
         processor = load(model, **kwargs)
     except Exception as error:
-        raise ModelError(f"cannot load the processor of {model!r}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load the processor of {model!r}: {first_line(error)}") from error
     if getattr(processor, "video_processor", None) is None:
         raise ModelError(
             f"{model!r} does not accept videos: its processor {type(processor).__name__} has no video processor"
@@ -254,7 +254,7 @@ def empty_model(model: str, **options: Unpack[LoadOptions]) -> Any:
             build: Any = AutoModelForImageTextToText.from_config
             return build(config, trust_remote_code=kwargs["trust_remote_code"])
     except Exception as error:
-        raise ModelError(f"cannot load the configuration of {model!r}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load the configuration of {model!r}: {first_line(error)}") from error
 
 
 def _hub_kwargs(model: str, options: LoadOptions) -> dict[str, Any]:
@@ -325,8 +325,3 @@ def _cast_unquantized(model: Any, dtype: torch.dtype) -> None:
         if all(tensor.dtype in plain and not hasattr(tensor, "quant_state") for tensor in tensors):
             for parameter in parameters:
                 parameter.data = parameter.data.to(dtype)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
