@@ -183,7 +183,9 @@ class RatingRow(RowPart):
     explained_by: str | None = Field(None, description="`model`, or why its explanation was replaced by a template")
     timeline: Timeline | None = Field(None, description="the score over time")
     warnings: tuple[str, ...] | None = Field(
-        None, description="problems that did not prevent the rating: the features could not be measured"
+        None,
+        description="what to know about how the clip was read: several streams, a still, HDR, interlacing, or features "
+        "that could not be measured",
     )
     error: RowError | str | None = Field(None, description="why the clip could not be rated; null if it was rated")
 
@@ -274,6 +276,7 @@ class Rating:
         """The rating as plain data, see `RatingRow`."""
         info, profile = self.frames.info, self.profile
         found = [FoundDefect.model_validate(one.to_row()) for one in profile.found] if profile else None
+        warnings = (*info.warnings, *([self.frames.measurement_error] if self.frames.measurement_error else []))
         # Not validated here: a value that JSON cannot represent is refused when the row is written.
         return RatingRow.model_construct(
             **{name: getattr(self, name) for name in RatingRow.model_fields if hasattr(self, name)}
@@ -290,7 +293,7 @@ class Rating:
                 "defects": profile.defects if profile else None,
                 "found": None if found is None else tuple(found),
                 "defect_mass": profile.mass if profile else None,
-                "warnings": (self.frames.measurement_error,) if self.frames.measurement_error else None,
+                "warnings": warnings or None,
             }
         ).to_row()
 

@@ -57,6 +57,8 @@ class ClipInfo:
     pixel_format: str
     container: str
     has_audio: bool
+    warnings: tuple[str, ...] = ()
+    """What was read otherwise than a user may expect, a sentence each; reported in the row of the clip."""
 
 
 @dataclass(frozen=True)
