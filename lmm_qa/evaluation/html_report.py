@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -29,8 +28,8 @@ from lmm_qa.defects.vocabulary import BY_NAME
 from lmm_qa.errors import ClipError, ClipUnreadable, ResultsError, ScoresError, UsageError
 from lmm_qa.evaluation import evaluate
 from lmm_qa.evaluation.evaluate import Evaluation
-from lmm_qa.evaluation.labels import Label, Score, join, match, read_scores
-from lmm_qa.manifest import content_id, expand
+from lmm_qa.evaluation.labels import Label, Score, find_videos, join, read_scores
+from lmm_qa.manifest import content_id
 from lmm_qa.ratings import FoundDefect, RatingRow
 from lmm_qa.ratings_io import read_ratings
 from lmm_qa.video.decode import Frames
@@ -236,7 +235,7 @@ def load(ratings: Path, labels: Sequence[Label] = (), clips: Sequence[str] = ())
     rows = [RatingRow.parse(row, f"{ratings}, row {number}") for number, row in enumerate(read_ratings(ratings), 1)]
     if not rows:
         raise ResultsError(f"{ratings} contains no ratings")
-    files = _find_videos([row.clip for row in rows], clips, ratings.parent)
+    files = find_videos([row.clip for row in rows], clips, ratings.parent)
     scored = [(row, row.score) for row in rows if row.score is not None and not row.error]
     rated = [RatedClip(number, row, score, files.get(row.clip)) for number, (row, score) in enumerate(scored, 1)]
     failures = tuple((row.clip, _reason(row)) for row in rows if row.score is None or row.error)
@@ -262,15 +261,6 @@ def _with_labels(report: Report, scores: Sequence[Score], labels: Sequence[Label
         for clip, value in zip(report.clips, expected.tolist(), strict=True)
     )
     return replace(report, clips=clips, labelled=bool(mos), evaluation=evaluation, undefined=undefined)
-
-
-def _find_videos(names: Sequence[str], clips: Sequence[str], folder: Path) -> dict[str, Path]:
-    """The video of each clip name, if it is found."""
-    if clips:
-        given = {clip.name: clip.path for clip in expand(clips)}
-        return {name: given[found] for name, found in match(list(dict.fromkeys(names)), list(given)).items()}
-    candidates = ((name, path) for name in names for path in (folder / name, Path(name)))
-    return {name: path for name, path in candidates if os.path.isfile(path)}
 
 
 # --- frames ----------------------------------------------------------------------------------------------------------

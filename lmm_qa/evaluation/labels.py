@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from lmm_qa.errors import ManifestError, ScoresError
 from lmm_qa.evaluation.thqa import try_parse
-from lmm_qa.manifest import VIDEO_SUFFIXES
+from lmm_qa.manifest import VIDEO_SUFFIXES, expand
 from lmm_qa.ratings_io import read_ratings
 from lmm_qa.tables import CLIP_COLUMNS, OUTPUT_SUFFIXES, Column, Row, find_columns, read_lines, read_table
 
@@ -284,6 +285,25 @@ def match(wanted: Sequence[str], given: Sequence[str]) -> dict[str, str]:
             if name not in found and value in given_by_key and given_by_key[value] not in taken:
                 found[name] = given_by_key[value]
     return found
+
+
+def find_videos(names: Sequence[str], clips: Sequence[str], folder: Path) -> dict[str, Path]:
+    """The video of each clip name, if it is found.
+
+    Args:
+        names: of clips, as in a file of ratings.
+        clips: where to look: files, folders, globs and lists, as for rating. If empty, each name is taken as a path
+            relative to the working directory, else to `folder`.
+        folder: of the ratings.
+
+    Raises:
+        ManifestError: `clips` match nothing.
+    """
+    if clips:
+        given = {clip.name: clip.path for clip in expand(clips)}
+        return {name: given[found] for name, found in match(list(dict.fromkeys(names)), list(given)).items()}
+    candidates = ((name, path) for name in names for path in (folder / name, Path(name)))
+    return {name: path for name, path in candidates if os.path.isfile(path)}
 
 
 def _file_name(name: str) -> str:
