@@ -31,10 +31,19 @@ from lmm_qa.cli.options import (
     Workers,
     with_rater_options,
 )
-from lmm_qa.cli.terminal import make_console, message, plural, progress, quiet_libraries
+from lmm_qa.cli.select import select
+from lmm_qa.cli.terminal import (
+    FAILED,
+    INTERRUPTED,
+    SOME_CLIPS_FAILED,
+    WRONG_USAGE,
+    make_console,
+    message,
+    plural,
+    progress,
+    quiet_libraries,
+)
 from lmm_qa.errors import LmmQaError, UsageError
-
-FAILED, WRONG_USAGE, SOME_CLIPS_FAILED, INTERRUPTED = 1, 2, 3, 130
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -361,6 +370,9 @@ def report(
         hint = "" if found else ": give their location with --clips FOLDER"
         message(f"no frames of {plural(absent)}{hint}")
     message(f"{plural(len(page.clips) + len(page.failures))}, {job.format_bytes(size.page)} -> {output}")
+
+
+app.command()(select)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Messages and progress bars on stderr."""
+"""Messages and progress bars on stderr, and exit codes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 T = TypeVar("T")
+
+FAILED, WRONG_USAGE, SOME_CLIPS_FAILED, INTERRUPTED = 1, 2, 3, 130
+"""Exit codes."""
 
 PROGRESS_SECONDS = 30
 """Interval of progress messages if stderr is not a terminal."""

@@ -69,7 +69,7 @@ def filter_rows(rows: Sequence[Row], condition: str) -> FilteredRows:
 
     Args:
         rows: ratings, as `lmm_qa.ratings_io.read_ratings` returns them.
-        condition: for example `score >= 3.5 and not stall`.
+        condition: for example `score >= 3.5 and not stall`; `True` keeps all that were rated.
 
     Raises:
         UsageError: the condition is not valid, contains an unknown name, or compares a text with a number.
@@ -125,6 +125,8 @@ class _Compiler:
                     raise self._unsupported(node)
                 steps = zip(values, operators, values[1:], strict=False)  # a < b < c is a < b and b < c
                 return _junction([self._comparison(*step, ast.unparse(node)) for step in steps], False)
+            case ast.Constant(bool() as truth):
+                return lambda row: truth
             case ast.Name() | ast.Attribute():
                 return self._flag(ast.unparse(node))
         raise self._unsupported(node)
