@@ -2,7 +2,7 @@
 
     lmm-qa degrade clips/ -o set/labels.jsonl --strengths 0.3,0.8 --length 2
     lmm-qa rate set/labels.jsonl --defects -o set/ratings.jsonl
-    python scripts/bench_selection.py set/ratings.jsonl set/labels.jsonl [-o selection.json]
+    python scripts/bench_selection.py set/ratings.jsonl set/labels.jsonl [--seeds 5] [-o selection.json]
 
 The MOS of a degraded set come from the strength of the damage, not from people. For each seed, half of the groups
 (sources) are the pool that clips are chosen from, the other half is the test set. Each rule chooses n clips of the
@@ -30,11 +30,10 @@ import numpy as np
 from lmm_qa.errors import ConfigError, ScoresError
 from lmm_qa.evaluation.calibration import calibrate
 from lmm_qa.evaluation.labels import Pair, group_folds, join, read_labels, read_scores
-from lmm_qa.evaluation.selection import Floats, disagreement, features, k_centre, ranks, uncertainty
+from lmm_qa.evaluation.selection import Floats, choose_clips, disagreement, features, k_centre, ranks, uncertainty
 from lmm_qa.ratings_io import read_ratings
 from lmm_qa.tables import Row
 
-SEEDS = range(5)
 SIZES = (20, 30, 40, 60, 80, 120, 160)
 DRAWS = 20
 RIDGE = 10.0
@@ -58,11 +57,13 @@ class Pool(NamedTuple):
 
 
 Rule = Callable[[Pool, int], Sequence[int]]
+Errors = dict[str, dict[str, dict[int, list[float]]]]
+"""RMSE by model, rule and number of labels; one per seed."""
 
 
 def top(weights: Floats, number: int) -> Sequence[int]:
     """The clips with the largest weights."""
-    return np.argsort(-weights, kind="stable")[:number].tolist()
+    return [int(at) for at in np.argsort(-weights, kind="stable")[:number]]
 
 
 def spread(pool: Pool, number: int, weights: Floats | float = 1.0, points: Floats | None = None) -> Sequence[int]:
@@ -76,18 +77,21 @@ def scores_of(pool: Pool) -> Floats:
     return np.array([[row["score"]] for row in pool.rows])
 
 
+def to_label(pool: Pool, number: int) -> Sequence[int]:
+    """The rule of `lmm-qa select --to-label`."""
+    index = {row["clip"]: at for at, row in enumerate(pool.rows)}
+    return [index[candidate.row["clip"]] for candidate in choose_clips(pool.rows, number, pool.groups)]
+
+
 RULES: dict[str, Rule] = {
     "uncertainty": lambda pool, n: top(pool.unsure, n),
     "disagreement": lambda pool, n: top(pool.contrary, n),
     "diversity": lambda pool, n: spread(pool, n),
     "diversity of the score": lambda pool, n: spread(pool, n, points=scores_of(pool)),
-    "diversity x (1 + uncertainty)": lambda pool, n: spread(pool, n, 1 + pool.unsure),
-    "diversity x (1 + disagreement)": lambda pool, n: spread(pool, n, 1 + pool.contrary),
-    "diversity x (1 + both)": lambda pool, n: spread(pool, n, 1 + pool.unsure + pool.contrary),
-    "diversity x (2 - disagreement)": lambda pool, n: spread(pool, n, 2 - pool.contrary),
-    "diversity x (1 + uncertainty) (2 - disagreement)": lambda pool, n: spread(
-        pool, n, (1 + pool.unsure) * (2 - pool.contrary)
-    ),
+    "diversity (1 + uncertainty)": lambda pool, n: spread(pool, n, 1 + pool.unsure),
+    "diversity (1 + uncertainty + disagreement)": lambda pool, n: spread(pool, n, 1 + pool.unsure + pool.contrary),
+    "diversity (1 + 2 disagreement)": lambda pool, n: spread(pool, n, 1 + 2 * pool.contrary),
+    "lmm-qa select: diversity (1 + disagreement)": to_label,
 }
 
 
@@ -114,37 +118,40 @@ def rmse(predicted: Floats, test: Sequence[Pair]) -> float:
     return float(np.sqrt(np.mean((predicted - np.array([pair.label.mos for pair in test])) ** 2)))
 
 
-def measure(rows: Sequence[Row], pairs: Sequence[Pair]) -> dict[str, dict[str, dict[int, list[float]]]]:
+def errors(
+    pairs: Sequence[Pair], inputs: Floats, labelled: Sequence[int], test: Sequence[int], seed: int
+) -> tuple[float, float]:
+    """RMSE of the calibration and of the linear regression."""
+    training, held_out = [pairs[at] for at in labelled], [pairs[at] for at in test]
+    mos = np.array([pair.label.mos for pair in training])
+    linear = ridge_error(inputs[list(labelled)], mos, inputs[list(test)], held_out)
+    return calibration_error(training, held_out, seed), linear
+
+
+def measure(rows: Sequence[Row], pairs: Sequence[Pair], seeds: int) -> Errors:
     """RMSE of each model, rule and n, one per seed."""
-    result: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    result: Errors = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    everything: list[tuple[float, float]] = []
     groups = [str(pair.label.group) for pair in pairs]
-    described = features(rows)
-    for seed in SEEDS:
+    inputs = features(rows)
+    for seed in range(seeds):
         half = group_folds(groups, 2, seed)
-        inside, outside = np.flatnonzero(half == 0), np.flatnonzero(half == 1)
+        inside, test = np.flatnonzero(half == 0).tolist(), np.flatnonzero(half == 1).tolist()
         pool = Pool([rows[at] for at in inside], [groups[at] for at in inside])
-        test = [pairs[at] for at in outside]
-
-        def errors(
-            chosen: Sequence[int], inside: np.ndarray = inside, outside: np.ndarray = outside, seed: int = seed
-        ) -> tuple[float, float]:
-            taken = inside[list(chosen)]
-            labelled, test = [pairs[at] for at in taken], [pairs[at] for at in outside]
-            mos = np.array([pair.label.mos for pair in labelled])
-            linear = ridge_error(described[taken], mos, described[outside], test)
-            return calibration_error(labelled, test, seed), linear
-
+        everything.append(errors(pairs, inputs, inside, test, seed))
         for n in [n for n in SIZES if n <= len(inside)]:
             rng = np.random.default_rng(seed)
-            draws = [errors(rng.permutation(len(inside))[:n].tolist()) for _ in range(DRAWS)]
-            found = {name: errors(rule(pool, n)) for name, rule in RULES.items()}
+            draws = [errors(pairs, inputs, rng.permutation(inside)[:n].tolist(), test, seed) for _ in range(DRAWS)]
+            found = {
+                name: errors(pairs, inputs, [inside[at] for at in rule(pool, n)], test, seed)
+                for name, rule in RULES.items()
+            }
             found["random"] = (float(np.nanmean([one for one, _ in draws])), fmean(other for _, other in draws))
             for name, (calibrated, linear) in found.items():
                 result["calibration"][name][n].append(calibrated)
                 result["ridge"][name][n].append(linear)
-        everything = errors(range(len(inside)))
-        print(f"seed {seed}: {len(inside)} clips in the pool, {len(test)} to test; RMSE with all labels "
-              f"{everything[0]:.3f} (calibration), {everything[1]:.3f} (ridge)")  # fmt: skip
+    calibrated, linear = np.mean(everything, axis=0)
+    print(f"RMSE with the labels of all {len(inside)} clips: {calibrated:.3f} (calibration), {linear:.3f} (ridge)")
     return result
 
 
@@ -153,14 +160,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ratings", type=Path)
     parser.add_argument("labels", type=Path)
+    parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     by_name = {row["clip"]: row for row in read_ratings(arguments.ratings)}
     pairs = join(read_labels(arguments.labels), read_scores(arguments.ratings)).pairs
-    result = measure([by_name[pair.score.clip] for pair in pairs], pairs)
+    result = measure([by_name[pair.score.clip] for pair in pairs], pairs, arguments.seeds)
     for model, rules in result.items():
         random = rules["random"]
-        print(f"\n{model}: RMSE in MOS, mean of {len(SEEDS)} seeds (in how many of them below random)")
+        print(f"\n{model}: RMSE in MOS, mean of {arguments.seeds} seeds (in how many of them below random)")
         print(f"{'labels':<50}" + "".join(f"{n:>11}" for n in random))
         for name in ("random", *RULES):
             cells = []

@@ -1,12 +1,13 @@
 """Choose which clips are worth a human opinion.
 
-A label is worth most where the rater is unsure, where the measured defects say otherwise than the score, and where
-no similar clip is chosen yet. The rule, for the next clip of k-centre greedy selection (Sener and Savarese, 2018):
+A label is worth most where the measured defects contradict the score, and where no similar clip is chosen yet. The next
+clip of k-centre greedy selection (Sener and Savarese, 2018) is
 
-    argmax  distance(clip, nearest chosen clip) * (1 + uncertainty + disagreement)
+    argmax  distance(clip, nearest chosen clip) * (1 + disagreement)        disagreement as a rank from 0 to 1
 
-with uncertainty and disagreement as ranks from 0 to 1. No group (person, source) has more than its share of the clips.
-Nothing is random: the same ratings give the same clips, in whatever order they come.
+No group (person, source) has more than its share of the clips. Nothing is random: the same ratings give the same clips,
+in whatever order they come. The uncertainty of a score is reported but does not enter the rule: it is largest in the
+middle of the scale, and made the choice worse than a random one (`scripts/bench_selection.py`).
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ def choose_clips(rows: Sequence[Row], number: int, groups: Sequence[str]) -> lis
     order = sorted(range(len(rows)), key=lambda at: str(rows[at]["clip"]))
     rows, groups = [rows[at] for at in order], [groups[at] for at in order]
     unsure, contrary = uncertainty(rows), disagreement(rows)
-    usefulness = 1 + ranks(unsure) + (0 if contrary is None else ranks(contrary))
-    chosen = k_centre(features(rows), number, usefulness, groups)
+    weights = np.ones(len(rows)) if contrary is None else 1 + ranks(contrary)
+    chosen = k_centre(features(rows), number, weights, groups)
     return [
         Candidate(rows[at], groups[at], float(unsure[at]), None if contrary is None else float(contrary[at]))
         for at in chosen
