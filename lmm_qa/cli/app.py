@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +38,8 @@ from lmm_qa.cli.terminal import (
     INTERRUPTED,
     SOME_CLIPS_FAILED,
     WRONG_USAGE,
+    Terminated,
+    end_on_signals,
     make_console,
     message,
     plural,
@@ -598,6 +601,7 @@ def env() -> None:
 
 def main() -> None:
     """Entry point: turns errors of the package into a message and an exit code."""
+    end_on_signals()
     try:
         app()
     except UsageError as error:
@@ -607,8 +611,9 @@ def main() -> None:
         message(f"error: {error}")
         sys.exit(FAILED)
     except SystemExit as done:
-        if done.code == INTERRUPTED:  # typer's exit code for Ctrl-C
-            message("interrupted; with -o, the same command resumes")
+        if done.code == INTERRUPTED or isinstance(done, Terminated):  # the former is typer's exit code for Ctrl-C
+            with suppress(OSError):  # a terminal sends SIGHUP when it is closed, and cannot be written to then
+                message("interrupted; with -o, the same command resumes")
         raise
     except BrokenPipeError:
         # The process that reads the output has ended.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from contextlib import suppress
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FAILED, WRONG_USAGE, SOME_CLIPS_FAILED, INTERRUPTED = 1, 2, 3, 130
-"""Exit codes."""
+"""Exit codes. A command that another signal than Ctrl-C's ended returns 128 + the number of the signal."""
 
 PROGRESS_SECONDS = 30
 """Interval of progress messages if stderr is not a terminal."""
@@ -34,6 +36,28 @@ def quiet_libraries() -> None:
     for name, value in LIBRARY_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+class Terminated(SystemExit):
+    """SIGTERM or SIGHUP was received."""
+
+
+def end_on_signals() -> None:
+    """Make SIGTERM and SIGHUP end the command as Ctrl-C does, with a clean-up: worker processes end, no temporary files
+    are left.
+
+    A signal that is ignored, as SIGHUP is under nohup, stays ignored.
+    """
+    for name in ("SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            with suppress(ValueError):  # outside the main thread, signals are the caller's business
+                signal.signal(number, _terminate)
+
+
+def _terminate(number: int, _: object) -> NoReturn:
+    signal.signal(number, signal.SIG_IGN)  # launchers may send it twice, to the process and to its group
+    raise Terminated(128 + number)
 
 
 def message(text: str) -> None:

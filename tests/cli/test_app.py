@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from backbones import add_adapter
@@ -145,12 +146,14 @@ finally:
         assert done.err == ""
 
 
-@pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to another process")
-def test_an_interrupted_run_can_be_resumed(folder: Path, model: Path, command: Command) -> None:
-    for number in range(20):
-        shutil.copy(folder / "clips" / "a.mp4", folder / "clips" / f"copy{number}.mp4")
-        with (folder / "clips" / f"copy{number}.mp4").open("ab") as file:
-            file.write(b"\0\0\0\x09free" + bytes([number]))  # an empty box: the same pictures, other bytes
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends no signals to another process")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_an_interrupted_run_can_be_resumed(folder: Path, model: Path, command: Command, name: str) -> None:
+    number = getattr(signal, name)
+    for copy in range(20):
+        shutil.copy(folder / "clips" / "a.mp4", folder / "clips" / f"copy{copy}.mp4")
+        with (folder / "clips" / f"copy{copy}.mp4").open("ab") as file:
+            file.write(b"\0\0\0\x09free" + bytes([copy]))  # an empty box: the same pictures, other bytes
     arguments = ("rate", "clips", "-m", model, *FAST, "--batch-size", "1", "-o", "r.jsonl")
     with subprocess.Popen(
         [sys.executable, "-m", "lmm_qa", *map(str, arguments)], cwd=folder, stderr=subprocess.PIPE, text=True
@@ -159,9 +162,11 @@ def test_an_interrupted_run_can_be_resumed(folder: Path, model: Path, command: C
         while not (folder / "r.jsonl").exists() or not (folder / "r.jsonl").read_bytes().count(b"\n"):
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
         complaint = process.stderr.read()
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
+    assert workers and not psutil.wait_procs(workers, timeout=0)[1]
     assert complaint.splitlines()[-1] == "interrupted; with -o, the same command resumes"
     assert "Traceback" not in complaint
     kept = read_rows(folder / "r.jsonl")
