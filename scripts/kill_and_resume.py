@@ -1,19 +1,21 @@
-"""Kill a rating run again and again, resume it, and check that no row is lost, duplicated or changed.
+"""Kill rating runs with every signal at every stage, resume them, and check that nothing is lost and nothing is left.
 
-    python scripts/kill_and_resume.py --work runs/kill [--kills 20] [--clips 24] [-o runs/kill/report.json]
+    python scripts/kill_and_resume.py --work runs/kill [--clips 12] [--seed 0] [-o runs/kill/report.json]
 
-Each kill is a SIGKILL at a random time: of the whole process group, or, every other time, of the command alone, whose
-decoding processes must then end on their own. After each kill the rows written so far are checked, and the same command
-resumes. A run that completes is compared with an undisturbed one (all columns but `seconds`), and another one starts
-with the next file format, until there were enough kills. Then faults: a full disk, an output that cannot be written,
-truncated model files. Each must end with a clear error, with earlier rows intact. Exits with 1 if any check fails.
+For each signal and each file format, a run is killed during its start, while it decodes, after some rows, and while it
+writes the final file; each time the same command resumes. Signals go to the command alone or to its process group, in
+turn; SIGPIPE comes from a reader of the output that ends. After each kill, no process may be left (how long that takes
+is reported) and no temporary file (after SIGKILL: one, which the next run reuses), and the rows must be those of an
+undisturbed run, all columns but `seconds`. A run that completes must contain every clip once, in order.
+
+Then faults: a full disk, an output that cannot be written, truncated model files. Each must end with a clear error and
+earlier rows intact. Exits with 1 if any check fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import itertools
 import json
 import math
 import os
@@ -24,21 +26,28 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pyarrow.parquet
-from damaged_files import SAMPLES, TOLERANCE
-from rating_runs import make_clips, process_tree
+from rating_runs import make_clips
 
+import lmm_qa
 from lmm_qa.model.source import EMBEDDED
-from lmm_qa.tables import Row, journal, read_rows
+from lmm_qa.tables import Row, journal, read_rows, write_rows
 
-FORMATS = (".jsonl", ".parquet", ".csv")
+SAMPLES = Path(lmm_qa.__file__).parent / "samples"
+TOLERANCE = 1e-4
+"""Allowed difference of scores: sums of floating-point numbers depend on their order."""
+FORMATS = (".jsonl", ".csv", ".parquet")
+SIGNALS = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT", "SIGPIPE")
+MOMENTS = ("start", "decoding", "rating", "writing")
+OTHERS = 3000
+"""Rows of other clips in each file: they must survive, and writing the final file takes long enough to be hit."""
 EMBEDDED_MODEL = EMBEDDED.parent
 
 
@@ -72,46 +81,77 @@ def finish(arguments: Sequence[str], largest_file: int | None = None) -> Finishe
     return Finished(done.returncode, done.stderr, time.monotonic() - start)
 
 
-def kill(arguments: Sequence[str], growing: Path, rows: int, pause: float, alone: bool, wait: float = 60) -> bool:
-    """Start a command and kill it `pause` seconds after it has written `rows` more rows.
+@dataclass(frozen=True)
+class Kill:
+    """What a kill did."""
+
+    signal: str
+    format: str
+    moment: str
+    group: bool
+    """Whether the signal went to the process group; if not, to the command alone."""
+    code: int
+    """Exit code; -n: ended by the signal n."""
+    seconds: float
+    """From the signal until the last process had ended."""
+    rows: int
+    """Rows of the run in the file and its journal afterwards."""
+    problem: str | None = None
+
+    def __str__(self) -> str:
+        whom = "group" if self.group else "command"
+        return (
+            f"{self.signal:<7} {self.format:<8} {self.moment:<8} to the {whom:<7}: exit code {self.code:>3}, all ended "
+            f"after {self.seconds:.2f} s, {self.rows:>2} rows: {self.problem or 'ok'}"
+        )
+
+
+def kill(
+    arguments: Sequence[str], name: str, group: bool, reached: Callable[[psutil.Process], bool], wait: float = 60
+) -> tuple[int, float] | None:
+    """Start a command and kill it at a moment.
 
     Args:
-        alone: kill the command only, not its process group.
+        name: the signal. SIGPIPE is not sent: the reader of stdout and stderr ends.
+        group: send it to the process group, not to the command alone.
+        reached: whether the moment has come; called with the command's process.
         wait: seconds in which all of its processes must end.
 
     Returns:
-        Whether it was still running then.
+        Exit code, and seconds until all processes had ended; None if the command was done before.
 
     Raises:
         AssertionError: it failed before, or one of its processes outlived it.
     """
-    enough = lines(growing) + rows
-    with subprocess.Popen(
-        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-    ) as process:
-        while process.poll() is None and lines(growing) < enough:
-            time.sleep(0.01)
-        try:
-            stderr = process.communicate(timeout=pause)[1].decode()
-        except subprocess.TimeoutExpired:
-            children = process_tree(psutil.Process(process.pid))[1:]
-            if alone:
-                process.kill()
-            else:
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            # Orphans may stay zombies.
-            left = [each for each in psutil.wait_procs(children, timeout=wait)[1] if alive(each)]
-            assert not left, f"outlived the command: {left}"
-            return True
-    assert process.returncode == 0, stderr
-    return False
+    reader, writer = os.pipe()
+    with subprocess.Popen(arguments, stdout=writer, stderr=writer, start_new_session=True) as process:
+        os.close(writer)
+        while process.poll() is None and not reached(psutil.Process(process.pid)):
+            time.sleep(0.002)
+        with open(reader, "rb") as output:
+            if process.poll() is not None:
+                assert process.returncode == 0, output.read().decode()
+                return None
+            start = time.monotonic()
+            if name != "SIGPIPE":
+                number = getattr(signal, name)
+                os.killpg(process.pid, number) if group else process.send_signal(number)
+                process.wait(wait)
+        process.wait(wait)
+    while left := session(process.pid):
+        assert time.monotonic() - start < wait, f"outlived the command: {left}"
+        time.sleep(0.01)
+    return process.returncode, time.monotonic() - start
 
 
-def alive(process: psutil.Process) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    return False
+def session(leader: int) -> list[psutil.Process]:
+    """The running processes of a session. Orphans may stay zombies."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if os.getsid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 def lines(path: Path) -> int:
@@ -159,49 +199,133 @@ def same(value: Any, other: Any) -> bool:
     return bool(value == other)
 
 
-def kill_repeatedly(work: Path, kills: int, clips: int, seed: int) -> Iterator[str]:
-    """Kill and resume; yields a line for each kill and each complete run.
+class Experiment:
+    """Clips, and what an undisturbed run writes for them."""
+
+    def __init__(self, work: Path, clips: int, seed: int) -> None:
+        self.work = work
+        self.rng = random.Random(seed)
+        self.names = make_clips(work / "clips", sample_videos(), clips)
+        path = work / "undisturbed.jsonl"
+        ended = finish(command(work / "clips", path, "--overwrite"))
+        assert ended.code == 0, ended.stderr
+        self.seconds = ended.seconds
+        self.expected = {row["clip"]: row for row in read_rows(path)}
+        assert sorted(self.expected) == sorted(self.names)
+        model = self.expected[self.names[0]]
+        self.others = [model | {"clip": f"other{n}.mp4", "content_id": f"other{n}"} for n in range(OTHERS)]
+
+    def run(self, name: str, suffix: str, moments: Sequence[str] = MOMENTS) -> Iterator[Kill]:
+        """Kill a run at each moment, resume it each time, and let it complete."""
+        folder = self.work / f"{name}{suffix}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        output = folder / f"ratings{suffix}"
+        write_rows(output, self.others)
+        arguments = command(self.work / "clips", output)
+        before: dict[str, Row] = {}
+        for number, moment in enumerate(moments):
+            group = (number + FORMATS.index(suffix)) % 2 == 1 and name != "SIGPIPE"
+            code, seconds, rows, problem = 0, 0.0, before, None
+            try:
+                ended = kill(arguments, name, group, self._at(moment, output, len(before)))
+                assert ended, "the run completed before it was killed"
+                code, seconds = ended
+                rows = self._check(output, before)
+                check_end(name, moment, code, output)
+            except AssertionError as error:
+                problem = str(error)
+            yield Kill(name, suffix, moment, group, code, seconds, len(rows), problem)
+            before = rows
+        ended_well = finish(arguments)
+        assert ended_well.code == 0, ended_well.stderr
+        assert len(self._check(output, before)) == len(self.names)
+        order = [*(row["clip"] for row in self.others), *self.names]
+        assert clips_in(output) == order, "not every clip once, in order"
+        assert os.listdir(folder) == [output.name], f"left: {os.listdir(folder)}"
+
+    def _at(self, moment: str, output: Path, done: int) -> Callable[[psutil.Process], bool]:
+        """Whether a run that has `done` rows so far has reached a moment."""
+        growing, before = (output, OTHERS) if output.suffix == ".jsonl" else (journal(output), 0)
+        share = self.rng.random()
+        match moment:
+            case "start":
+                end = time.monotonic() + share * self.seconds / 3
+                return lambda _: time.monotonic() > end
+            case "decoding":
+                return lambda process: bool(decoders(process))
+            case "rating":
+                rows = before + done + 1 + int(3 * share)
+                return lambda _: lines(growing) >= rows
+            case _:
+                return lambda _: temporary(output).exists()
+
+    def _check(self, output: Path, before: dict[str, Row]) -> dict[str, Row]:
+        """The rows of the run so far.
+
+        Raises:
+            AssertionError: a row was lost, changed or rated again.
+        """
+        found = stored(output)
+        lost = [row["clip"] for row in self.others if row["clip"] not in found]
+        assert not lost, f"{len(lost)} rows of other clips were lost"
+        rows = {clip: row for clip, row in found.items() if not clip.startswith("other")}
+        assert before.keys() <= rows.keys(), f"lost: {before.keys() - rows.keys()}"
+        for clip, row in rows.items():
+            assert not (changed := differences(row, self.expected[clip])), f"{clip}: {changed} differ"
+            assert clip not in before or before[clip] == row, f"{clip} was rated again"
+        return rows
+
+
+def check_end(name: str, moment: str, code: int, output: Path) -> None:
+    number = getattr(signal, name)
+    codes = {-number} if name == "SIGKILL" else {0, 1} if name == "SIGPIPE" else {128 + number}
+    if moment == "start" and name != "SIGPIPE":  # the interpreter may not have reached the command
+        codes.add(-number)
+    assert code in codes, f"exit code {code}"
+    allowed = {output.name, journal(output).name} | ({temporary(output).name} if name == "SIGKILL" else set())
+    assert not (left := set(os.listdir(output.parent)) - allowed), f"files left: {left}"
+
+
+def temporary(output: Path) -> Path:
+    """Where the final file is written before it replaces the output."""
+    return output.with_name(f".{output.name}.tmp")
+
+
+def decoders(process: psutil.Process) -> list[psutil.Process]:
+    with suppress(psutil.Error):
+        return [child for child in process.children() if "decoder_pool" in " ".join(child.cmdline())]
+    return []
+
+
+def kill_all(
+    work: Path, clips: int, seed: int, signals: Sequence[str] = SIGNALS, formats: Sequence[str] = FORMATS
+) -> Iterator[Kill]:
+    """Kill runs by each signal, for each format, at each moment. A check that fails is the `problem` of its kill.
 
     Raises:
-        AssertionError: a row was lost, duplicated or changed.
+        AssertionError: a run could not be completed, or its rows are not those of an undisturbed run.
     """
-    rng = random.Random(seed)
-    names = make_clips(work / "clips", sample_videos(), clips)
-    undisturbed = finish(command(work / "clips", work / "undisturbed.jsonl", "--overwrite"))
-    assert undisturbed.code == 0, undisturbed.stderr
-    expected = {row["clip"]: row for row in read_rows(work / "undisturbed.jsonl")}
-    assert sorted(expected) == sorted(names)
-    yield f"undisturbed: {clips} clips in {undisturbed.seconds:.0f} s"
-    done = 0
-    for run in itertools.count():
-        output = work / f"ratings{FORMATS[run % len(FORMATS)]}"
-        for path in (output, journal(output)):
-            path.unlink(missing_ok=True)
-        before: dict[str, Row] = {}
-        while True:
-            new, alone = rng.randrange(5), done % 2 == 1
-            pause = rng.uniform(0, 0.5 if new else undisturbed.seconds / 4)
-            growing = output if output.suffix == ".jsonl" else journal(output)
-            if killed := done < kills:
-                killed = kill(command(work / "clips", output), growing, new, pause, alone)
-            else:
-                ended = finish(command(work / "clips", output))
-                assert ended.code == 0, ended.stderr
-            rows = stored(output)
-            assert before.keys() <= rows.keys(), f"lost: {before.keys() - rows.keys()}"
-            for clip, row in rows.items():
-                assert not (changed := differences(row, expected[clip])), f"{clip}: {changed} differ"
-                assert clip not in before or before[clip] == row, f"{clip} was rated again"
-            before = rows
-            if not killed:
-                break
-            done += 1
-            who = "the command" if alone else "the group"
-            yield f"kill {done:>2}, of {who}, {pause:4.1f} s after {new} rows: {len(rows):>3} rows in {output.name}"
-        assert clips_in(output) == names, "not every clip once, in order"
-        yield f"complete: {len(before)} rows, as undisturbed, in {output.name}"
-        if done == kills:
-            return
+    experiment = Experiment(work, clips, seed)
+    for name in signals:
+        for suffix in formats:
+            yield from experiment.run(name, suffix)
+
+
+def kill_table(kills: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table of the kills in a report: how many of each signal and format passed all checks."""
+    formats = list(dict.fromkeys(each["format"] for each in kills))
+    rows = [["signal", *formats, "exit codes", "until all processes had ended, at most"]]
+    for name in dict.fromkeys(each["signal"] for each in kills):
+        of_signal = [each for each in kills if each["signal"] == name]
+        cells = []
+        for suffix in formats:
+            passed = [each["problem"] is None for each in of_signal if each["format"] == suffix]
+            cells.append(f"{sum(passed)} of {len(passed)}")
+        codes = ", ".join(map(str, sorted({each["code"] for each in of_signal})))
+        rows.append([name, *cells, codes, f"{max(each['seconds'] for each in of_signal):.1f} s"])
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def faults(work: Path) -> Iterator[tuple[str, Finished, str]]:
@@ -243,24 +367,25 @@ def faults(work: Path) -> Iterator[tuple[str, Finished, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for clips and ratings")
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--clips", type=int, default=24)
+    parser.add_argument("--clips", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, help="all results, as JSON")
     args = parser.parse_args()
+    kills = []
+    for one in kill_all(args.work, args.clips, args.seed):
+        print(one, flush=True)
+        kills.append(asdict(one))
+    failed = sum(each["problem"] is not None for each in kills)
+    print(f"{len(kills) - failed} of {len(kills)} kills without loss and without leftovers", flush=True)
     results = []
-    for line in kill_repeatedly(args.work, args.kills, args.clips, args.seed):
-        print(line, flush=True)
-        results.append(line)
-    failed = 0
     for name, ended, expected in faults(args.work):
         last = (ended.stderr.strip().splitlines() or [""])[-1]
         clear = ended.code in (1, 2) and last.startswith("error: ") and expected in last
         failed += not clear or "Traceback" in ended.stderr
-        results.append(f"{'ok' if clear else 'WRONG'}: {name}: exit code {ended.code}, {last}")
-        print(results[-1], flush=True)
+        results.append({"fault": name, "code": ended.code, "message": last, "ok": clear})
+        print(f"{'ok' if clear else 'WRONG'}: {name}: exit code {ended.code}, {last}", flush=True)
     if args.output:
-        args.output.write_text(json.dumps(results, indent=1))
+        args.output.write_text(json.dumps({"kills": kills, "faults": results}, indent=1))
     sys.exit(failed > 0)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,23 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_without_loss(script: Any, tmp_path: Path) -> None:
-    first, *kills, last = script.kill_repeatedly(tmp_path, kills=1, clips=8, seed=0)
-    assert first.startswith("undisturbed: 8 clips")
-    assert kills and all("kill" in line or "complete" in line for line in kills)
-    assert last.startswith("complete: 8 rows, as undisturbed")
+@pytest.mark.parametrize(("signal", "suffix"), [("SIGKILL", ".parquet"), ("SIGTERM", ".csv"), ("SIGPIPE", ".jsonl")])
+def test_a_killed_run_resumes_without_loss(script: Any, tmp_path: Path, signal: str, suffix: str) -> None:
+    """`Experiment.run` checks rows and leftovers of each kill, and the file at the end."""
+    kills = list(script.Experiment(tmp_path, clips=6, seed=0).run(signal, suffix, ["decoding", "writing"]))
+    assert [kill.problem for kill in kills] == [None, None]
+    assert [kill.rows for kill in kills] == [0, 6]
+
+
+def test_the_table_counts_kills_without_a_problem(script: Any) -> None:
+    kills = [
+        script.Kill("SIGTERM", ".csv", "start", False, -15, 0.25, 0),
+        script.Kill("SIGTERM", ".csv", "writing", True, 143, 1.5, 8, "files left"),
+        script.Kill("SIGTERM", ".jsonl", "writing", True, 143, 0.5, 8),
+    ]
+    header, _, row = script.kill_table([asdict(kill) for kill in kills]).splitlines()
+    assert header == "| signal | .csv | .jsonl | exit codes | until all processes had ended, at most |"
+    assert row == "| SIGTERM | 1 of 2 | 1 of 1 | -15, 143 | 1.5 s |"
 
 
 def test_rows_may_differ_only_in_the_time_spent(script: Any) -> None:
@@ -58,17 +71,28 @@ def test_duplicate_rows_are_detected(script: Any, tmp_path: Path, suffix: str) -
         script.stored(path)
 
 
-@pytest.mark.parametrize("alone", [True, False])
-def test_a_process_that_outlives_the_command_is_detected(script: Any, tmp_path: Path, alone: bool) -> None:
+@pytest.mark.parametrize("group", [True, False])
+def test_a_process_that_outlives_the_command_is_detected(script: Any, group: bool) -> None:
     """A child in the same group dies with the group, not with its parent."""
     child = "import time; time.sleep(3)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    arguments = [sys.executable, "-c", parent], tmp_path / "none.jsonl", 0, 1.0, alone
-    with pytest.raises(AssertionError, match="outlived the command") if alone else nullcontext():
-        assert script.kill(*arguments, wait=0.5)
+    arguments = [sys.executable, "-c", parent], "SIGKILL", group, lambda process: process.children()
+    with nullcontext() if group else pytest.raises(AssertionError, match="outlived the command"):
+        code, seconds = script.kill(*arguments, wait=0.5)
+        assert code == -9 and seconds < 0.5
 
 
-def test_a_command_that_fails_is_detected(script: Any, tmp_path: Path) -> None:
+def test_a_command_that_ends_before_it_is_killed_is_detected(script: Any) -> None:
     with pytest.raises(AssertionError, match="broken"):
-        script.kill([sys.executable, "-c", "raise SystemExit('broken')"], tmp_path / "none.jsonl", 1, 5.0, False)
-    assert not script.kill([sys.executable, "-c", ""], tmp_path / "none.jsonl", 1, 5.0, False)
+        script.kill([sys.executable, "-c", "raise SystemExit('broken')"], "SIGTERM", False, lambda _: False)
+    assert script.kill([sys.executable, "-c", ""], "SIGTERM", False, lambda _: False) is None
+
+
+def test_files_that_are_left_are_detected(script: Any, tmp_path: Path) -> None:
+    output = tmp_path / "ratings.csv"
+    output.touch()
+    script.check_end("SIGTERM", "rating", 143, output)
+    script.temporary(output).touch()
+    script.check_end("SIGKILL", "rating", -9, output)
+    with pytest.raises(AssertionError, match="files left"):
+        script.check_end("SIGTERM", "rating", 143, output)
