@@ -1,7 +1,8 @@
 """The command `lmm-qa`: parses arguments, calls the package, turns errors into exit codes.
 
 Data goes to stdout or `-o`, everything else to stderr. Exit codes: 0 done; 1 failed; 2 wrong usage; 3 done, but some
-clips could not be rated. Heavy imports happen inside the commands, so that `--help` answers at once.
+clips could not be rated; 4 a gate did not pass. Heavy imports happen inside the commands, so that `--help` answers at
+once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from lmm_qa.cli.decisions import compare, gate
 from lmm_qa.cli.options import (
     CORES,
     DEFAULT_WORKERS,
@@ -375,6 +377,8 @@ def report(
     message(f"{plural(len(page.clips) + len(page.failures))}, {job.format_bytes(size.page)} -> {output}")
 
 
+app.command()(compare)
+app.command()(gate)
 app.command()(select)
 
 

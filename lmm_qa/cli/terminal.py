@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-FAILED, WRONG_USAGE, SOME_CLIPS_FAILED, INTERRUPTED = 1, 2, 3, 130
+FAILED, WRONG_USAGE, SOME_CLIPS_FAILED, GATE_FAILED, INTERRUPTED = 1, 2, 3, 4, 130
 """Exit codes. A command that another signal than Ctrl-C's ended returns 128 + the number of the signal."""
 
 PROGRESS_SECONDS = 30

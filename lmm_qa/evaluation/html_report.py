@@ -320,10 +320,11 @@ def _thumbnails(clip: RatedClip, file: Path, frames: Frames | ClipError) -> tupl
     if clip.worst_moment is not None:  # replaces the nearest of the evenly spaced frames
         worst = int(np.abs(times - clip.worst_moment).argmin())
         chosen[int(np.abs(times[chosen] - times[worst]).argmin())] = worst
-    return tuple(_thumbnail(frames.views[0][index], frames.seconds[index], index == worst) for index in chosen)
+    return tuple(thumbnail(frames.views[0][index], frames.seconds[index], index == worst) for index in chosen)
 
 
-def _thumbnail(picture: Picture, seconds: float, worst: bool) -> Thumbnail:
+def thumbnail(picture: Picture, seconds: float, worst: bool = False) -> Thumbnail:
+    """Encode a frame, (height, width, 3) uint8 RGB."""
     jpeg = io.BytesIO()
     Image.fromarray(picture).save(jpeg, "JPEG", quality=JPEG_QUALITY, optimize=True)
     height, width = picture.shape[:2]
@@ -369,14 +370,29 @@ def write(report: Report, filmstrips: Iterable[Filmstrip], path: Path) -> PageSi
     Raises:
         UsageError, ResultsError: the page cannot be written there.
     """
-    check_output(path)
     size = PageSize()
-    script = _asset("report.js")
-    pieces = _template().generate(
-        report=report,
-        details=_counted(zip(report.clips, filmstrips, strict=True), size),
+    write_page(path, "report", size, report=report, details=_counted(zip(report.clips, filmstrips, strict=True), size))
+    return size
+
+
+def write_page(path: Path, name: str, size: PageSize, **content: object) -> None:
+    """Write a page atomically, piece by piece, and count its size.
+
+    Args:
+        path: the page; missing folders are created.
+        name: of the template and the script in `page/`; a style sheet of that name adds to that of the report.
+        size: its `page` is counted.
+        content: variables of the template; `style`, `script`, `script_hash` and `size` are added.
+
+    Raises:
+        UsageError, ResultsError: the page cannot be written there.
+    """
+    check_output(path)
+    script = _asset(f"{name}.js")
+    pieces = _template(f"{name}.html").generate(
+        **content,
         size=size,
-        style=_asset("report.css"),
+        style="".join(map(_asset, dict.fromkeys(("report.css", f"{name}.css")))),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
     )
@@ -387,7 +403,6 @@ def write(report: Report, filmstrips: Iterable[Filmstrip], path: Path) -> PageSi
                 size.page += file.write(NOT_HTML.sub("\ufffd", piece).encode())
     except OSError as error:
         raise ResultsError(f"cannot write {path}: {error.strerror or error}") from None
-    return size
 
 
 def _counted(details: Iterable[tuple[RatedClip, Filmstrip]], size: PageSize) -> Iterator[tuple[RatedClip, Filmstrip]]:
@@ -401,12 +416,12 @@ def _asset(name: str) -> str:
     return (resources.files("lmm_qa.evaluation") / "page" / name).read_text(encoding="utf-8")
 
 
-def _template() -> jinja2.Template:
+def _template(name: str) -> jinja2.Template:
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters |= {"term": _term, "definition": _definition, "bytes": format_bytes}
     page.filters |= {"percent": _percent, "signed": _signed, "span": _span}
     page.globals |= {"Axis": Axis, "titles": evaluate.TITLES, "unmatched": evaluate.unmatched}
-    return page.from_string(_asset("report.html"))
+    return page.from_string(_asset(name))
 
 
 def _term(defect: str) -> str:

@@ -1,0 +1,157 @@
+"""A self-contained HTML page of a comparison: the verdict, the tables, and pairs of clips side by side.
+
+The two clips of a pair are shown at the same moment, and one slider moves both. Like the report of ratings
+(`lmm_qa.evaluation.html_report`), the page needs no network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+
+from lmm_qa.config import View
+from lmm_qa.errors import ClipError, ClipUnreadable
+from lmm_qa.evaluation.compare import Comparison, ScorePair, SetComparison, footnotes, sections
+from lmm_qa.evaluation.html_report import SAMPLING, Axis, PageSize, Thumbnail, thumbnail, write_page
+from lmm_qa.evaluation.pairing import RatingSet
+from lmm_qa.manifest import content_id
+from lmm_qa.video.decode import Frames
+from lmm_qa.video.decoder_pool import DecoderPool
+
+PAIRS = 24
+"""Pairs with frames, for each set: those that differ most."""
+MOMENTS = 12
+"""Moments of a pair that the slider can show."""
+VIEW = View(max_pixels=288 * 288)
+
+
+@dataclass(frozen=True)
+class PairFrames:
+    """The frames of a pair at the same moments."""
+
+    moments: tuple[float, ...] = ()
+    """Seconds."""
+    old: tuple[Thumbnail, ...] = ()
+    new: tuple[Thumbnail, ...] = ()
+    missing: str | None = None
+    """Why there are none."""
+
+
+@dataclass(frozen=True)
+class PagePair:
+    """A pair on the page."""
+
+    number: int
+    """From 1, over all sets."""
+    comparison: SetComparison
+    pair: ScorePair
+    files: tuple[Path | None, Path | None]
+    """The videos, old and new; None if not found."""
+    contents: tuple[str | None, str | None]
+    """Their content_id in the ratings."""
+
+
+def page_pairs(
+    comparison: Comparison, sets: Sequence[RatingSet], videos: Sequence[Mapping[str, Path]]
+) -> list[PagePair]:
+    """The pairs that differ most, set by set.
+
+    Args:
+        comparison: of the sets.
+        sets: the old set and the others, in the order of the comparison.
+        videos: for each of the sets, the video of each clip that was found.
+    """
+    contents = [{rating.clip: rating.content_id for rating in each.ratings} for each in sets]
+    numbers = count(1)
+    found = []
+    for at, each in enumerate(comparison.sets, 1):
+        for pair in sorted(each.pairs, key=lambda pair: -abs(pair.difference))[:PAIRS]:
+            files = videos[0].get(pair.old), videos[at].get(pair.new)
+            known = contents[0][pair.old], contents[at][pair.new]
+            found.append(PagePair(next(numbers), each, pair, files, known))
+    return found
+
+
+def pair_frames(pairs: Sequence[PagePair], workers: int = 2, timeout: float = 60.0) -> Iterator[PairFrames]:
+    """Decode the frames of each pair, in order; only a few clips are in memory at a time.
+
+    Args:
+        pairs: of `page_pairs`.
+        workers: decoding processes.
+        timeout: limit for one clip, in seconds.
+    """
+    with DecoderPool(workers, timeout) as pool:
+        complete = (file for pair in pairs if all(pair.files) for file in pair.files if file)
+        decoded = pool.imap(complete, SAMPLING, (VIEW,), factor=2)
+        for pair in pairs:
+            absent = [name for name, file in zip((pair.pair.old, pair.pair.new), pair.files, strict=True) if not file]
+            if absent:
+                yield PairFrames(missing=f"{' and '.join(absent)} not found")
+                continue
+            old, new = next(decoded), next(decoded)
+            try:
+                yield _synchronised(_checked(old, pair, 0), _checked(new, pair, 1))
+            except ClipError as error:
+                yield PairFrames(missing=str(error))
+
+
+def _checked(frames: Frames | ClipError, pair: PagePair, side: int) -> Frames:
+    """The frames of the old (0) or new (1) clip, if it is the one that was rated."""
+    if isinstance(frames, ClipError):
+        raise frames
+    file = pair.files[side]
+    if file is not None and pair.contents[side] not in (None, content_id(file)):
+        raise ClipUnreadable(f"{file} is not the clip that was rated: its content differs")
+    return frames
+
+
+def _synchronised(old: Frames, new: Frames) -> PairFrames:
+    """The frames nearest to moments that are evenly spread over the time that both clips last."""
+    shared = min(old.seconds[-1], new.seconds[-1])
+    moments = tuple((number + 0.5) / MOMENTS * shared for number in range(MOMENTS))
+    return PairFrames(moments, _at(old, moments), _at(new, moments))
+
+
+def _at(frames: Frames, moments: Iterable[float]) -> tuple[Thumbnail, ...]:
+    nearest = [int(np.abs(np.array(frames.seconds) - moment).argmin()) for moment in moments]
+    return tuple(thumbnail(frames.views[0][index], frames.seconds[index]) for index in nearest)
+
+
+def write(comparison: Comparison, pairs: Sequence[PagePair], frames: Iterable[PairFrames], path: Path) -> PageSize:
+    """Write the page atomically, pair by pair.
+
+    Args:
+        comparison: the content.
+        pairs: the pairs to show.
+        frames: of each pair, in order.
+        path: the page, .html; missing folders are created.
+
+    Raises:
+        UsageError, ResultsError: the page cannot be written there.
+    """
+    size = PageSize()
+    intervals = [each.difference for each in comparison.sets]
+    axis = Axis.over([0.0, *(end for each in intervals for end in (each.low, each.high))])
+    write_page(
+        path,
+        "comparison",
+        size,
+        comparison=comparison,
+        axis=axis,
+        sections=sections(comparison),
+        notes=footnotes(comparison),
+        total=len(pairs),
+        pairs=_counted(zip(pairs, frames, strict=True), size),
+    )
+    return size
+
+
+def _counted(pairs: Iterable[tuple[PagePair, PairFrames]], size: PageSize) -> Iterator[tuple[PagePair, PairFrames]]:
+    for pair, frames in pairs:
+        size.frames += sum(len(one.jpeg) for one in (*frames.old, *frames.new))
+        size.clips += bool(frames.moments)
+        yield pair, frames
