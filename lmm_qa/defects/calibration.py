@@ -11,7 +11,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from lmm_qa.config import Settings
+from lmm_qa.config import MAX_NUMBER, Bounded, Settings
 from lmm_qa.defects.vocabulary import VISIBLE, check_names
 from lmm_qa.errors import ConfigError
 
@@ -19,11 +19,11 @@ from lmm_qa.errors import ConfigError
 class PlattScaling(Settings):
     """P(defect) = sigmoid(slope * answer + measured * features + intercept); Platt (1999), with two inputs."""
 
-    slope: float = Field(1.0, ge=0)
+    slope: float = Field(1.0, ge=0, le=MAX_NUMBER)
     """Weight of the log-odds of yes against no in the model's answer; 0: the question is not asked."""
-    measured: float = Field(0.0, ge=0)
+    measured: float = Field(0.0, ge=0, le=MAX_NUMBER)
     """Weight of the log-odds from the measured features (`lmm_qa.defects.classifier`); they are 0 without features."""
-    intercept: float = 0.0
+    intercept: Bounded = 0.0
     threshold: float = Field(0.5, gt=0, lt=1)
     """The defect is reported as found from this probability on."""
     average_precision: float | None = Field(None, ge=0, le=1)

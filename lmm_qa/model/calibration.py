@@ -14,10 +14,10 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import FailFast, Field, model_validator
 
 from lmm_qa.atomic import replacing
-from lmm_qa.config import Settings
+from lmm_qa.config import MAX_NUMBER, Bounded, ScaleEnds, Settings
 from lmm_qa.errors import ConfigError, ScoresError
 from lmm_qa.model.rater_config import CALIBRATION_NAME
 
@@ -25,13 +25,20 @@ MappingKind = Literal["linear", "logistic4", "isotonic"]
 
 Floats = NDArray[np.float64]
 
+Positive = Annotated[float, Field(gt=0, le=MAX_NUMBER)]
+"""Option type of a positive number, at most `MAX_NUMBER`."""
+NotNegative = Annotated[float, Field(ge=0, le=MAX_NUMBER)]
+"""Option type of a number from 0 to `MAX_NUMBER`."""
+Count = Annotated[int, Field(ge=1, le=int(MAX_NUMBER))]
+ShortText = Annotated[str, Field(max_length=200)]
+
 
 class LinearMapping(Settings):
     """MOS = slope * score + intercept."""
 
     kind: Literal["linear"] = "linear"
-    slope: float = Field(gt=0)
-    intercept: float
+    slope: Positive
+    intercept: Bounded
 
     def __call__(self, scores: Floats) -> Floats:
         return np.asarray(self.slope * scores + self.intercept, dtype=np.float64)
@@ -52,14 +59,19 @@ class Logistic4(Settings):
     def __call__(self, scores: Floats) -> Floats:
         from scipy.special import expit  # slow to import
 
-        sigmoid = np.asarray(expit((scores - self.b3) / self.b4), dtype=np.float64)
+        with np.errstate(over="ignore"):  # a step: the width may be next to 0
+            sigmoid = np.asarray(expit((scores - self.b3) / self.b4), dtype=np.float64)
         return np.asarray(self.b2 + (self.b1 - self.b2) * sigmoid)
 
 
 class LogisticMapping(Logistic4):
-    """A rising 4-parameter logistic."""
+    """A rising 4-parameter logistic. Its parameters are at most `MAX_NUMBER`."""
 
     kind: Literal["logistic4"] = "logistic4"
+    b1: Bounded
+    b2: Bounded
+    b3: Bounded
+    b4: Positive
 
     @model_validator(mode="after")
     def _check_rising(self) -> LogisticMapping:
@@ -72,9 +84,9 @@ class IsotonicMapping(Settings):
     """A non-decreasing piecewise linear mapping, constant outside its first and last corner."""
 
     kind: Literal["isotonic"] = "isotonic"
-    scores: tuple[float, ...] = Field(min_length=2)
+    scores: Annotated[tuple[Bounded, ...], FailFast()] = Field(min_length=2)
     """Scores at the corners, strictly increasing."""
-    mos: tuple[float, ...]
+    mos: Annotated[tuple[Bounded, ...], FailFast()]
     """MOS at the corners, non-decreasing; as many as `scores`."""
 
     @model_validator(mode="after")
@@ -97,9 +109,9 @@ class ConformalInterval(Settings):
 
     coverage: float = Field(gt=0, lt=1)
     """Nominal coverage: the probability that an interval contains the MOS of a clip like the calibration clips."""
-    half_width: float = Field(ge=0)
+    half_width: NotNegative
     """Half width in units of std (at least `std_floor`); without `std_floor`, in MOS units."""
-    std_floor: float | None = Field(gt=0)
+    std_floor: Positive | None
     """Smaller std count as this much, in units of the raw score. None: the ratings had no std; constant width."""
 
     def widths(self, std: Floats | None) -> Floats:
@@ -122,13 +134,13 @@ class CoverageCheck(Settings):
 
     coverage: float = Field(ge=0, le=1)
     """Share of the MOS inside their intervals."""
-    width: float = Field(ge=0)
+    width: NotNegative
     """Mean width of the intervals, in MOS units."""
-    rmse: float = Field(ge=0)
+    rmse: NotNegative
     """Of the calibrated score, in MOS units."""
     lowest: float = Field(ge=0, le=1)
     """Coverage in the worst fold."""
-    folds: int = Field(ge=2)
+    folds: int = Field(ge=2, le=1000)
 
 
 class Calibrated(NamedTuple):
@@ -144,16 +156,16 @@ class Calibration(Settings):
 
     mapping: Annotated[ScoreMapping, Field(discriminator="kind")]
     interval: ConformalInterval
-    scale: tuple[float, float] | None
+    scale: ScaleEnds | None
     """Lowest and highest MOS; scores and intervals are clipped to it. None: no scale was declared."""
-    rater_id: str | None
+    rater_id: ShortText | None
     """Identity of the rater that produced the ratings it was fitted to."""
-    n: int = Field(ge=1)
+    n: Count
     """Number of clips it was fitted to."""
-    groups: int = Field(ge=2)
-    fingerprint: str
+    groups: int = Field(ge=2, le=int(MAX_NUMBER))
+    fingerprint: ShortText
     """Hash of the clips and MOS it was fitted to."""
-    clips: tuple[str, ...]
+    clips: Annotated[tuple[ShortText, ...], FailFast()]
     """Hash of each of those clips, sorted: none of them may be in a test set."""
     check: CoverageCheck | None
     """None if there were too few groups for cross-validation."""

@@ -6,47 +6,50 @@ the beginning of the assistant's answer. The level word follows it. Knows nothin
 
 from __future__ import annotations
 
+import re
 import string
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from lmm_qa.config import Settings
 from lmm_qa.errors import ConfigError
 from lmm_qa.model.levels import LEVELS
 
 SLOTS = ("seconds", "fps", "frames", "width", "height")
-
-
 """Properties of a clip that a question may contain: duration in seconds, frame rate, number of sampled frames, width
 and height in pixels."""
 
 
+SLOT_FORMAT = re.compile(r"(.?[<>=^])?[-+ ]?z?#?0?\d{0,2}[,_]?(\.\d{1,2})?[a-zA-Z%]?")
+"""Formats of a slot: at most 99 characters and 99 digits, because a wider one is a text of any size."""
+
 DEFAULT_PROMPT = "talking_head"
 
-
 OTHER_FILES = ("defects", "explanation")
-
-
 """Files in `prompts/` that do not ask for a level."""
+
+
+Text = Annotated[str, Field(max_length=32_768)]
+"""Option type of a text that the model reads; the context of most models is shorter."""
 
 
 class Prompt(Settings):
     """One way to ask for a quality level."""
 
-    description: str = ""
+    description: str = Field("", max_length=32_768)
     """For people; the model never sees it."""
-    system: str | None = None
+    system: Text | None = None
     """System message; without one, the model's chat template decides."""
-    question: str
+    question: Text
     """The user's message after the video(s). May use the slots in `SLOTS`, as in `{seconds:.1f}`."""
-    paraphrases: tuple[str, ...] = ()
+    paraphrases: tuple[Text, ...] = Field((), max_length=1000)
     """The same question in other words, for training only, so that a rater does not depend on the wording."""
-    stem: str
+    stem: Text
     """The beginning of the assistant's answer; the next word is the level."""
-    levels: tuple[str, ...] = LEVELS
+    levels: tuple[Annotated[str, Field(max_length=100)], ...] = Field(LEVELS, max_length=100)
     """Level words, worst first. Each must be a single token after the stem."""
 
     @model_validator(mode="after")
@@ -99,6 +102,9 @@ def _check_question(what: str, question: str) -> None:
     if unknown := sorted(set(names) - set(SLOTS)):
         raise ValueError(f"{what} has unknown slots {unknown}; known: {', '.join(SLOTS)}")
     try:
+        for _, name, form, _ in string.Formatter().parse(question):
+            if name is not None and not SLOT_FORMAT.fullmatch(form or ""):
+                raise ValueError(f"the format {form!r} is not one of a number")
         question.format(**dict.fromkeys(SLOTS, 1.0))
     except (LookupError, ValueError) as error:
         raise ValueError(f"{what} cannot be filled in: {error}; slots are numbers: {{seconds:.1f}}") from None

@@ -26,18 +26,18 @@ WITHOUT_EFFECT = {"training", "backbone", "revision", "backbone_weights", "expla
 class RaterConfig(Settings):
     """The content of rater.json."""
 
-    backbone: str | None = None
+    backbone: str | None = Field(None, max_length=4096)
     """Directory or hub id of the base model; a relative path that exists is relative to this file; `embedded` for the
     base of the rater that ships with the package. None: the model in the same directory."""
-    revision: str | None = None
+    revision: str | None = Field(None, max_length=200)
     """Branch, tag or commit of the backbone on the hub."""
-    backbone_weights: str | None = None
+    backbone_weights: str | None = Field(None, max_length=200)
     """Fingerprint of a local backbone that the adapter was trained on; loading fails if its weights have changed."""
     prompt: Prompt = Field(default_factory=lambda: load_prompt(DEFAULT_PROMPT))
     scale: ScaleEnds = (1.0, 5.0)
     """MOS of the worst and of the best level."""
     sampling: Sampling = Sampling()
-    views: tuple[View, ...] = Field((View(),), min_length=1)
+    views: tuple[View, ...] = Field((View(),), min_length=1, max_length=16)
     explanation_check: ExplanationCheck = "facts"
     """What an explanation in the model's words must satisfy to be shown: see `lmm_qa.defects.explanation.objection`.
     Does not change a score."""
