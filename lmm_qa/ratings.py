@@ -13,7 +13,7 @@ from typing import Annotated, Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_validator
 
-from lmm_qa.config import Settings
+from lmm_qa.config import Bounded, Settings
 from lmm_qa.defects.profile import AnswerSource, Profile
 from lmm_qa.errors import ClipError
 from lmm_qa.tables import Row
@@ -59,9 +59,9 @@ def _rounded(digits: int) -> PlainSerializer:
     return PlainSerializer(lambda number: None if number is None else round(number, digits))
 
 
-Seconds = Annotated[float, _rounded(2)]
+Seconds = Annotated[Bounded, _rounded(2)]
 """Seconds, in hundredths in a row."""
-Rounded = Annotated[float, _rounded(4)]
+Rounded = Annotated[Bounded, _rounded(4)]
 """A number with four decimals in a row."""
 Interval = tuple[Seconds, Seconds]
 
@@ -112,7 +112,7 @@ class FoundDefect(RowPart):
 class Timeline(RowPart):
     """The score over time."""
 
-    window: float | None = Field(None, description="length of the windows, in seconds")
+    window: Bounded | None = Field(None, description="length of the windows, in seconds")
     seconds: tuple[Seconds, ...] = Field(description="middle of each window, in seconds")
     scores: tuple[Rounded, ...] = Field(description="score of each window, on `scale`")
     low: tuple[Interval, ...] | None = Field(
@@ -143,19 +143,23 @@ class RatingRow(RowPart):
 
     clip: str = Field(description="path of the clip as given, or relative to the folder or list given")
     content_id: str | None = Field(None, description="hash of the file's content")
-    score: float | None = Field(None, description="expected MOS, on `scale`; calibrated if `calibration` is set")
-    raw_score: float | None = Field(None, description="score before calibration, on `scale`; null without calibration")
-    interval: tuple[float, float] | None = Field(
+    score: Bounded | None = Field(None, description="expected MOS, on `scale`; calibrated if `calibration` is set")
+    raw_score: Bounded | None = Field(
+        None, description="score before calibration, on `scale`; null without calibration"
+    )
+    interval: tuple[Bounded, Bounded] | None = Field(
         None, description="prediction interval of the MOS, low and high; null without calibration"
     )
     calibration: CalibrationUse | None = Field(None, description="the calibration that was applied")
-    scale: tuple[float, float] | None = Field(None, description="MOS of the worst and of the best level")
+    scale: tuple[Bounded, Bounded] | None = Field(None, description="MOS of the worst and of the best level")
     level: str | None = Field(None, description="most probable level word")
-    probabilities: dict[str, float | None] | None = Field(
+    probabilities: dict[str, Bounded | None] | None = Field(
         None, description="probability of each level word, worst level first; they sum to 1"
     )
-    std: float | None = Field(None, description="standard deviation of the level distribution, in units of `raw_score`")
-    level_mass: float | None = Field(
+    std: Bounded | None = Field(
+        None, description="standard deviation of the level distribution, in units of `raw_score`"
+    )
+    level_mass: Bounded | None = Field(
         None, description="share of the vocabulary's probability on the level words; near 0: the prompt fails"
     )
     frames: SampledFrames | None = Field(None, description="the frames that the model received")
@@ -167,13 +171,13 @@ class RatingRow(RowPart):
     seconds: Rounded | None = Field(
         None, description="seconds that the model spent on the clip (its share of the batch)"
     )
-    defects: dict[str, float | None] | None = Field(
+    defects: dict[str, Bounded | None] | None = Field(
         None, description="probability of each defect, 0 to 1; null: not judged"
     )
     found: tuple[FoundDefect, ...] | None = Field(
         None, description="defects at or above their threshold, the most probable first"
     )
-    defect_mass: float | None = Field(
+    defect_mass: Bounded | None = Field(
         None, description="share of the vocabulary's probability on yes and no, mean over the questions about defects"
     )
     profile_id: str | None = Field(

@@ -46,7 +46,7 @@ TOLERANCE = 1e-4
 FORMATS = (".jsonl", ".csv", ".parquet")
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT", "SIGPIPE")
 MOMENTS = ("start", "decoding", "rating", "writing")
-OTHERS = 3000
+OTHERS = 10_000
 """Rows of other clips in each file: they must survive, and writing the final file takes long enough to be hit."""
 EMBEDDED_MODEL = EMBEDDED.parent
 
@@ -123,11 +123,18 @@ def kill(
     Raises:
         AssertionError: it failed before, or one of its processes outlived it.
     """
+
+    def accept_signals() -> None:
+        for each in (signal.SIGHUP, signal.SIGINT):  # ignored under nohup, and in the background of a shell
+            signal.signal(each, signal.SIG_DFL)
+
     reader, writer = os.pipe()
-    with subprocess.Popen(arguments, stdout=writer, stderr=writer, start_new_session=True) as process:
+    with subprocess.Popen(
+        arguments, stdout=writer, stderr=writer, start_new_session=True, preexec_fn=accept_signals
+    ) as process:
         os.close(writer)
         while process.poll() is None and not reached(psutil.Process(process.pid)):
-            time.sleep(0.002)
+            time.sleep(0.001)
         with open(reader, "rb") as output:
             if process.poll() is not None:
                 assert process.returncode == 0, output.read().decode()

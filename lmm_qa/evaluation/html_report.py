@@ -225,7 +225,8 @@ def load(ratings: Path, labels: Sequence[Label] = (), clips: Sequence[str] = ())
         ratings: .jsonl, .csv or .parquet, as `lmm-qa rate` writes them.
         labels: MOS of the clips.
         clips: the videos: files, folders, globs and lists, as for rating. By default they are looked up by the path in
-            the ratings, relative to the working directory and to the folder of the ratings.
+            the ratings, below the working directory and the folder of the ratings; a row must then have the
+            `content_id` of its video, so that ratings from somebody else cannot show other files of that name.
 
     Raises:
         UsageError: a row is not a rating; `clips` match nothing.
@@ -237,6 +238,7 @@ def load(ratings: Path, labels: Sequence[Label] = (), clips: Sequence[str] = ())
         raise ResultsError(f"{ratings} contains no ratings")
     files = find_videos([row.clip for row in rows], clips, ratings.parent)
     scored = [(row, row.score) for row in rows if row.score is not None and not row.error]
+    files = files if clips else {row.clip: files[row.clip] for row in rows if row.clip in files and row.content_id}
     rated = [RatedClip(number, row, score, files.get(row.clip)) for number, (row, score) in enumerate(scored, 1)]
     failures = tuple((row.clip, _reason(row)) for row in rows if row.score is None or row.error)
     raters = tuple({row.rater_id: row for row in rows}.values())

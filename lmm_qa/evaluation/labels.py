@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -290,20 +290,35 @@ def match(wanted: Sequence[str], given: Sequence[str]) -> dict[str, str]:
 def find_videos(names: Sequence[str], clips: Sequence[str], folder: Path) -> dict[str, Path]:
     """The video of each clip name, if it is found.
 
+    Ratings may come from strangers: names cannot point to files outside of the folders given here, nor can links in
+    these folders.
+
     Args:
         names: of clips, as in a file of ratings.
         clips: where to look: files, folders, globs and lists, as for rating. If empty, each name is taken as a path
-            relative to the working directory, else to `folder`.
+            relative to the working directory, else to `folder`, and the file must be below one of these two.
         folder: of the ratings.
 
     Raises:
         ManifestError: `clips` match nothing.
     """
     if clips:
-        given = {clip.name: clip.path for clip in expand(clips)}
+        folders = [path for path in map(Path, clips) if path.is_dir()]
+        given = {
+            clip.name: clip.path
+            for clip in expand(clips)
+            if not any(map(clip.path.is_relative_to, folders)) or _really_below(clip.path, folders)
+        }
         return {name: given[found] for name, found in match(list(dict.fromkeys(names)), list(given)).items()}
     candidates = ((name, path) for name in names for path in (folder / name, Path(name)))
-    return {name: path for name, path in candidates if os.path.isfile(path)}
+    found = ((name, path) for name, path in candidates if os.path.isfile(path))
+    return {name: path for name, path in found if _really_below(path, (folder, Path()))}
+
+
+def _really_below(path: Path, folders: Iterable[Path]) -> bool:
+    """Whether a file is in one of the folders after all links are followed."""
+    real = Path(os.path.realpath(path))
+    return any(real.is_relative_to(os.path.realpath(folder)) for folder in folders)
 
 
 def _file_name(name: str) -> str:

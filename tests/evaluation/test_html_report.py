@@ -9,6 +9,7 @@ import base64
 import csv
 import io
 import json
+import math
 import random
 import re
 import shutil
@@ -28,7 +29,7 @@ from scipy import stats
 
 import lmm_qa.cli.app
 from lmm_qa.defects.vocabulary import DEFECTS
-from lmm_qa.errors import ManifestError, ResultsError, ScoresError, UsageError
+from lmm_qa.errors import ConfigError, ManifestError, ResultsError, ScoresError, UsageError
 from lmm_qa.evaluation import evaluate
 from lmm_qa.evaluation import html_report as report
 from lmm_qa.evaluation.html_report import Axis, Filmstrip
@@ -330,8 +331,63 @@ def test_clips_are_found_beside_the_ratings_and_by_their_path(tmp_path: Path, mo
     write_clip(tmp_path / "beside.mp4", frames=2)
     write_clip(tmp_path / "here" / "near.mp4", frames=2)
     write_clip(tmp_path / "far.mp4", frames=2)
-    rows = [rating("beside.mp4"), rating("near.mp4"), rating(str(tmp_path / "far.mp4")), rating("x" * 5000)]
+    names = ("beside.mp4", "near.mp4", str(tmp_path / "far.mp4"))
+    files = (tmp_path / "beside.mp4", Path("near.mp4"), tmp_path / "far.mp4")
+    rows = [rating(name, content_id=content_id(file)) for name, file in zip(names, files, strict=True)]
+    rows.append(rating("x" * 5000, content_id="sha256:0"))
     assert [clip.file is not None for clip in report.load(save(tmp_path, rows)).clips] == [True, True, True, False]
+
+
+def test_ratings_cannot_name_files_outside_of_the_given_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an absolute path, a path with `..`, a link to a file or a link to a folder."""
+    shared, private = tmp_path / "shared", tmp_path / "private"
+    shared.mkdir()
+    private.mkdir()
+    monkeypatch.chdir(shared)
+    write_clip(private / "secret.mp4", frames=2)
+    write_clip(shared / "own.mp4", frames=2)
+    (shared / "link.mp4").symlink_to(private / "secret.mp4")
+    (shared / "folder").symlink_to(private)
+    secret, own = content_id(private / "secret.mp4"), content_id(shared / "own.mp4")
+    names = [
+        "../private/secret.mp4",
+        str(private / "secret.mp4"),
+        "link.mp4",
+        "folder/secret.mp4",
+        "secret.mp4",
+        "a\0b",
+    ]
+    rows = [*(rating(name, content_id=secret) for name in names), rating("own.mp4", content_id=own)]
+    for clips in ((), (".",), (str(shared),)):
+        loaded = report.load(save(shared, rows), clips=clips)
+        assert [clip.row.clip for clip in loaded.clips if clip.file] == ["own.mp4"]
+    (shared / "link to own.mp4").symlink_to("own.mp4")
+    linked = report.load(save(shared, [rating("link to own.mp4", content_id=own)]))
+    assert linked.clips[0].file == shared / "link to own.mp4"
+    assert report.load(save(shared, rows), clips=[str(private)]).clips[0].file == private / "secret.mp4"
+
+
+def test_without_a_content_id_a_video_is_shown_only_if_its_folder_is_given(tmp_path: Path) -> None:
+    write_clip(tmp_path / "a.mp4", frames=2)
+    ratings = save(tmp_path, [rating("a.mp4")])
+    assert report.load(ratings).clips[0].file is None
+    assert report.load(ratings, clips=[str(tmp_path)]).clips[0].file == tmp_path / "a.mp4"
+
+
+def test_a_hostile_row_is_refused_or_shown(tmp_path: Path) -> None:
+    """Texts of any length, many frames, times beyond the clip, defects without a name."""
+    frames = {"indices": list(range(10**5)), "seconds": [1e12] * 10**5}
+    video = {"width": 10**30, "height": 1, "fps": 1e12, "duration": 1e12}
+    found = [{"defect": "", "probability": 0.9, "place": "x" * 10**5, "seconds": [[-1e12, 1e12]]}]
+    rows = [rating("a" * 10**5, frames=frames, video=video, found=found, explanation=HOSTILE * 10**3)]
+    page = Reader(page_of(tmp_path, rows))
+    assert not page.wrong and len(page.all("script")) == 1
+    for number in (math.nan, math.inf, 10**400, -1e308):
+        (tmp_path / "ratings.jsonl").write_text(json.dumps(rating("a.mp4") | {"score": number}))
+        with pytest.raises(ConfigError, match=r"row 1 cannot be used:\n  score: Input should be "):
+            report.load(tmp_path / "ratings.jsonl")
 
 
 def test_clips_without_frames_have_a_reason_and_the_rest_is_shown(tmp_path: Path) -> None:
@@ -549,7 +605,7 @@ def large_page(folder: Path, number: int) -> Path:
         write_clip(folder / "folder" / f"clip_{n}.mp4", frames=60)
     rng = np.random.default_rng(0)
     labels = [Label(row["clip"], row["score"] + rng.normal(0, 0.3), row["clip"]) for row in rows if row["score"]]
-    return page_of(folder, rows, labels)
+    return page_of(folder, rows, labels, [str(folder)])
 
 
 @pytest.fixture(scope="module")
