@@ -136,6 +136,7 @@ class Ranks:
         overwrite: bool = False,
         needs: Sequence[str] = (),
         profile_id: str | None = None,
+        safe_csv: bool = False,
     ) -> Iterator[RatingsWriter]:
         """A `RatingsWriter` for the rows of this rank. At the end, rank 0 waits for the others and merges all rows.
 
@@ -149,7 +150,7 @@ class Ranks:
         digest = hashlib.sha256(json.dumps([*clips, profile_id]).encode()).hexdigest()[:16]
         own = f"{rater_id} {len(clips)} {digest}"
         if self.rank == 0:
-            with RatingsWriter(path, clips, rater_id, overwrite, needs=needs, profile_id=profile_id) as writer:
+            with RatingsWriter(path, clips, rater_id, overwrite, 0, needs, profile_id, safe_csv) as writer:
                 self._store.set("run", own)
                 yield writer
                 self._wait_until(lambda: self._closed() >= self.world - 1)

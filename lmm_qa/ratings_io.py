@@ -49,6 +49,7 @@ class RatingsWriter:
         rank: int = 0,
         needs: Sequence[str] = (),
         profile_id: str | None = None,
+        safe_csv: bool = False,
     ) -> None:
         """
         Args:
@@ -63,6 +64,7 @@ class RatingsWriter:
             needs: columns that a row must have a value for to be reused.
             profile_id: what makes the defect profiles of this run; rows with another profile_id are not reused. None:
                 no profiles are requested.
+            safe_csv: as for `lmm_qa.tables.write_rows`.
 
         Raises:
             UsageError: the suffix is none of the three.
@@ -82,6 +84,7 @@ class RatingsWriter:
         self._overwrite = overwrite
         self._needs = needs
         self._profile_id = profile_id
+        self._safe_csv = safe_csv
         self._stored: list[Row] = []
         """The existing content of the file at `path`."""
         self._earlier: dict[str, Row] = {}
@@ -263,8 +266,8 @@ class RatingsWriter:
             row for clip, row in self._earlier.items() if clip not in self._rows and row["content_id"] not in contents
         ]
         rows = others + self.rows
-        if rows != self._stored:
-            write_rows(self.path, rows)
+        if rows != self._stored or self._safe_csv:  # the existing file may not be safe
+            write_rows(self.path, rows, self._safe_csv)
             self._stored = rows
         _remove(self._journal)
 

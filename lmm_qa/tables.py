@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -28,6 +29,8 @@ OUTPUT_SUFFIXES = (".jsonl", ".csv", ".parquet")
 """Formats that can be written."""
 CLIP_COLUMNS = ("clip", "video", "path", "file", "filename", "name")
 """Usual names of the column that names the clip, by precedence."""
+FORMULA = re.compile(r"[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+"""Beginning of a cell that spreadsheets take for a formula, with the full-width forms (OWASP, "CSV Injection")."""
 PARQUET_BATCH = 256
 """Rows of a Parquet file that are in memory as Python objects at once."""
 
@@ -124,15 +127,22 @@ def read_rows(path: Path) -> list[Row]:
     return [_nested({column: decode(value) for column, value in row.items()}) for _, row in rows]
 
 
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
+def write_rows(path: Path, rows: Sequence[Row], safe_csv: bool = False) -> None:
     """Write all rows into a .jsonl, .csv or .parquet file. The file is replaced in one step.
+
+    Args:
+        path: the file.
+        rows: its content.
+        safe_csv: put an apostrophe before texts in .csv that a spreadsheet would run as a formula (see `FORMULA`);
+            `read_rows` removes it.
 
     Raises:
         UsageError: the suffix is not one of `OUTPUT_SUFFIXES`.
         ResultsError: the file cannot be written, or the rows do not fit into a table.
     """
     write: Mapping[str, Callable[[BinaryIO, Sequence[Row]], None]]
-    write = {".jsonl": _write_jsonl, ".csv": _write_csv, ".parquet": _write_parquet}
+    write_csv = partial(_write_csv, safe=safe_csv)
+    write = {".jsonl": _write_jsonl, ".csv": write_csv, ".parquet": _write_parquet}
     try:
         with replacing(path) as temporary:
             with open(temporary, "wb") as file:
@@ -197,13 +207,13 @@ def _write_jsonl(file: BinaryIO, rows: Sequence[Row]) -> None:
     file.writelines(f"{to_json(row)}\n".encode() for row in rows)
 
 
-def _write_csv(file: BinaryIO, rows: Sequence[Row]) -> None:
+def _write_csv(file: BinaryIO, rows: Sequence[Row], safe: bool) -> None:
     flat = [_flat(row) for row in rows]
     columns = _ordered_columns(flat)
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     table = csv.writer(text, lineterminator="\n")
     table.writerow(columns)
-    table.writerows([_encoded(row.get(column)) for column in columns] for row in flat)
+    table.writerows([_encoded(row.get(column), safe) for column in columns] for row in flat)
     text.detach()
 
 
@@ -234,12 +244,12 @@ def _escape_surrogates(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def _encoded(value: Any) -> str:
+def _encoded(value: Any, safe: bool) -> str:
     """A CSV cell: empty for None, JSON for everything but a string that cannot be mistaken for JSON."""
     if value is None:
         return ""
     if isinstance(value, str) and _decoded(value) == value and not re.search(r"[\0\r\ud800-\udfff]", value):
-        return value
+        return f"'{value}" if safe and FORMULA.match(value) else value
     return _escape_surrogates(json.dumps(value, ensure_ascii=False))
 
 
@@ -247,6 +257,8 @@ def _decoded(cell: str) -> Any:
     """The inverse of `_encoded`."""
     if not cell:
         return None
+    if cell.startswith("'") and FORMULA.match(cell, 1):
+        return cell[1:]
     try:
         return json.loads(cell)
     except (ValueError, RecursionError):

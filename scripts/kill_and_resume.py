@@ -264,8 +264,9 @@ class Experiment:
             case "rating":
                 rows = before + done + 1 + int(3 * share)
                 return lambda _: lines(growing) >= rows
-            case _:
-                return lambda _: temporary(output).exists()
+            case _:  # rows appended in order leave nothing else to write
+                rows = before + len(self.names)
+                return lambda _: temporary(output).exists() or (output == growing and lines(output) >= rows)
 
     def _check(self, output: Path, before: dict[str, Row]) -> dict[str, Row]:
         """The rows of the run so far.

@@ -446,7 +446,27 @@ def test_a_column_that_no_table_can_hold_is_an_error(tmp_path: Path) -> None:
 
 texts = st.one_of(
     st.text(),
-    st.sampled_from(["", "null", "true", "12", "1e5", "NaN", " 1", '"x"', "[1]", "{", "a,b", "a\r\nb", "\ufeff", "\0"]),
+    st.sampled_from(
+        [
+            "",
+            "null",
+            "true",
+            "12",
+            "1e5",
+            "NaN",
+            " 1",
+            "=1",
+            "'=1",
+            "''=1",
+            '"x"',
+            "[1]",
+            "{",
+            "a,b",
+            "a\r\nb",
+            "\ufeff",
+            "\0",
+        ]
+    ),
 )
 floats = st.floats(allow_nan=False, allow_infinity=False)
 
@@ -468,12 +488,49 @@ def any_rating(draw: st.DrawFn) -> Row:
 
 
 @FORMS
-@given(rows=st.lists(any_rating(), min_size=1, max_size=4, unique_by=lambda row: row["clip"]))
+@given(rows=st.lists(any_rating(), min_size=1, max_size=4, unique_by=lambda row: row["clip"]), safe=st.booleans())
 @settings(max_examples=150, deadline=None)
-def test_rows_survive_a_round_trip(tmp_path_factory: pytest.TempPathFactory, form: str, rows: list[Row]) -> None:
+def test_rows_survive_a_round_trip(
+    tmp_path_factory: pytest.TempPathFactory, form: str, rows: list[Row], safe: bool
+) -> None:
     path = tmp_path_factory.getbasetemp() / f"round-trip{form}"
-    write_rows(path, copy.deepcopy(rows))
+    write_rows(path, copy.deepcopy(rows), safe)
     assert read_ratings(path) == rows
+
+
+FORMULAS = ["=1+1", "+1+cmd", "-2+3+cmd", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "\uff1d1"]
+
+
+def csv_cells(path: Path, column: str) -> list[str]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row[column] for row in csv.DictReader(file)]
+
+
+def test_safe_csv_has_no_cell_that_a_spreadsheet_would_run(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    names = [*FORMULAS, "-5", "'=1", "'plain", "plain", "a=1"]
+    rows = [rating(name) | {"prompt": name, "score": -1.5} for name in names]
+    write_rows(path, rows)
+    assert csv_cells(path, "clip")[:2] == ["=1+1", "+1+cmd"], "off by default: names stay as they are"
+    assert read_ratings(path) == rows
+    write_rows(path, rows, safe_csv=True)
+    texts = csv_cells(path, "clip") + csv_cells(path, "prompt")
+    assert not [text for text in texts if text[0] in "=+-@\t\r\n\uff1d"]
+    assert texts[:2] == ["'=1+1", "'+1+cmd"] and {"plain", "a=1", "'plain"} <= set(texts)
+    assert csv_cells(path, "score")[0] == "-1.5", "a number is no formula"
+    assert read_ratings(path) == rows
+
+
+def test_a_safe_csv_is_resumed_and_an_unsafe_one_made_safe(tmp_path: Path) -> None:
+    path = tmp_path / "r.csv"
+    rows = [rating("=1.mp4"), failure("=2.mp4")]
+    run(path, rows)
+    for _ in range(2):
+        with RatingsWriter(path, ["=1.mp4", "=2.mp4"], "tiny-1", safe_csv=True) as sink:
+            assert sink.resume("=1.mp4", rows[0]["content_id"]) == rows[0]
+            sink.write(rows[1])
+        assert csv_cells(path, "clip") == ["'=1.mp4", "'=2.mp4"]
+        assert read_ratings(path) == rows
 
 
 def test_text_that_utf8_cannot_encode(tmp_path: Path) -> None:

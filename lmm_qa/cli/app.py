@@ -103,6 +103,14 @@ def rate(
     timeout: Timeout = 60.0,
     root: Root = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard the ratings in the output file.")] = False,
+    safe_csv: Annotated[
+        bool,
+        typer.Option(
+            "--safe-csv",
+            help="In .csv, put an apostrophe before texts that a spreadsheet would run as a formula: those that begin "
+            "with = + - @, a tab or a line break. For clips with names from strangers.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Show what would be rated, tokens and memory; loads no weights."),
@@ -133,8 +141,9 @@ def rate(
     from lmm_qa.manifest import expand
     from lmm_qa.tables import output_form
 
-    if output is not None:
-        output_form(output)
+    form = output_form(output) if output is not None else ""
+    if safe_csv and form != ".csv":
+        raise UsageError(f"--safe-csv is for -o FILE.csv, received {'no -o' if output is None else f'-o {output}'}")
     clips = expand(inputs, root)
     quiet_libraries()
     from lmm_qa.cli.dry_run import print_rating_plan
@@ -161,7 +170,7 @@ def rate(
     details = Details(defects or explain, explain, timeline, answers_from.value)
     options = {"batch_size": batch_size, "workers": workers, "timeout": timeout}
     run = RatingRun(raters.plan if raters else plan, details, ranks, raters, **options)
-    failed = run.to_file(clips, output, overwrite) if output else run.to_stdout(clips, render_table)
+    failed = run.to_file(clips, output, overwrite, safe_csv) if output else run.to_stdout(clips, render_table)
     if failed:
         raise typer.Exit(SOME_CLIPS_FAILED)
 

@@ -52,13 +52,17 @@ class RatingRun:
         self.raters = raters
         self.options = options
 
-    def to_file(self, clips: Sequence[Clip], output: Path, overwrite: bool) -> int:
-        """Rate the clips that the file does not contain yet. Returns the number of clips that failed, on rank 0."""
+    def to_file(self, clips: Sequence[Clip], output: Path, overwrite: bool, safe_csv: bool = False) -> int:
+        """Rate the clips that the file does not contain yet. Returns the number of clips that failed, on rank 0.
+
+        Options: see `lmm_qa.ratings_io.RatingsWriter`.
+        """
         start = time.monotonic()
         ranks, details = self.ranks, self.details
         names = [clip.name for clip in clips]
         profile = profile_id(self.plan.source, details.answers_from) if details.profile else None
-        with ranks.writer(output, names, self.plan.rater_id, overwrite, details.columns, profile) as writer:
+        how = (overwrite, details.columns, profile, safe_csv)
+        with ranks.writer(output, names, self.plan.rater_id, *how) as writer:
             part = ranks.part(clips)
             rated = self._progress((_is_rated(writer, clip) for clip in part), len(part), "looked up")
             unrated = ranks.unrated(clips, rated)

@@ -366,7 +366,7 @@ def test_ratings_cannot_name_files_outside_of_the_given_folders(
     (shared / "link to own.mp4").symlink_to("own.mp4")
     linked = report.load(save(shared, [rating("link to own.mp4", content_id=own)]))
     assert linked.clips[0].file == Path("link to own.mp4")
-    assert report.load(save(shared, rows), clips=[str(private)]).clips[0].file == private / "secret.mp4"
+    assert report.load(save(shared, rows[:1]), clips=[str(private)]).clips[0].file == private / "secret.mp4"
 
 
 def test_without_a_content_id_a_video_is_shown_only_if_its_folder_is_given(tmp_path: Path) -> None:
