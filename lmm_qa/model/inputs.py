@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from lmm_qa.errors import LevelTokenError
 from lmm_qa.model import compat
+from lmm_qa.model.chat_template import render_chat
 from lmm_qa.model.prompt import Prompt
 
 if TYPE_CHECKING:
@@ -58,8 +59,7 @@ def patch_factor(processor: Any) -> int | None:
 
 def prompt_text(processor: Any, prompt: Prompt, videos: int, slots: dict[str, float]) -> str:
     """The chat up to the end of the stem, with one placeholder per video."""
-    messages = prompt.messages(videos, **slots)
-    return str(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)) + prompt.stem
+    return render_chat(processor, prompt.messages(videos, **slots)) + prompt.stem
 
 
 def prepare_inputs(processor: Any, clips: Sequence[ClipInput], prompt: Prompt) -> Any:

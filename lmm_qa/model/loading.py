@@ -10,6 +10,7 @@ import torch
 
 from lmm_qa.errors import ModelError, first_line
 from lmm_qa.model import compat
+from lmm_qa.model.chat_template import check_chat_template
 from lmm_qa.model.hub import find_model
 from lmm_qa.model.weights import (
     DOWNLOAD_AGAIN,
@@ -147,6 +148,7 @@ def load_processor(model: str, **options: Unpack[LoadOptions]) -> Any:
         processor.chat_template = processor.tokenizer.chat_template
     if processor.chat_template is None:
         raise ModelError(f"{model!r} has no chat template: chat_template.jinja is missing")
+    check_chat_template(processor, model)
     processor.tokenizer.padding_side = "left"  # the last position of every row is then the end of the stem
     return processor
 
