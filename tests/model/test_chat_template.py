@@ -16,17 +16,24 @@ from lmm_qa.model.chat_template import MESSAGES, check_chat_template, render_cha
 from lmm_qa.model.loading import load_processor
 
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-HOSTILE = {
-    "internals of Python": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError: access to attribute"),
-    "a changed message": ("{{ messages.append(1) }}", "SecurityError"),
-    "a file": ("{% include '/etc/passwd' %}", "no loader"),
-    "a long range": ("{% for a in range(10**9) %}{% endfor %}", "OverflowError: Range too big"),
+INTERNALS = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
+
+UNBOUNDED = {
     "an endless loop": (LOOP, "it takes more than 1 s"),
     "a number that grows": ("{{ 9 ** (9 ** 9) }}", "it takes more than 1 s"),
     "a text that grows": ("{{ 'x' * 10 ** 11 }}", "it needs more than 2048 MB"),
     "a long text": ("{{ 'x' * 10 ** 7 }}", "its text has 10,000,000 characters, more than 1,000,000"),
-    "no template": ("{% for %}", "TemplateSyntaxError"),
-    "a refusal": ("{{ raise_exception('no system messages') }}", "TemplateError: no system messages"),
+    "internals of Python": (INTERNALS, "SecurityError: access to attribute"),
+}
+
+DENIED = {
+    INTERNALS: "SecurityError: access to attribute",
+    "{{ messages.append(1) }}": "SecurityError",
+    "{% include '/etc/passwd' %}": "no loader",
+    "{% for a in range(10**9) %}{% endfor %}": "OverflowError: Range too big",
+    "{% for %}": "TemplateSyntaxError",
+    "{{ raise_exception('one message only') }}": "TemplateError: one message only",
+    "{{ 'x' * 2000000 }}": "gives 2,000,000 characters, more than 1,000,000",
 }
 
 
@@ -35,8 +42,8 @@ def processor(template: str | dict[str, str]) -> Any:
     return SimpleNamespace(chat_template=template, tokenizer=SimpleNamespace(special_tokens_map={"eos_token": "<e>"}))
 
 
-@pytest.mark.parametrize(("template", "problem"), HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_template_is_refused(template: str, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("template", "problem"), UNBOUNDED.values(), ids=UNBOUNDED)
+def test_a_template_beyond_a_limit_is_refused(template: str, problem: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lmm_qa.model.chat_template, "CPU_SECONDS", 1)
     with pytest.raises(ModelError, match="the chat template of 'some/model' cannot be used: ") as caught:
         check_chat_template(processor(template), "some/model")
@@ -59,17 +66,18 @@ def test_the_well_known_template_needs_no_process(monkeypatch: pytest.MonkeyPatc
 def test_loading_a_model_checks_its_template(family_dir: Callable[[str], Path], tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(family_dir("qwen2_vl"), model)
-    (model / "chat_template.jinja").write_text("{{ ''.__class__.__mro__ }}")
+    (model / "chat_template.json").unlink(missing_ok=True)
+    (model / "chat_template.jinja").write_text(INTERNALS)
     with pytest.raises(ModelError, match=r"chat template of '.*model' cannot be used: SecurityError"):
         load_processor(str(model))
 
 
-def test_a_template_that_fails_on_a_prompt_is_an_error(family_dir: Callable[[str], Path]) -> None:
+def test_what_the_sandbox_denies_is_an_error(family_dir: Callable[[str], Path]) -> None:
     loaded = load_processor(str(family_dir("qwen2_vl")))
-    loaded.chat_template = "{% if messages | length > 1 %}{{ raise_exception('one message only') }}{% endif %}{{ 1 }}"
-    assert render_chat(loaded, MESSAGES[1:]) == "1"
-    with pytest.raises(ModelError, match="cannot be rendered: TemplateError: one message only"):
-        render_chat(loaded, MESSAGES)
-    loaded.chat_template = "{{ 'x' * 2000000 }}"
-    with pytest.raises(ModelError, match="gives 2,000,000 characters, more than 1,000,000"):
-        render_chat(loaded, MESSAGES)
+    loaded.chat_template = "{{ messages | length }}"
+    assert render_chat(loaded, MESSAGES) == "2"
+    for template, problem in DENIED.items():
+        loaded.chat_template = template
+        with pytest.raises(ModelError, match="the chat template of the model ") as caught:
+            render_chat(loaded, MESSAGES)
+        assert problem in str(caught.value)
