@@ -23,7 +23,7 @@ from typing import Any
 
 import av
 import numpy as np
-from damaged_files import SAMPLES
+from corpus import SAMPLES
 from numpy.typing import NDArray
 
 from lmm_qa.config import Sampling, View

@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from damaged_files import SAMPLES
+from corpus import SAMPLES
 from PIL import Image
 from rating_runs import resident_memory
 

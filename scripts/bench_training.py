@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from bench_rating import now, random_rater
-from damaged_files import SAMPLES
+from corpus import SAMPLES
 
 from lmm_qa.manifest import content_id
 from lmm_qa.model.backbone import Backbone

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from damaged_files import pictures, write
+from corpus import pictures, write
 from rating_runs import Run, make_clips, process_tree, resident_memory, watched_run
 
 from lmm_qa.tables import read_rows

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,13 +49,27 @@ class Run:
 
 
 def watched_run(
-    command: Sequence[str | Path], limit: float, observe: Callable[[psutil.Process], object] | None = None
+    command: Sequence[str | Path],
+    limit: float,
+    observe: Callable[[psutil.Process], object] | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> Run:
-    """Run a command, for at most `limit` seconds; calls `observe` with its process every `INTERVAL` seconds."""
+    """Run a command, for at most `limit` seconds; calls `observe` with its process every `INTERVAL` seconds.
+
+    Args:
+        environment: variables in addition to those of this process.
+    """
     start = time.monotonic()
     memory: list[tuple[float, int]] = []
     stderr: list[str] = []
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=os.environ | dict(environment or {}),
+    ) as process:
         assert process.stderr is not None
         reader = threading.Thread(target=lambda stream: stderr.append(stream.read()), args=(process.stderr,))
         reader.start()
