@@ -351,7 +351,7 @@ def report(
         list[str] | None,
         typer.Option(
             help="Where the clips are: a folder, a file, a glob or a list. Can be repeated.",
-            show_default="the paths in the ratings",
+            show_default="their paths in the ratings, below the working directory and the folder of the ratings",
         ),
     ] = None,
     workers: Workers = DEFAULT_WORKERS,
