@@ -76,7 +76,7 @@ def compare(
     ] = None,
     pair: Pair = "name",
     group: Group = None,
-    tie: Annotated[float, typer.Option(min=0, help="Scores that differ by no more are a tie, in MOS.")] = 0.05,
+    tie: Annotated[float, typer.Option(min=0, help="Scores that differ by no more are a tie, in MOS.")] = 0.1,
     model: Model = None,
     workers: Workers = DEFAULT_WORKERS,
     timeout: Timeout = 60.0,

@@ -15,7 +15,7 @@ import numpy as np
 
 from lmm_qa.config import View
 from lmm_qa.errors import ClipError, ClipUnreadable
-from lmm_qa.evaluation.compare import Comparison, ScorePair, SetComparison, footnotes, sections
+from lmm_qa.evaluation.compare import PAIR_HEADER, Comparison, ScorePair, SetComparison, footnotes, sections
 from lmm_qa.evaluation.html_report import SAMPLING, Axis, PageSize, Thumbnail, thumbnail, write_page
 from lmm_qa.evaluation.pairing import RatingSet
 from lmm_qa.manifest import content_id
@@ -23,7 +23,7 @@ from lmm_qa.video.decode import Frames
 from lmm_qa.video.decoder_pool import DecoderPool
 
 PAIRS = 24
-"""Pairs with frames, for each set: those that differ most."""
+"""Pairs on the page, those that differ most; shared by several sets."""
 MOMENTS = 12
 """Moments of a pair that the slider can show."""
 VIEW = View(max_pixels=288 * 288)
@@ -66,10 +66,10 @@ def page_pairs(
         videos: for each of the sets, the video of each clip that was found.
     """
     contents = [{rating.clip: rating.content_id for rating in each.ratings} for each in sets]
-    numbers = count(1)
+    numbers, limit = count(1), -(-PAIRS // len(comparison.sets))
     found = []
     for at, each in enumerate(comparison.sets, 1):
-        for pair in sorted(each.pairs, key=lambda pair: -abs(pair.difference))[:PAIRS]:
+        for pair in sorted(each.pairs, key=lambda pair: -abs(pair.difference))[:limit]:
             files = videos[0].get(pair.old), videos[at].get(pair.new)
             known = contents[0][pair.old], contents[at][pair.new]
             found.append(PagePair(next(numbers), each, pair, files, known))
@@ -142,7 +142,7 @@ def write(comparison: Comparison, pairs: Sequence[PagePair], frames: Iterable[Pa
         size,
         comparison=comparison,
         axis=axis,
-        sections=sections(comparison),
+        sections=[each for each in sections(comparison) if each.header != PAIR_HEADER],  # the pairs are below
         notes=footnotes(comparison),
         total=len(pairs),
         pairs=_counted(zip(pairs, frames, strict=True), size),

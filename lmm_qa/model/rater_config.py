@@ -17,6 +17,9 @@ FILE_NAME = "rater.json"
 CALIBRATION_NAME = "calibration.json"
 DEFECTS_NAME = "defects.json"
 
+EMBEDDED_NAME = "embedded"
+"""Name of the rater that ships with the package; as a backbone, the name of its base model."""
+
 ExplanationCheck = Literal["facts", "grammar"]
 
 WITHOUT_EFFECT = {"training", "backbone", "revision", "backbone_weights", "explanation_check"}

@@ -15,14 +15,11 @@ from pathlib import Path
 
 from lmm_qa.errors import ModelError, UsageError
 from lmm_qa.model.hub import HubModel, find_model
-from lmm_qa.model.rater_config import CALIBRATION_NAME, DEFECTS_NAME, FILE_NAME, RaterConfig
+from lmm_qa.model.rater_config import CALIBRATION_NAME, DEFECTS_NAME, EMBEDDED_NAME, FILE_NAME, RaterConfig
 from lmm_qa.model.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_files, is_identity
 
 EMBEDDED = Path(__file__).parent / "embedded" / "adapter"
 """The rater that ships with the package."""
-
-EMBEDDED_NAME = "embedded"
-"""Its name; as a backbone, the name of its base model."""
 
 CHUNK_BYTES = 1 << 16
 

@@ -17,8 +17,8 @@ from pydantic import Field, model_validator
 from lmm_qa.config import Sampling, ScaleEnds, Settings, View
 from lmm_qa.errors import ConfigError
 from lmm_qa.model.prompt import Prompt, load_prompt
-from lmm_qa.model.rater_config import RaterConfig
-from lmm_qa.model.source import EMBEDDED_NAME, resolve_model
+from lmm_qa.model.rater_config import EMBEDDED_NAME, RaterConfig
+from lmm_qa.model.source import resolve_model
 from lmm_qa.training.dataset import Data
 
 DEFAULT_CACHE_DIR = Path("~/.cache/lmm_qa")

@@ -11,9 +11,9 @@ import yaml
 from lmm_qa.errors import ModelError, UsageError
 from lmm_qa.model.backbone import Backbone
 from lmm_qa.model.calibration import Calibration
-from lmm_qa.model.rater_config import FILE_NAME, RaterConfig
+from lmm_qa.model.rater_config import EMBEDDED_NAME, FILE_NAME, RaterConfig
 from lmm_qa.model.rater_plan import plan_rater
-from lmm_qa.model.source import EMBEDDED_NAME, resolve_model
+from lmm_qa.model.source import resolve_model
 from lmm_qa.training.config import TrainingConfig
 
 PUBLISHED_FILES = ("README.md", "metrics.jsonl", "*.safetensors", "*.json", "*.jinja", "*.txt")

@@ -40,9 +40,9 @@ from lmm_qa.model.calibration import Calibration
 from lmm_qa.model.inputs import count_tokens, level_tokens, patch_factor
 from lmm_qa.model.levels import LevelReading, read_levels
 from lmm_qa.model.loading import choose_dtype, load_processor
-from lmm_qa.model.rater_config import FILE_NAME, RaterConfig
+from lmm_qa.model.rater_config import EMBEDDED_NAME, FILE_NAME, RaterConfig
 from lmm_qa.model.rater_plan import plan_rater
-from lmm_qa.model.source import EMBEDDED_NAME, weights_fingerprint
+from lmm_qa.model.source import weights_fingerprint
 from lmm_qa.training.adapters import trainable_model
 from lmm_qa.training.collate import (
     TOO_LONG_ADVICE,
