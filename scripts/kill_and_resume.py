@@ -232,6 +232,10 @@ class Experiment:
         arguments = command(self.work / "clips", output)
         before: dict[str, Row] = {}
         for number, moment in enumerate(moments):
+            if name == "SIGPIPE":  # without a reader of its messages, a run may complete: each is a new one
+                journal(output).unlink(missing_ok=True)
+                write_rows(output, self.others)
+                before = {}
             group = (number + FORMATS.index(suffix)) % 2 == 1 and name != "SIGPIPE"
             code, seconds, rows, problem = 0, 0.0, before, None
             try:
