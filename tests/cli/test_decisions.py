@@ -15,8 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from browser import Browser, find_browser
 from clips import write_clip
+from paths import ROOT
 from rating_rows import rating_row
 
 import lmm_qa.cli.app
@@ -227,6 +229,7 @@ def test_wrong_usage_of_gate(folder: Path, command: Command, arguments: tuple[st
     assert words in err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt" or shutil.which("make") is None, reason="needs make and bash")
 def test_gate_stops_a_pipe_and_a_makefile(folder: Path) -> None:
     gate = f"{sys.executable} -m lmm_qa gate"
@@ -241,3 +244,50 @@ def test_gate_stops_a_pipe_and_a_makefile(folder: Path) -> None:
     passed = subprocess.run(["make", "NEW=old"], capture_output=True, text=True)
     assert passed.returncode == 0
     assert passed.stdout.endswith("released\n")
+
+
+# --- the guide -------------------------------------------------------------------------------------------------------
+
+
+def blocks(language: str) -> list[str]:
+    """The code blocks of a language in the guide."""
+    text = (ROOT / "docs" / "guides" / "decide.md").read_text(encoding="utf-8")
+    return [part.split("```")[0] for part in text.split(f"```{language}\n")[1:]]
+
+
+@pytest.fixture
+def project(folder: Path) -> Path:
+    """A project as the guide describes it: ratings of both versions, and the limits."""
+    (folder / "old.jsonl").rename(folder / "baseline.jsonl")
+    (folder / "gate.yaml").write_text(blocks("yaml")[0])
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="needs bash")
+def test_the_github_workflow_of_the_guide(project: Path) -> None:
+    steps = yaml.safe_load(blocks("yaml")[1])["jobs"]["gate"]["steps"]
+    commands = [step["run"] for step in steps if "run" in step]
+    gate, summary = (next(one for one in commands if name in one) for name in ("lmm-qa gate", "lmm-qa compare"))
+    environment = os.environ | {"GITHUB_STEP_SUMMARY": "summary.md"}
+    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])
+
+    def run(command: str) -> int:  # with the default shell of GitHub
+        return subprocess.run(["bash", "-e", "-c", command], env=environment, capture_output=True).returncode
+
+    assert run(gate) == 4
+    assert ET.parse("gate.xml").getroot().attrib["failures"] == "2"
+    assert run(summary) == 0
+    assert Path("summary.md").read_text().startswith("**new is worse than baseline by 0.60")
+    shutil.copy("baseline.jsonl", "new.jsonl")
+    assert run(gate) == 0
+
+
+@pytest.mark.slow
+def test_the_pytest_example_of_the_guide(project: Path) -> None:
+    (project / "test_quality.py").write_text(blocks("python")[0])
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "test_quality.py"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "2 failed, 3 passed" in done.stdout
+    assert "test_quality[drop]" in done.stdout
+    assert "it drops by more than 0.1" in done.stdout
