@@ -8,12 +8,14 @@
     rater = Rater.from_pretrained()          # the model that ships with the package
     rater.rate("clip.mp4").score             # a float on rater.settings.scale
 
-`Rater.rate_all` rates many clips: worker processes decode while the model runs. `Details` requests more than the score:
-a defect profile and an explanation (lmm_qa.defects), and the score over time.
+`Rater.rate_all` rates many clips: worker processes decode while the model runs. `Rater.rate_frames` rates clips that
+are in memory. `Details` requests more than the score: a defect profile and an explanation (lmm_qa.defects), and the
+score over time.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,7 +24,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import tee
 from pathlib import Path
-from typing import Unpack, get_args
+from typing import TYPE_CHECKING, Unpack, get_args
 
 import torch
 
@@ -40,6 +42,10 @@ from lmm_qa.model.rater_plan import RaterOptions, RaterPlan, plan_rater
 from lmm_qa.ratings import STEP, WINDOW, CalibrationUse, Details, Failure, Rating, Timeline, read_timeline
 from lmm_qa.video.decode import Frames, Windows, read_frames, read_windows
 from lmm_qa.video.decoder_pool import DecoderPool
+from lmm_qa.video.frame_array import FrameArray, read_batch
+
+if TYPE_CHECKING:
+    from lmm_qa.video.frame_array import FramesInMemory
 
 SCORE_ONLY = Details()
 
@@ -120,6 +126,63 @@ class Rater:
         )
         return self._rate_batch([_decoded_clip(clip, content, decoded)], details)[0]
 
+    def rate_frames(self, frames: FramesInMemory, fps: float, details: Details = SCORE_ONLY) -> Rating | list[Rating]:
+        """Rate clips that are in memory, as if they were files without loss.
+
+        Several threads may call this at the same time, except with `details.answers_from="base"`, which disables the
+        adapter for all of them.
+
+        Args:
+            frames: a clip, (T, H, W, 3) or (T, 3, H, W) with T at least 2, or a batch of clips, (B, T, ...): NumPy
+                arrays or torch tensors on any device, RGB, uint8 or floating point in [0, 1]. Also a list of PIL images
+                (a clip), or a list of clips of any lengths (a batch).
+            fps: frames per second.
+            details: what to report besides the score. A profile copies every frame to the CPU, a score only those that
+                the model sees.
+
+        Returns:
+            The rating of a clip, or one rating per clip of a batch. `content_id` is a hash of the sampled frames.
+
+        Raises:
+            UsageError: shape, dtype, values or fps differ from that; the message says what was received.
+            ModelError: the model returns numbers that are not finite.
+        """
+        clips, batched = read_batch(frames, fps)
+        ratings = self._rate_arrays(clips, details)
+        return ratings if batched else ratings[0]
+
+    def reward(self, frames: FramesInMemory, fps: float) -> torch.Tensor:
+        """Scores of clips in memory, for reinforcement learning or best-of-n sampling. No gradient flows through them.
+
+        Args:
+            frames, fps: as for `rate_frames`.
+
+        Returns:
+            (B,) float32 scores on `settings.scale`, on the device of `frames`; (1,) for a single clip.
+
+        Raises: as `rate_frames`.
+        """
+        clips, _ = read_batch(frames, fps)
+        scores = [rating.score for rating in self._rate_arrays(clips, SCORE_ONLY)]
+        first = frames[0] if isinstance(frames, list | tuple) else frames
+        return torch.tensor(scores, device=first.device if isinstance(first, torch.Tensor) else None)
+
+    def _rate_arrays(self, arrays: Sequence[FrameArray], details: Details) -> list[Rating]:
+        names = [f"frames[{number}]" for number in range(len(arrays))] if len(arrays) > 1 else ["frames"]
+        clips = (self._sampled_clip(array, name, details) for array, name in zip(arrays, names, strict=True))
+        if len(arrays) == 1:
+            return self._rate_batch(list(clips), details)
+        return [rating for rating in self._rate_decoded(clips, details) if isinstance(rating, Rating)]
+
+    def _sampled_clip(self, array: FrameArray, name: str, details: Details) -> DecodedClip:
+        how = (self.settings.sampling, self.settings.views, self.factor)
+        measure = FeatureExtractor if details.profile else None
+        sampled = (
+            array.read_windows(*how, WINDOW, STEP, measure) if details.timeline else array.read_frames(*how, measure)
+        )
+        whole = sampled.whole if isinstance(sampled, Windows) else sampled
+        return _decoded_clip(Clip(Path(name), name, "memory"), frames_id(whole), sampled)
+
     def rate_all(
         self,
         clips: Iterable[str | Path | Clip],
@@ -146,13 +209,20 @@ class Rater:
             UsageError: batch_size, workers or timeout is not positive.
             ModelError: the model returns numbers that are not finite.
         """
+        if batch_size is not None and batch_size < 1:
+            raise UsageError(f"batch_size must be positive, received {batch_size}")
+        with DecoderPool(workers, timeout) as pool:
+            yield from self._rate_decoded(self._decode(pool, clips, details), details, batch_size)
+
+    def _rate_decoded(
+        self, clips: Iterable[DecodedClip | Failure], details: Details, batch_size: int | None = None
+    ) -> Iterator[Rating | Failure]:
+        """Rate decoded clips in batches, while the next ones are decoded; one result per clip, in order."""
         if batch_size is None:
             batch_size = 1 if self.backbone.device.type == "cpu" else GPU_BATCH_SIZE
-        if batch_size < 1:
-            raise UsageError(f"batch_size must be positive, received {batch_size}")
-        with DecoderPool(workers, timeout) as pool, self._thread_pool(details) as (threads, parallel):
+        with self._thread_pool(details) as (threads, parallel):
             pending: deque[Future[list[Rating | Failure]]] = deque()
-            for batch in _batches(self._decode(pool, clips, details), batch_size):
+            for batch in _batches(clips, batch_size):
                 pending.append(threads.submit(self._rate_or_fail, batch, details))
                 # A failure is reported as soon as the clips before it are done.
                 flush = isinstance(batch[0], Failure)
@@ -318,6 +388,15 @@ def clip_input(frames: Frames) -> ClipInput:
         "height": float(info.height),
     }
     return ClipInput(frames.views, frames.seconds, info.duration, slots)
+
+
+def frames_id(frames: Frames) -> str:
+    """`frames:` and the first 32 hex digits of the SHA-256 of what the model sees of a clip that is not a file."""
+    digest = hashlib.sha256(repr((frames.seconds, frames.info.duration)).encode())
+    for view in frames.views:
+        digest.update(repr(view.shape).encode())
+        digest.update(view.tobytes())
+    return f"frames:{digest.hexdigest()[:32]}"
 
 
 def _decoded_clip(clip: Clip, content: str, decoded: Frames | Windows) -> DecodedClip:

@@ -95,7 +95,7 @@ class VideoInfo(RowPart):
     fps: Rounded | None = Field(None, description="frames per second")
     frames: int | None = Field(None, description="number of frames")
     duration: Rounded | None = Field(None, description="in seconds")
-    decoder: str | None = Field(None, description="`pyav` or `decord`")
+    decoder: str | None = Field(None, description="`pyav`, `decord`, or `memory` for frames in memory")
 
 
 class FoundDefect(RowPart):

@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from backbones import FAMILIES, add_adapter, conversation_inputs
-from clips import write_clip
+from clips import ffmpeg, ffmpeg_frames, write_clip
 from paths import SAMPLES
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.video_utils import VideoMetadata
@@ -591,3 +592,82 @@ def test_only_defects_in_the_calibration_are_judged(adapter_dir: Path, good: lis
     (folder / DEFECTS_NAME).write_text("[]")
     with pytest.raises(ConfigError, match="fit it again"):
         Rater.from_pretrained(folder, **SMALL)
+
+
+# --- frames in memory ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def lossless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three seconds with a stall, in RGB without loss."""
+    folder = tmp_path_factory.mktemp("lossless")
+    path = write_clip(folder / "moving.mkv", frames=75, size=(160, 128), codec="ffv1", pixel_format="bgr0")
+    stalled = folder / "stalled.mkv"
+    stall = "select='not(between(n,30,54))',loop=25:1:29"  # frame 29 stands for a second
+    ffmpeg("-i", path, "-vf", f"{stall},setpts=N/25/TB", "-c:v", "ffv1", "-pix_fmt", "bgr0", stalled)
+    return stalled
+
+
+@pytest.mark.parametrize("details", [Details(), Details(defects=True, timeline=True)], ids=["score", "all"])
+def test_frames_in_memory_are_rated_as_a_lossless_file(rater: Rater, lossless: Path, details: Details) -> None:
+    expected = rater.rate(lossless, details).to_row()
+    frames = ffmpeg_frames(lossless, 160, 128).copy()
+    for given in (frames, torch.from_numpy(frames).permute(0, 3, 1, 2) / 255):
+        rating = rater.rate_frames(given, 25, details)
+        assert isinstance(rating, Rating)
+        row = rating.to_row()
+        assert row["score"] == pytest.approx(expected["score"], abs=1e-6)
+        assert row["frames"] == expected["frames"]
+        if details.defects:
+            assert row["defects"] == pytest.approx(expected["defects"], abs=1e-6)
+        assert row["timeline"] == expected["timeline"]
+        assert row["found"] == expected["found"]
+        assert row["content_id"].startswith("frames:")
+        assert row["video"] == {**expected["video"], "decoder": "memory"}
+
+
+def test_a_batch_gives_the_ratings_of_its_clips(rater: Rater, lossless: Path) -> None:
+    frames = ffmpeg_frames(lossless, 160, 128)
+    clips = [frames[:25], frames[25:40, :64], frames[40:42]]
+    ratings = rater.rate_frames(clips, 25)
+    assert isinstance(ratings, list)
+    alone = [rater.rate_frames(clip, 25) for clip in clips]
+    assert [rating.clip for rating in ratings] == ["frames[0]", "frames[1]", "frames[2]"]
+    for one, other in zip(ratings, alone, strict=True):
+        assert isinstance(other, Rating)
+        assert (one.score, one.content_id) == (pytest.approx(other.score, abs=TOLERANCE), other.content_id)
+    assert len({rating.content_id for rating in ratings}) == 3
+    (single,) = rater.rate_frames(frames[None, :25], 25)  # type: ignore[misc]  # a list
+    assert single.score == pytest.approx(ratings[0].score, abs=TOLERANCE)
+
+
+def test_the_reward_is_a_tensor_without_gradient(rater: Rater) -> None:
+    videos = torch.rand(3, 5, 3, 40, 48, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    reward = rater.reward(videos, fps=16)
+    assert (reward.shape, reward.dtype, reward.device) == ((3,), torch.float32, videos.device)
+    assert not reward.requires_grad
+    ratings = rater.rate_frames(videos, 16)
+    assert isinstance(ratings, list)
+    assert reward.tolist() == pytest.approx([rating.score for rating in ratings], abs=TOLERANCE)
+    assert rater.reward(videos[0], fps=16).shape == (1,)
+    assert rater.reward([videos[0], videos[1]], fps=16).device == videos.device
+
+
+def test_threads_rate_frames_at_the_same_time(rater: Rater) -> None:
+    rng = np.random.default_rng(0)
+    clips = [rng.integers(0, 255, (6, 56, 56 + 28 * number, 3), np.uint8) for number in range(8)]
+    expected = [float(rater.reward(clip, 25)) for clip in clips]
+    before = torch.get_num_threads()
+    with ThreadPoolExecutor(4) as threads:
+        alone = list(threads.map(lambda clip: float(rater.reward(clip, 25)), clips * 3))
+        batches = list(threads.map(lambda start: rater.reward(clips[start : start + 4], 25).tolist(), [0, 4] * 3))
+    assert alone == pytest.approx(expected * 3, abs=TOLERANCE)
+    assert [score for batch in batches for score in batch] == pytest.approx(expected * 3, abs=TOLERANCE)
+    assert torch.get_num_threads() == before
+
+
+def test_frames_that_cannot_be_rated(rater: Rater) -> None:
+    with pytest.raises(
+        UsageError, match=r"at least 2 frames, with pixels; received shape \(1, 40, 48, 3\), dtype uint8"
+    ):
+        rater.rate_frames(np.zeros((1, 40, 48, 3), np.uint8), 25)

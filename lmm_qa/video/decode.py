@@ -12,7 +12,7 @@ Knows nothing of models, prompts or scores.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar, cast
@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
 
 Result = TypeVar("Result")
+
+Choice = Callable[[Sequence[float]], Sequence[int]]
+"""Maps the time of each frame of a clip, in seconds, to the indices of those that are used."""
 
 MAX_FULL_DECODE_PIXELS = 4_000_000_000
 """frames x height x width up to which every frame is decoded: 8 to 10 s on one core, 3 minutes of 1280x720."""
@@ -88,7 +91,7 @@ class Frames:
     """When each frame appears, in seconds after the clip's first frame."""
     info: ClipInfo
     decoder: str
-    """"pyav" or "decord"."""
+    """"pyav", "decord", or "memory" for frames that were not decoded."""
     dynamics: FrameDynamics | None = None
     """Measured on every frame; None if decord seeked to the sampled ones."""
     features: dict[str, float] | None = None
@@ -164,7 +167,7 @@ def read_frames(
 
     if _prefers_decord(scan.info) and (frames := _seek_with_decord(scan, choose(scan.seconds), views, factor)):
         return frames
-    return _decode_every_frame(scan, choose, views, factor, measure)[1]
+    return collect_frames(scan, _iterate_frames, choose, views, factor, measure)[1]
 
 
 def read_windows(
@@ -195,9 +198,33 @@ def read_windows(
     """
     check_window(window, step)
     scan = scan_container(Path(path))
-    sizes = [view_size(scan.info.height, scan.info.width, view, factor) for view in views]
-    step = _affordable_step(scan.info, sampling, sizes, window, step)
-    spans = window_spans(scan.info.duration, window, step)
+
+    def collect(choose: Choice) -> tuple[Sequence[float], Frames]:
+        corrected, frames = collect_frames(scan, _iterate_frames, choose, views, factor, measure)
+        return corrected.seconds, frames
+
+    return select_windows(scan.info, collect, sampling, views, factor, window, step)
+
+
+def select_windows(
+    info: ClipInfo,
+    collect: Callable[[Choice], tuple[Sequence[float], Frames]],
+    sampling: Sampling,
+    views: Sequence[View],
+    factor: int,
+    window: float,
+    step: float,
+) -> Windows:
+    """Sample windows over a clip and the clip as a whole; see `read_windows`.
+
+    Args:
+        info: of the clip.
+        collect: returns the time of each frame of the clip, and the frames that a function of these times chooses.
+        sampling, views, factor, window, step: as for `read_windows`.
+    """
+    sizes = [view_size(info.height, info.width, view, factor) for view in views]
+    step = _affordable_step(info, sampling, sizes, window, step)
+    spans = window_spans(info.duration, window, step)
 
     def window_indices(seconds: Sequence[float]) -> list[list[int]]:
         shown = [frames_in_span(seconds, span) for span in spans]
@@ -211,13 +238,13 @@ def read_windows(
             {*sample_indices(seconds, sampling), *(index for part in window_indices(seconds) for index in part)}
         )
 
-    scan, frames = _decode_every_frame(scan, choose, views, factor, measure)
+    times, frames = collect(choose)
     position = {index: number for number, index in enumerate(frames.indices)}
     return Windows(
         frames=frames,
         spans=tuple(spans),
-        positions=tuple(tuple(position[index] for index in part) for part in window_indices(scan.seconds)),
-        whole_positions=tuple(position[index] for index in sample_indices(scan.seconds, sampling)),
+        positions=tuple(tuple(position[index] for index in part) for part in window_indices(times)),
+        whole_positions=tuple(position[index] for index in sample_indices(times, sampling)),
         step=step,
     )
 
@@ -237,19 +264,23 @@ def _affordable_step(
     return max(step, (info.duration - window) / max(1, most - 1))
 
 
-def _decode_every_frame(
+def collect_frames(
     scan: ContainerScan,
-    choose: Callable[[Sequence[float]], Sequence[int]],
+    decode: Callable[[ContainerScan], Iterable[VideoFrame]],
+    choose: Choice,
     views: Sequence[View],
     factor: int,
     measure: type[ClipMeasurement] | None,
+    decoder: str = "pyav",
 ) -> tuple[ContainerScan, Frames]:
-    """Decode a clip from start to end, keep the chosen frames, measure all.
+    """Go through a clip from start to end, keep the chosen frames, measure all.
 
     Args:
         scan: of the clip.
+        decode: yields every frame of the clip.
         choose: maps the time of each frame to the indices of those to keep.
         views, factor, measure: as for `read_frames`.
+        decoder: what returns the frames, for `Frames.decoder`.
 
     Returns:
         The scan, corrected if it counted packets without a frame; and the frames.
@@ -263,7 +294,7 @@ def _decode_every_frame(
     measurement = _GuardedMeasurement(measure, scan.info.rotation) if measure else None
     times: list[float | None] = []
     interlaced = False
-    for index, frame in enumerate(_iterate_frames(scan)):
+    for index, frame in enumerate(decode(scan)):
         if index in sampled or index in pictured:
             picture = _displayed_picture(frame, scan.info)
             if index in sampled:
@@ -277,7 +308,7 @@ def _decode_every_frame(
         times.append(frame.time)
         interlaced = interlaced or frame.interlaced_frame
     if len(times) == len(scan.seconds):
-        frames = _stack_frames(scan, indices, renderer, "pyav")
+        frames = _stack_frames(scan, indices, renderer, decoder)
         dynamics = recorder.dynamics(scan.seconds, scan.info.duration)
         if not measurement:
             return scan, replace(frames, dynamics=dynamics)
@@ -287,7 +318,7 @@ def _decode_every_frame(
     lost = len(times) < len(scan.seconds) and scan.info.codec in ONE_FRAME_PER_PACKET and not interlaced
     if lost or not times:
         raise truncated_error(scan.path, len(times), len(scan.seconds))
-    return _decode_every_frame(_correct_scan(scan, times), choose, views, factor, measure)
+    return collect_frames(_correct_scan(scan, times), decode, choose, views, factor, measure, decoder)
 
 
 class _GuardedMeasurement:
