@@ -29,7 +29,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,11 @@ def ask_ffmpeg(path: Path, *, strict: bool = True) -> Verdict | None:
     except subprocess.TimeoutExpired:
         return Verdict(0, "", "no end after 60 s")
     lines = done.stdout.splitlines()
-    size = next((line.split()[-1] for line in lines if line.startswith("#dimensions")), "")
+    size, aspect = (
+        next((line.split()[-1] for line in lines if line.startswith(f"#{key} ")), "") for key in ("dimensions", "sar")
+    )
+    if aspect not in ("", "0/1", "1/1"):
+        size += f" in pixels of {aspect.replace('/', ':')}"
     messages = [re.sub(r"^\[[^]]*\] ", "", line) for line in done.stderr.splitlines()]
     error = next(iter(messages), f"exit code {done.returncode}" if done.returncode else "")
     return Verdict(sum(not line.startswith("#") for line in lines), size, error.replace(str(path), path.name))
@@ -131,11 +135,17 @@ def compare(case: Case, outcome: str, row: dict[str, Any], strict: Verdict | Non
         return "" if broken or case.group == "hostile" else "refused, and ffmpeg finds nothing wrong"
     video = row["video"]
     if case.group == "damaged":
-        return f"rated, and ffmpeg: {strict.error or f'{strict.frames} frames'}" if broken else ""
-    shown = {strict.frames, lenient.frames}
-    if video["frames"] not in shown:
+        if strict.error or strict.frames != video["frames"]:
+            return f"rated, and ffmpeg: {strict.error or f'{strict.frames} frames'}"
+        return ""
+    if case.group == "sound" and video["frames"] != lenient.frames:
         return f"{video['frames']} frames, and ffmpeg shows {lenient.frames}"
-    return ""
+    size = f"{video['width']}x{video['height']}"
+    return (
+        f"{size}, and ffmpeg shows {lenient.size}"
+        if "in pixels of" not in lenient.size and size != lenient.size
+        else ""
+    )
 
 
 # The run
@@ -251,7 +261,7 @@ def trace_system_calls(
         yield f"traced run: exit code {done.code}: {done.stderr[-1000:]}"
     for line in log.read_text(errors="replace").splitlines():
         if canary.parent.name + "/" + canary.name in line or ("connect(" in line and "AF_INET" in line):
-            yield f"system call: {line[:300]}"
+            yield f"system call: {line[:300].replace(f'{work}/', '')}"
 
 
 def check(
@@ -297,7 +307,8 @@ def check(
         outcome = outcome_of(row, frames)
         says = describe(row).replace(printable(f"{folder}/"), "")
         disagreement = compare(case, outcome, row, strict, lenient)
-        results.append(Result(printable(case.path), case.group, case.kind, outcome, says, strict, disagreement))
+        shown = strict and replace(strict, error=strict.error.replace(f"{folder.parent}/", ""))
+        results.append(Result(printable(case.path), case.group, case.kind, outcome, says, shown, disagreement))
         if outcome not in case.outcomes:
             failures.append(f"{case.path}: {outcome}, expected {' or '.join(sorted(case.outcomes))}: {says}")
         elif case.group == "sound" and disagreement:
@@ -355,6 +366,7 @@ def page(report: Report, pixels: str, kills: str) -> str:
         for part in (
             INTRODUCTION.format(versions=", ".join(f"{name} {version}" for name, version in report.versions.items())),
             summary(report),
+            "## Checks\n\n" + checks(report),
             "## Memory\n\n" + memory_figures(report),
             f"## Pixels\n\n{pixels}" if pixels else "",
             f"## Killed runs\n\n{kills}" if kills else "",
@@ -397,13 +409,20 @@ def summary(report: Report) -> str:
 
 def memory_figures(report: Report) -> str:
     return (
-        f"Peak of the resident memory of all processes, with shared pages counted for each process: "
+        "Peak of the resident memory of all processes, with shared pages counted for each process: "
         f"{report.peak / 2**30:.2f} GiB; for the good clips alone {report.peak_alone / 2**30:.2f} GiB. "
-        f"{report.files} files took {report.seconds:.0f} s. Every file has one row; no process, no temporary file "
-        "and no connection was left or made."
-        if not report.failures
-        else "Checks that failed:\n\n" + "\n".join(f"- {escaped(failure[:300])}" for failure in report.failures)
+        f"{report.files} files took {report.seconds:.0f} s."
     )
+
+
+def checks(report: Report) -> str:
+    if not report.failures:
+        return (
+            "All passed: each file has one row, the good clips have the same scores as without the others, no process "
+            "and no temporary file was left, nothing contacted the server or opened the file that hostile files name."
+        )
+    lines = (f"- {escaped(failure[:300])}" for failure in report.failures)
+    return f"{len(report.failures)} failed:\n\n" + "\n".join(lines)
 
 
 def disagreements(report: Report) -> str:
@@ -422,6 +441,22 @@ def every_file(report: Report, group: str) -> str:
             says = result.says if result.outcome in (RATED, SHORT) else f"{result.outcome}: {result.says}"
             lines.append(f"| {name} | {escaped(says)} | {verdict(result.ffmpeg)} |")
     return "\n".join(lines)
+
+
+def kills_table(report: Path) -> str:
+    """The kills in a report of scripts/kill_and_resume.py, by signal and format of the ratings."""
+    kills = json.loads(report.read_text())["kills"]
+    lines = ["| signal | ratings | kills | without loss | slowest end |", "| --- | --- | ---: | ---: | ---: |"]
+    for signal, suffix in dict.fromkeys((kill["signal"], kill["format"]) for kill in kills):
+        chosen = [kill for kill in kills if (kill["signal"], kill["format"]) == (signal, suffix)]
+        unharmed = sum(kill["problem"] is None for kill in chosen)
+        slowest = max(kill["seconds"] for kill in chosen)
+        lines.append(f"| {signal} | {suffix} | {len(chosen)} | {unharmed} | {slowest:.2f} s |")
+    unharmed = sum(kill["problem"] is None for kill in kills)
+    return (
+        f"{unharmed} of {len(kills)} kills without loss, and without a process or a temporary file left "
+        "(`scripts/kill_and_resume.py`). The end is that of the last process after the signal.\n\n" + "\n".join(lines)
+    )
 
 
 def verdict(said: Verdict | None) -> str:
@@ -462,7 +497,7 @@ def main() -> None:
     if args.output:
         args.output.write_text(json.dumps(asdict(report) | {"table": report.table}, indent=1))
     if args.docs:
-        args.docs.write_text(page(report, "", ""))
+        args.docs.write_text(page(report, "", kills_table(args.kills) if args.kills else ""))
     sys.exit(bool(report.failures))
 
 

@@ -186,7 +186,6 @@ FRAGMENTS = [
     "frag_every_frame+empty_moov+default_base_moof",
     "frag_keyframe+separate_moof",
     "frag_keyframe+empty_moov+separate_moof",
-    "frag_keyframe+empty_moov+global_sidx",
     "frag_keyframe+empty_moov+dash",
     "cmaf",
     "cmaf+delay_moov+skip_sidx",
@@ -559,7 +558,6 @@ def several_streams(work: Path) -> Iterator[Case]:
         "still.bmp": "-frames:v 1",
         "still.tiff": "-frames:v 1",
         "still.webp": "-frames:v 1",
-        "still.jxl": "-frames:v 1",
         "still.jp2": "-frames:v 1",
     }.items():
         yield transcoded(f"still/{name}", work / "source.mkv", options)
