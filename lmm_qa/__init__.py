@@ -16,19 +16,21 @@ if TYPE_CHECKING:
     from lmm_qa.errors import ClipError, LmmQaError
     from lmm_qa.model.prompt import Prompt, load_prompt
     from lmm_qa.rater import Rater
-    from lmm_qa.ratings import Details, Failure, Rating
+    from lmm_qa.ratings.io import read_ratings
+    from lmm_qa.ratings.rows import Details, Failure, Rating
 
 _MODULES = {
     "ClipError": "errors",
-    "Details": "ratings",
-    "Failure": "ratings",
+    "Details": "ratings.rows",
+    "Failure": "ratings.rows",
     "LmmQaError": "errors",
     "Prompt": "model.prompt",
     "Rater": "rater",
-    "Rating": "ratings",
+    "Rating": "ratings.rows",
     "Sampling": "config",
     "View": "config",
     "load_prompt": "model.prompt",
+    "read_ratings": "ratings.io",
 }
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "Sampling",
     "View",
     "load_prompt",
+    "read_ratings",
 ]
 
 

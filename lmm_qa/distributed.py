@@ -3,7 +3,7 @@
 **Ranks** (`accelerate launch`, `torchrun`): each claims one clip after the other from a shared list, so that a slower
 rank rates fewer clips. The only shared state is the key-value store through which the launcher's processes found each
 other; there is no process group and nothing collective. Each rank writes its rows to a file of its own, and rank 0
-merges these files at the end (see `lmm_qa.ratings_io.RatingsWriter`). A daemon thread of each rank updates a heartbeat
+merges these files at the end (see `lmm_qa.ratings.io.RatingsWriter`). A daemon thread of each rank updates a heartbeat
 in the store: a rank that waits for others raises an error when one of them has died.
 
 **Ray**: raters on the nodes take clips from one queue and send the results back to the process that runs the command.
@@ -39,12 +39,12 @@ from torch.distributed.rendezvous import rendezvous
 
 from lmm_qa.errors import LmmQaError, MissingExtra, RankLost, UsageError
 from lmm_qa.rater import Rater
-from lmm_qa.ratings_io import RatingsWriter
+from lmm_qa.ratings.io import RatingsWriter
 
 if TYPE_CHECKING:
     from lmm_qa.manifest import Clip
     from lmm_qa.model.rater_plan import RaterPlan
-    from lmm_qa.ratings import Failure, Rating
+    from lmm_qa.ratings.rows import Failure, Rating
 
 
 T = TypeVar("T")
@@ -140,7 +140,7 @@ class Ranks:
     ) -> Iterator[RatingsWriter]:
         """A `RatingsWriter` for the rows of this rank. At the end, rank 0 waits for the others and merges all rows.
 
-        Arguments: see `lmm_qa.ratings_io.RatingsWriter`.
+        Arguments: see `lmm_qa.ratings.io.RatingsWriter`.
 
         Raises:
             UsageError: this rank has other clips or another rater than rank 0.

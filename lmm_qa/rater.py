@@ -39,7 +39,7 @@ from lmm_qa.model.inputs import ClipInput, patch_factor
 from lmm_qa.model.levels import LevelReading, read_levels
 from lmm_qa.model.prefill import SharedPrefill
 from lmm_qa.model.rater_plan import RaterOptions, RaterPlan, plan_rater
-from lmm_qa.ratings import STEP, WINDOW, CalibrationUse, Details, Failure, Rating, Timeline, read_timeline
+from lmm_qa.ratings.rows import STEP, WINDOW, CalibrationUse, Details, Failure, Rating, Timeline, read_timeline
 from lmm_qa.video.decode import Frames, Windows, read_frames, read_windows
 from lmm_qa.video.decoder_pool import DecoderPool
 from lmm_qa.video.frame_array import FrameArray, read_batch

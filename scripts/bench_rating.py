@@ -53,7 +53,7 @@ from lmm_qa.model.prefill import SharedPrefill
 from lmm_qa.model.prompt import Prompt
 from lmm_qa.model.rater_plan import plan_rater
 from lmm_qa.rater import clip_input
-from lmm_qa.ratings import Details
+from lmm_qa.ratings.rows import Details
 from lmm_qa.video.decode import Frames, read_frames
 from lmm_qa.video.decoder_pool import DecoderPool
 from lmm_qa.video.probe import probe

@@ -213,7 +213,7 @@ def score_peers(scores: ScoreStore, folder: Path, clips: Sequence[str], peers: M
 
 def score_rater(scores: ScoreStore, folder: Path, clips: Sequence[str], rater: Rater, args: Any) -> None:
     """Take the scores of the rater from --ratings, or rate the clips that have no score yet."""
-    from lmm_qa.ratings import Rating
+    from lmm_qa.ratings.rows import Rating
 
     if args.ratings:
         joined = join([Label(clip, 0.0, clip) for clip in clips], read_scores(args.ratings))

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lmm_qa.ratings import describe_columns
+from lmm_qa.ratings.rows import describe_columns
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "reference"
 

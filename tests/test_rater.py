@@ -39,7 +39,7 @@ from lmm_qa.model.rater_config import CALIBRATION_NAME, DEFECTS_NAME, RaterConfi
 from lmm_qa.model.rater_plan import plan_rater
 from lmm_qa.model.source import EMBEDDED
 from lmm_qa.rater import clip_input
-from lmm_qa.ratings import STEP, WINDOW, Details
+from lmm_qa.ratings.rows import STEP, WINDOW, Details
 from lmm_qa.video.decode import Frames, read_frames, read_windows
 
 TOLERANCE = 1e-4

@@ -21,10 +21,9 @@ LAYERS = (
     ("defects",),
     ("degrade",),
     ("ratings",),
-    ("ratings_io",),
     ("evaluation",),
     ("rater",),
-    ("distributed", "training"),
+    ("distributed", "metric", "training"),
     ("cli",),
     ("__init__", "__main__"),
 )

@@ -150,7 +150,7 @@ def rate(
     from lmm_qa.cli.run import RatingRun
     from lmm_qa.distributed import Ranks, RayRaters
     from lmm_qa.model.rater_plan import plan_rater
-    from lmm_qa.ratings import Details
+    from lmm_qa.ratings.rows import Details
 
     ranks = Ranks.from_environment()
     if output is None and not dry_run and (ranks.world > 1 or engine is Engine.RAY):
@@ -205,7 +205,7 @@ def explain(
     from lmm_qa.cli.run import RatingRun
     from lmm_qa.distributed import Ranks
     from lmm_qa.model.rater_plan import plan_rater
-    from lmm_qa.ratings import Details
+    from lmm_qa.ratings.rows import Details
 
     ranks = Ranks.from_environment()
     if ranks.world > 1:

@@ -251,7 +251,7 @@ def _rate(folder: Path, model: str | None, workers: int, timeout: float) -> tupl
     from lmm_qa.cli.run import RatingRun
     from lmm_qa.distributed import Ranks
     from lmm_qa.model.rater_plan import plan_rater
-    from lmm_qa.ratings import Details
+    from lmm_qa.ratings.rows import Details
 
     ranks = Ranks.from_environment()
     if ranks.world > 1:

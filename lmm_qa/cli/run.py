@@ -14,7 +14,7 @@ from lmm_qa.defects.diagnosis import profile_id
 from lmm_qa.errors import ClipError
 from lmm_qa.manifest import content_id
 from lmm_qa.rater import Rater
-from lmm_qa.ratings_io import print_row
+from lmm_qa.ratings.io import print_row
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from lmm_qa.distributed import Ranks, RayRaters
     from lmm_qa.manifest import Clip
     from lmm_qa.model.rater_plan import RaterPlan
-    from lmm_qa.ratings import Details, Failure, Rating
-    from lmm_qa.ratings_io import RatingsWriter
+    from lmm_qa.ratings.io import RatingsWriter
+    from lmm_qa.ratings.rows import Details, Failure, Rating
     from lmm_qa.tables import Row
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ class RatingRun:
     def to_file(self, clips: Sequence[Clip], output: Path, overwrite: bool, safe_csv: bool = False) -> int:
         """Rate the clips that the file does not contain yet. Returns the number of clips that failed, on rank 0.
 
-        Options: see `lmm_qa.ratings_io.RatingsWriter`.
+        Options: see `lmm_qa.ratings.io.RatingsWriter`.
         """
         start = time.monotonic()
         ranks, details = self.ranks, self.details

@@ -85,7 +85,7 @@ def select(
     from lmm_qa.evaluation.labels import find_videos
     from lmm_qa.evaluation.row_filter import copy_clips, filter_rows
     from lmm_qa.evaluation.selection import choose_clips, clip_groups
-    from lmm_qa.ratings_io import read_ratings
+    from lmm_qa.ratings.io import read_ratings
     from lmm_qa.tables import output_form, write_rows
 
     if keep is None and to_label is None:
@@ -127,7 +127,7 @@ def select(
 def _show(selected: Sequence[Row], table: Sequence[Row]) -> None:
     """Print ratings on a terminal, or the rows of the output as JSON lines in a pipe."""
     from lmm_qa.cli.console import render_table
-    from lmm_qa.ratings_io import print_row
+    from lmm_qa.ratings.io import print_row
 
     if sys.stdout.isatty():
         render_table(selected, make_console(stderr=False))

@@ -35,7 +35,7 @@ from lmm_qa.evaluation.paired_statistics import (
 from lmm_qa.evaluation.pairing import Pairing, RatingSet, check_same_rater, pair_sets
 from lmm_qa.evaluation.selection import clip_groups
 from lmm_qa.model.rater_config import EMBEDDED_NAME
-from lmm_qa.ratings import RatingRow
+from lmm_qa.ratings.rows import RatingRow
 from lmm_qa.tables import Row, unwritable, write_rows
 
 if TYPE_CHECKING:

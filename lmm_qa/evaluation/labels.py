@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lmm_qa.errors import ManifestError, ScoresError
 from lmm_qa.evaluation.thqa import try_parse
 from lmm_qa.manifest import VIDEO_SUFFIXES, expand
-from lmm_qa.ratings_io import read_ratings
+from lmm_qa.ratings.io import read_ratings
 from lmm_qa.tables import CLIP_COLUMNS, OUTPUT_SUFFIXES, Column, Row, find_columns, read_lines, read_table
 
 SCORE_COLUMNS = ("mos", "score")

@@ -23,7 +23,7 @@ from lmm_qa.atomic import replacing
 from lmm_qa.defects.vocabulary import BY_NAME
 from lmm_qa.errors import ClipError, ResultsError, UsageError
 from lmm_qa.manifest import content_id
-from lmm_qa.ratings import describe_columns
+from lmm_qa.ratings.rows import describe_columns
 from lmm_qa.tables import Row, unwritable
 
 Truth = bool | None
@@ -68,7 +68,7 @@ def filter_rows(rows: Sequence[Row], condition: str) -> FilteredRows:
     """Keep the rated clips that fulfil a condition, see the module's docstring.
 
     Args:
-        rows: ratings, as `lmm_qa.ratings_io.read_ratings` returns them.
+        rows: ratings, as `lmm_qa.ratings.io.read_ratings` returns them.
         condition: for example `score >= 3.5 and not stall`; `True` keeps all that were rated.
 
     Raises:

@@ -27,7 +27,7 @@ from lmm_qa import Rater, Rating
 from lmm_qa.defects.explanation import mentioned_defects
 from lmm_qa.degrade.causes import REPRODUCIBLE_X264, encode
 from lmm_qa.degrade.dataset import read_clip
-from lmm_qa.ratings import Details
+from lmm_qa.ratings.rows import Details
 from lmm_qa.tables import read_rows
 from lmm_qa.training.dataset import Data, load
 

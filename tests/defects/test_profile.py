@@ -9,7 +9,7 @@ from scipy.special import expit
 from lmm_qa.defects.calibration import DefectCalibration, PlattScaling
 from lmm_qa.defects.profile import read_profile
 from lmm_qa.defects.vocabulary import DEFECTS
-from lmm_qa.ratings import read_timeline
+from lmm_qa.ratings.rows import read_timeline
 from lmm_qa.video.temporal import FrameDynamics
 
 

@@ -277,7 +277,7 @@ def shard(path: Path, rank: int) -> Path:
     return path.with_name(f"{path.name}.rank{rank}.partial.jsonl")
 
 
-def read_ratings(path: Path) -> list[Row]:
+def read_ratings(path: str | Path) -> list[Row]:
     """Read the ratings of a .jsonl, .csv or .parquet file.
 
     If a run died before its end, a clip can have several rows of one rater; the last one is returned.
@@ -286,6 +286,7 @@ def read_ratings(path: Path) -> list[Row]:
         UsageError: the suffix is none of the three.
         ResultsError: the file cannot be read.
     """
+    path = Path(path)
     try:
         rows = read_rows(path)
     except ResultsError as error:

@@ -1,4 +1,4 @@
-"""python -m pytest tests/test_ratings_io.py"""
+"""python -m pytest tests/ratings/test_io.py"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rich.console import Console
 
 from lmm_qa.cli.console import render_table
 from lmm_qa.errors import ResultsError, UsageError
-from lmm_qa.ratings_io import RatingsWriter, print_row, read_ratings
+from lmm_qa.ratings.io import RatingsWriter, print_row, read_ratings
 from lmm_qa.tables import Row, journal, write_rows
 
 FORMS = pytest.mark.parametrize("form", [".jsonl", ".csv", ".parquet"])
@@ -244,8 +244,8 @@ def test_sigkill_loses_no_written_row(tmp_path: Path, form: str) -> None:
     path = tmp_path / f"r{form}"
     code = f"""
 import sys, time
-sys.path.insert(0, {str(TESTS)!r})
-from test_ratings_io import Path, RatingsWriter, rating
+sys.path[:0] = [{str(TESTS)!r}, {str(TESTS / "ratings")!r}]
+from test_io import Path, RatingsWriter, rating
 with RatingsWriter(Path({str(path)!r}), [f"{{n}}.mp4" for n in range(9)], "tiny-1") as sink:
     for n in range(4):
         sink.write(rating(f"{{n}}.mp4"))
@@ -382,8 +382,8 @@ def test_a_full_disk_leaves_earlier_rows_intact(tmp_path: Path, form: str) -> No
     path = tmp_path / f"r{form}"
     code = f"""
 import resource, sys
-sys.path.insert(0, {str(TESTS)!r})
-from test_ratings_io import Path, RatingsWriter, rating
+sys.path[:0] = [{str(TESTS)!r}, {str(TESTS / "ratings")!r}]
+from test_io import Path, RatingsWriter, rating
 resource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500))
 with RatingsWriter(Path({str(path)!r}), [f"{{n}}.mp4" for n in range(9)], "tiny-1") as sink:
     for n in range(9):
@@ -612,7 +612,7 @@ def test_streamed_rows_are_readable_in_any_encoding(encoding: str) -> None:
 
 
 def test_importing_the_module_loads_no_heavy_libraries() -> None:
-    code = "import json, sys, lmm_qa.ratings_io; print(json.dumps(sorted(sys.modules)))"
+    code = "import json, sys, lmm_qa.ratings.io; print(json.dumps(sorted(sys.modules)))"
     loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
-    assert "lmm_qa.ratings_io" in loaded
+    assert "lmm_qa.ratings.io" in loaded
     assert not {"torch", "transformers", "pyarrow", "rich", "numpy"} & set(loaded)

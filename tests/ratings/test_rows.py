@@ -1,4 +1,4 @@
-"""python -m pytest tests/test_ratings.py"""
+"""python -m pytest tests/ratings/test_rows.py"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from paths import SAMPLES
 
 from lmm_qa.errors import ClipTruncated, ConfigError
-from lmm_qa.ratings import CalibrationUse, Failure, Rating, RatingRow, Timeline, describe_columns
+from lmm_qa.ratings.rows import CalibrationUse, Failure, Rating, RatingRow, Timeline, describe_columns
 from lmm_qa.video.decode import Frames
 from lmm_qa.video.probe import probe
 

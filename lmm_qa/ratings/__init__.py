@@ -1,0 +1,1 @@
+"""Ratings: what a row is, and the file of rows that resumes."""
