@@ -161,7 +161,7 @@ def watched_server() -> Iterator[tuple[str, list[str]]]:
             with suppress(OSError):
                 while True:
                     connection, address = server.accept()
-                    connections.append(str(address))
+                    connections.append("{}:{}".format(*address))
                     connection.close()
 
         threading.Thread(target=accept, daemon=True).start()

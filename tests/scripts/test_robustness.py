@@ -77,17 +77,23 @@ def test_each_check_can_fail(finished_run: Path, script: Any) -> None:
     whole = read_rows(finished_run / "together.jsonl")
     good = [folder / row["clip"] for row in whole if row["clip"].startswith("good/")]
     cases = [
-        script.Case(result["path"].partition("/")[2], Path.touch, frozenset({result["outcome"]}), 1, result["group"])
+        script.Case(
+            name=result["path"].partition("/")[2],
+            make=Path.touch,
+            outcomes=frozenset({result["outcome"]}),
+            frames=1 if result["outcome"] == script.RATED else 36,
+            group=result["group"],
+        )
         for result in report["results"]
     ]
     shown = [script.Verdict(**result["ffmpeg"]) if result["ffmpeg"] else None for result in report["results"]]
 
-    def failures(rows: list[Row], code: int | None = 3, stderr: str = "", memory: int = 1) -> list[str]:
+    def failures(rows: list[Row], code: int | None = 3, stderr: str = "", memory: int = 1) -> str:
         write_rows(finished_run / "changed.jsonl", rows)
         run = script.Run(code, stderr, 1.0, [(0.0, 1)])
         ratings = (finished_run / "changed.jsonl", finished_run / "alone.jsonl")
         verdicts = [(verdict, verdict) for verdict in shown]
-        return list(script.check(cases, verdicts, folder, good, run, run, *ratings, memory).failures)
+        return "\n".join(script.check(cases, verdicts, folder, good, run, run, *ratings, memory).failures)
 
     cut, *_ = (row for row in whole if row["clip"].startswith("damaged/cut/"))
     codec, *_ = (row for row in whole if row["clip"].startswith("sound/codec/"))
@@ -95,18 +101,18 @@ def test_each_check_can_fail(finished_run: Path, script: Any) -> None:
     others = [row for row in whole if row not in (cut, codec, best)]
     short = codec | {"video": codec["video"] | {"frames": codec["video"]["frames"] - 1}}
     moved = "differs from that without the other files"
-    assert failures(whole) == []
-    assert "exit code None" in failures(whole, code=None)[0]
-    assert failures(whole, stderr="Traceback (most recent call last)")
-    assert "memory" in failures(whole, memory=0)[0]
-    assert "0 rows, expected" in failures([best, codec, *others])[0]
-    assert "2 rows, expected" in failures([*whole, cut | {"rater_id": "another"}])[0]
-    assert "rated, expected" in failures([best, codec, *others, cut | {"error": None, "video": codec["video"]}])[0]
-    assert "expected rated" in failures([best, cut, *others, codec | {"error": cut["error"]}])[0]
-    assert "fewer frames, expected rated" in failures([best, cut, *others, short])[0]
-    assert moved in failures([cut, codec, *others])[0]
-    assert moved in failures([cut, codec, *others, best | {"score": best["score"] + 0.01}])[0]
-    assert "a row for no file" in failures([*whole, cut | {"clip": "damaged/cut/ghost.mp4"}])[0]
+    assert failures(whole) == ""
+    assert "exit code None" in failures(whole, code=None)
+    assert "Traceback" in failures(whole, stderr="Traceback (most recent call last)")
+    assert "memory" in failures(whole, memory=0)
+    assert "0 rows, expected" in failures([best, codec, *others])
+    assert "2 rows, expected" in failures([*whole, cut | {"rater_id": "another"}])
+    assert "rated, expected" in failures([best, codec, *others, cut | {"error": None, "video": codec["video"]}])
+    assert "expected rated" in failures([best, cut, *others, codec | {"error": cut["error"]}])
+    assert "fewer frames, expected rated" in failures([best, cut, *others, short])
+    assert moved in failures([cut, codec, *others])
+    assert moved in failures([cut, codec, *others, best | {"score": best["score"] + 0.01}])
+    assert "a row for no file" in failures([*whole, cut | {"clip": "damaged/cut/ghost.mp4"}])
 
 
 def test_a_connection_and_a_forgotten_file_are_noticed(script: Any, tmp_path: Path) -> None:
