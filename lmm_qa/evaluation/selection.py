@@ -138,8 +138,9 @@ def disagreement(rows: Sequence[Row]) -> Floats | None:
     scores = np.array([row["score"] for row in rows], dtype=np.float64)
     design = np.column_stack([np.ones(len(rows)), defects])
     penalty = RIDGE * np.diag([0.0, *[1.0] * defects.shape[1]])
-    hat = design @ np.linalg.solve(design.T @ design + penalty, design.T)
-    errors: Floats = np.abs(scores - hat @ scores) / np.maximum(1 - np.diag(hat), 1e-6)
+    projection = np.linalg.solve(design.T @ design + penalty, design.T)
+    leverage = np.einsum("ij,ji->i", design, projection)
+    errors: Floats = np.abs(scores - design @ (projection @ scores)) / np.maximum(1 - leverage, 1e-6)
     return errors
 
 

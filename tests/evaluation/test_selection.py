@@ -87,7 +87,7 @@ def test_the_share_is_the_smallest_that_suffices(groups: list[str], data: st.Dat
 def test_k_centre_covers_clusters_before_it_repeats_one() -> None:
     rng = np.random.default_rng(0)
     clusters = np.repeat(np.array([[0.0, 0], [10, 0], [0, 10], [10, 10]]), 25, axis=0)
-    points: Floats = clusters + rng.normal(0, 0.1, clusters.shape)
+    points: Floats = (clusters + rng.normal(0, 0.1, clusters.shape)).astype(np.float64)
     chosen = k_centre(points, 4, np.ones(100), [str(at) for at in range(100)])
     assert {at // 25 for at in chosen} == {0, 1, 2, 3}
     heavy = np.where(np.arange(100) == 99, 100.0, 1.0)
