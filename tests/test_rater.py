@@ -635,7 +635,8 @@ def test_a_batch_gives_the_ratings_of_its_clips(rater: Rater, lossless: Path) ->
     assert [rating.clip for rating in ratings] == ["frames[0]", "frames[1]", "frames[2]"]
     for one, other in zip(ratings, alone, strict=True):
         assert isinstance(other, Rating)
-        assert (one.score, one.content_id) == (pytest.approx(other.score, abs=TOLERANCE), other.content_id)
+        assert one.score == pytest.approx(other.score, abs=TOLERANCE)
+        assert one.content_id == other.content_id
     assert len({rating.content_id for rating in ratings}) == 3
     (single,) = rater.rate_frames(frames[None, :25], 25)  # type: ignore[misc]  # a list
     assert single.score == pytest.approx(ratings[0].score, abs=TOLERANCE)

@@ -21,7 +21,6 @@ from lmm_qa.cli.app import app
 from lmm_qa.errors import ScoresError, UsageError
 from lmm_qa.evaluation.labels import read_labels
 from lmm_qa.evaluation.selection import (
-    Floats,
     choose_clips,
     clip_groups,
     disagreement,
@@ -79,7 +78,7 @@ def test_the_share_is_the_smallest_that_suffices(groups: list[str], data: st.Dat
     share = fair_share(groups, number)
     assert sum(min(size, share) for size in sizes) >= number
     assert sum(min(size, share - 1) for size in sizes) < number
-    chosen = k_centre(np.arange(len(groups))[:, None] * 1.0, number, np.ones(len(groups)), groups)
+    chosen = k_centre(np.arange(len(groups), dtype=np.float64)[:, None], number, np.ones(len(groups)), groups)
     assert len(set(chosen)) == number
     assert max(Counter(groups[at] for at in chosen).values()) <= share
 
@@ -87,7 +86,7 @@ def test_the_share_is_the_smallest_that_suffices(groups: list[str], data: st.Dat
 def test_k_centre_covers_clusters_before_it_repeats_one() -> None:
     rng = np.random.default_rng(0)
     clusters = np.repeat(np.array([[0.0, 0], [10, 0], [0, 10], [10, 10]]), 25, axis=0)
-    points: Floats = (clusters + rng.normal(0, 0.1, clusters.shape)).astype(np.float64)
+    points = (clusters + rng.normal(0, 0.1, clusters.shape)).astype(np.float64)
     chosen = k_centre(points, 4, np.ones(100), [str(at) for at in range(100)])
     assert {at // 25 for at in chosen} == {0, 1, 2, 3}
     heavy = np.where(np.arange(100) == 99, 100.0, 1.0)

@@ -163,8 +163,13 @@ def test_a_frame_rate_is_positive(fps: float) -> None:
 
 
 def test_only_sampled_frames_leave_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    copied = []
+    copied: list[int] = []
     original = torch.Tensor.cpu
-    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: copied.append(len(self)) or original(self))
+
+    def cpu(tensor: torch.Tensor) -> torch.Tensor:
+        copied.append(len(tensor))
+        return original(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
     sampled(torch.from_numpy(NUMBERED))
     assert copied == [SAMPLING.frames]
