@@ -22,6 +22,7 @@ import numpy as np
 
 from lmm_qa.config import Sampling, View
 from lmm_qa.video.decode import Frames, read_frames
+from lmm_qa.video.display import Orientation
 from lmm_qa.video.temporal import FrameDynamics
 
 BITS = 8
@@ -198,8 +199,8 @@ class RecordingMeasurement:
 
     sampling = Sampling(strategy="pairs", frames=4)
 
-    def __init__(self, rotation: int) -> None:
-        self.rotation = rotation
+    def __init__(self, orientation: Orientation) -> None:
+        self.orientation = orientation
         self.heights: list[int] = []
         self.numbers: dict[int, int] = {}
 
@@ -211,7 +212,7 @@ class RecordingMeasurement:
 
     def features(self, indices: Sequence[int], dynamics: FrameDynamics) -> dict[str, float]:
         received: dict[str, float] = {
-            "rotation": self.rotation,
+            "quarter_turns": self.orientation.quarter_turns,
             "luma_height": self.heights[0],
             "frames": len(self.heights),
             "pictures": len(self.numbers),

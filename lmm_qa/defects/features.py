@@ -40,6 +40,7 @@ from scipy.ndimage import median_filter, uniform_filter
 
 from lmm_qa.config import Sampling
 from lmm_qa.defects.motion_features import MotionFeatureRecorder
+from lmm_qa.video.display import UPRIGHT, Orientation
 from lmm_qa.video.face import Box, follow_face
 from lmm_qa.video.temporal import (
     STILL_CHANGE,
@@ -130,9 +131,9 @@ class FeatureExtractor:
 
     sampling: ClassVar[Sampling] = Sampling(strategy="pairs", frames=2 * FRAME_PAIRS)
 
-    def __init__(self, rotation: int) -> None:
+    def __init__(self, orientation: Orientation = UPRIGHT) -> None:
         self._pictures: dict[int, Picture] = {}
-        self._motion = MotionFeatureRecorder(-rotation // 90)
+        self._motion = MotionFeatureRecorder(orientation)
 
     def add_frame(self, luma: Picture) -> None:
         self._motion.add_frame(luma)

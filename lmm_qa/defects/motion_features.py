@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import median_filter
 
+from lmm_qa.video.display import UPRIGHT, Orientation
 from lmm_qa.video.face import Box
 from lmm_qa.video.temporal import absolute_difference, evenly_spaced
 
@@ -81,11 +82,11 @@ class MotionFeatureRecorder:
     """Receives every frame of a clip; stores a few numbers and a small picture of each.
 
     Args:
-        quarter_turns: counterclockwise, by which stored frames are turned for display.
+        orientation: how stored frames are turned for display.
     """
 
-    def __init__(self, quarter_turns: int = 0) -> None:
-        self._quarter_turns = quarter_turns
+    def __init__(self, orientation: Orientation = UPRIGHT) -> None:
+        self._orientation = orientation
         self._small: list[Grey] = []
         self._pending: list[Grey] = []
         self._measured: list[Floats] = []
@@ -105,7 +106,7 @@ class MotionFeatureRecorder:
         if self._stores_pictures and len(self._small) < MAX_FRAMES:
             factor = max(1, round(max(luma.shape) / _SMALL_SIDE))
             small = np.asarray(Image.fromarray(np.ascontiguousarray(luma)).reduce(factor))
-            self._small.append(np.rot90(small, self._quarter_turns))
+            self._small.append(self._orientation.apply(small))
 
     def coding_rhythm(self) -> dict[str, float]:
         """Features of change, unchanged pixels and detail from frame to frame."""

@@ -41,8 +41,11 @@ from lmm_qa.errors import ClipError, ClipTruncated, ClipUnreadable, LmmQaError, 
 from lmm_qa.manifest import Clip, content_id
 from lmm_qa.model.prompt import DEFAULT_PROMPT, load_prompt
 from lmm_qa.tables import Row, journal, output_form, read_rows, to_json, write_rows
+from lmm_qa.video.decode import iterate_frames
 from lmm_qa.video.face import Face, find_face
-from lmm_qa.video.probe import probe
+from lmm_qa.video.probe import scan_container
+from lmm_qa.video.sampling import display_rate, frame_at
+from lmm_qa.video.views import on_screen
 
 MIN_SIDE = 64
 """Pixels; sources must not be smaller."""
@@ -279,36 +282,34 @@ class DegradedDataset:
 
 
 def read_clip(path: Path, seconds: float) -> tuple[Pixels, float, float]:
-    """Read the first seconds of a clip; damage after them is not detected.
+    """Read the first seconds of a clip as a player shows them; damage after them is not detected.
+
+    A clip with a variable frame rate is read at its usual one: a frame is repeated for as long as it is shown.
 
     Returns:
-        Displayed frames, (T, H, W, 3) uint8 RGB; frames per second; bits per pixel of the file.
+        Displayed frames with square pixels, (T, H, W, 3) uint8 RGB; frames per second; bits per pixel of the file.
 
     Raises:
         ClipError: the clip cannot be read, or its pictures are smaller than `MIN_SIDE`.
     """
-    import av
-
-    info = probe(path)
+    scan = scan_container(path)
+    info = scan.info
     if min(info.width, info.height) < MIN_SIDE:
         raise ClipUnreadable(f"{path}: {info.width}x{info.height}: sources need at least {MIN_SIDE} pixels a side")
-    wanted = max(1, round(seconds * info.fps))
-    frames: list[Pixels] = []
-    size = 0
-    try:
-        with av.open(str(path)) as container:
-            for packet in container.demux(container.streams.video[0]):
-                size += packet.size
-                for frame in packet.decode():
-                    if frame.is_corrupt:
-                        raise ClipTruncated(f"{path}: frame {len(frames)} of {info.frames} is damaged")
-                    frames.append(np.rot90(frame.to_ndarray(format="rgb24"), -info.rotation // 90))
-                if len(frames) >= wanted:
-                    break
-    except av.FFmpegError as error:
-        raise ClipTruncated(f"{path}: {len(frames)} of {info.frames} frames could be read: {error}") from None
-    stacked = np.stack(frames[:wanted])
-    return stacked, info.fps, 8 * size / (len(frames) * info.width * info.height)
+    fps = display_rate(scan.seconds, info.fps)
+    wanted = max(1, min(round(seconds * fps), round(info.duration * fps)))
+    places = [frame_at(scan.seconds, (tick + 0.5) / fps) for tick in range(wanted)]
+    shown = frozenset(places)
+    pictures: dict[int, Pixels] = {}
+    for index, frame in enumerate(iterate_frames(scan, set())):
+        if index in shown:
+            pictures[index] = on_screen(scan.display.picture(frame), scan.display.pixel_shape)
+        if index == places[-1]:
+            break
+    read = [pictures[index] for index in places if index in pictures]
+    if not read:
+        raise ClipTruncated(f"{path}: none of {info.frames} frames could be read")
+    return np.stack(read), fps, 8 * scan.size / (info.frames * info.width * info.height)
 
 
 def _make(task: CopyTask, folder: Path) -> Row:

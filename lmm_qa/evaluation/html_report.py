@@ -34,8 +34,8 @@ from lmm_qa.ratings.io import read_ratings
 from lmm_qa.ratings.rows import FoundDefect, RatingRow
 from lmm_qa.video.decode import Frames
 from lmm_qa.video.decoder_pool import DecoderPool
+from lmm_qa.video.display import Picture
 from lmm_qa.video.temporal import Span
-from lmm_qa.video.views import Picture
 
 THUMBNAILS = 6
 """Thumbnails of a filmstrip."""

@@ -4,33 +4,51 @@ Every frame is decoded, strictly, even if few are sampled: a damaged stream othe
 clips have so few keyframes that seeking is not faster (docs/decoding.md has the measurements). Only clips of more than
 `MAX_FULL_DECODE_PIXELS` are seeked in, with decord.
 
-Colours follow the stream's tags; an untagged stream is taken as BT.601, as in ffmpeg and decord. Rotation metadata and
-edit lists are applied; transparent pixels are shown on white. Non-square pixels stay as stored; HDR is not tone-mapped.
+Pictures are those that a viewer sees, see `lmm_qa.video.display`; edit lists are applied; interlaced frames are
+deinterlaced by ffmpeg's bwdif filter.
 
 Knows nothing of models, prompts or scores.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from enum import StrEnum
+from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from lmm_qa.config import Sampling, View
 from lmm_qa.errors import UsageError, describe_exception
+from lmm_qa.video.display import UNCROPPED, Display, Orientation, Picture
 from lmm_qa.video.probe import ClipInfo, ContainerScan, open_video, scan_container, truncated_error
 from lmm_qa.video.sampling import frames_in_span, sample_indices, window_spans
 from lmm_qa.video.temporal import FrameDynamics, FrameDynamicsRecorder, Span
-from lmm_qa.video.views import Picture, ViewRenderer, view_size
+from lmm_qa.video.views import ViewRenderer, view_size
+from lmm_qa.video.webp import read_webp_frames
 
 if TYPE_CHECKING:
+    from av.filter import Graph
     from av.video.frame import VideoFrame
 
 Result = TypeVar("Result")
+
+
+class Note(StrEnum):
+    """What a user should know about the frames of a clip; shows only while they are decoded."""
+
+    INTERLACED = "Interlaced video, deinterlaced with bwdif."
+    RESIZED = "The size of the pictures changes during the clip; all are shown in the largest one."
+
+
+Decode = Callable[[ContainerScan, set[Note]], Iterable["VideoFrame"]]
+"""Yields every frame of a clip, and adds to the notes."""
 
 Choice = Callable[[Sequence[float]], Sequence[int]]
 """Maps the time of each frame of a clip, in seconds, to the indices of those that are used."""
@@ -43,9 +61,6 @@ MAX_WINDOW_BYTES = 512 * 1024 * 1024
 
 ONE_FRAME_PER_PACKET = frozenset({"h264", "hevc", "vp9", "av1", "gif", "mjpeg", "png", "prores", "ffv1"})
 """Codecs in which a packet without a frame is a loss. Others (MPEG-4, VP8) have packets that show nothing."""
-
-LUMA_PLANE_FORMATS = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "nv12", "gray"})
-"""Pixel formats whose first plane is luma, one byte per pixel."""
 
 DECORD_CODECS = frozenset({"h264", "mpeg4", "vp8", "vp9"})
 """Codecs for which decord 0.6.0 returns ffmpeg's pixels after a seek, given 8 bits, even sides and no rotation.
@@ -61,14 +76,15 @@ class ClipMeasurement(Protocol):
     sampling: ClassVar[Sampling]
     """Selects the frames whose pictures are needed, independent of those that a rater sees."""
 
-    def __init__(self, rotation: int) -> None:
-        """`rotation`: degrees clockwise by which stored frames are turned for display: 0, 90, 180 or 270."""
+    def __init__(self, orientation: Orientation) -> None:
+        """`orientation`: how stored frames are turned for display."""
 
     def add_frame(self, luma: npt.NDArray[np.uint8]) -> None:
-        """Receive the luma plane of the next frame, (height, width) uint8, not rotated; valid during this call only."""
+        """Receive the luma plane of the next frame, (height, width) uint8, not turned; valid during this call only."""
 
     def add_picture(self, index: int, picture: Picture) -> None:
-        """Receive the displayed picture of a frame that `sampling` selected; once per frame, in order."""
+        """Receive the picture of a frame that `sampling` selected, turned, with the pixels as they are stored; once per
+        frame, in order."""
 
     def features(self, indices: Sequence[int], dynamics: FrameDynamics) -> dict[str, float]:
         """Return the measured values by name. Called once, after the last frame.
@@ -165,9 +181,9 @@ def read_frames(
     def choose(seconds: Sequence[float]) -> list[int]:
         return sample_indices(seconds, sampling)
 
-    if _prefers_decord(scan.info) and (frames := _seek_with_decord(scan, choose(scan.seconds), views, factor)):
+    if _prefers_decord(scan) and (frames := _seek_with_decord(scan, choose(scan.seconds), views, factor)):
         return frames
-    return collect_frames(scan, _iterate_frames, choose, views, factor, measure)[1]
+    return collect_frames(scan, iterate_frames, choose, views, factor, measure)[1]
 
 
 def read_windows(
@@ -200,7 +216,7 @@ def read_windows(
     scan = scan_container(Path(path))
 
     def collect(choose: Choice) -> tuple[Sequence[float], Frames]:
-        corrected, frames = collect_frames(scan, _iterate_frames, choose, views, factor, measure)
+        corrected, frames = collect_frames(scan, iterate_frames, choose, views, factor, measure)
         return corrected.seconds, frames
 
     return select_windows(scan.info, collect, sampling, views, factor, window, step)
@@ -266,7 +282,7 @@ def _affordable_step(
 
 def collect_frames(
     scan: ContainerScan,
-    decode: Callable[[ContainerScan], Iterable[VideoFrame]],
+    decode: Decode,
     choose: Choice,
     views: Sequence[View],
     factor: int,
@@ -289,44 +305,81 @@ def collect_frames(
     sampled = frozenset(indices)
     measured = sample_indices(scan.seconds, measure.sampling) if measure else []
     pictured = frozenset(measured)
-    renderer = ViewRenderer(views, factor)
+    display = scan.display
+    renderer = ViewRenderer(views, factor, display.pixel_shape)
     recorder = FrameDynamicsRecorder()
-    measurement = _GuardedMeasurement(measure, scan.info.rotation) if measure else None
+    measurement = _GuardedMeasurement(measure, display.orientation) if measure else None
     times: list[float | None] = []
-    interlaced = False
-    for index, frame in enumerate(decode(scan)):
+    shown: list[int | None] = []
+    notes: set[Note] = set()
+    for index, frame in enumerate(decode(scan, notes)):
+        if (frame.width, frame.height) != (display.width, display.height):
+            notes.add(Note.RESIZED)
+            if frame.width * frame.height > display.width * display.height:
+                larger = replace(display, width=frame.width, height=frame.height, crop=UNCROPPED)
+                return collect_frames(_resize_scan(scan, larger), decode, choose, views, factor, measure, decoder)
         if index in sampled or index in pictured:
-            picture = _displayed_picture(frame, scan.info)
+            picture = display.picture(frame)
             if index in sampled:
                 renderer.add(index, picture)
             if measurement and index in pictured:
                 measurement.add_picture(index, picture)
-        luma = _luma_plane(frame)
+        luma = display.luma(frame)
         recorder.add(luma)
         if measurement:
             measurement.add_frame(luma)
         times.append(frame.time)
-        interlaced = interlaced or frame.interlaced_frame
+        shown.append(frame.pts)
     if len(times) == len(scan.seconds):
+        scan = replace(scan, info=replace(scan.info, warnings=(*scan.info.warnings, *sorted(notes))))
         frames = _stack_frames(scan, indices, renderer, decoder)
         dynamics = recorder.dynamics(scan.seconds, scan.info.duration)
         if not measurement:
             return scan, replace(frames, dynamics=dynamics)
         features = measurement.features(measured, dynamics)
         return scan, replace(frames, dynamics=dynamics, features=features, measurement_error=measurement.error)
-    # Two fields of one interlaced frame can be two packets.
-    lost = len(times) < len(scan.seconds) and scan.info.codec in ONE_FRAME_PER_PACKET and not interlaced
-    if lost or not times:
-        raise truncated_error(scan.path, len(times), len(scan.seconds))
-    return collect_frames(_correct_scan(scan, times), decode, choose, views, factor, measure, decoder)
+    corrected = _without_doubtful(scan, shown)
+    if corrected is None:
+        # Two fields of one interlaced frame can be two packets.
+        exact = scan.info.codec in ONE_FRAME_PER_PACKET and Note.INTERLACED not in notes
+        if not times or (exact and len(times) < len(scan.seconds)):
+            raise truncated_error(scan.path, len(times), len(scan.seconds))
+        corrected = _correct_scan(scan, times)
+    return collect_frames(corrected, decode, choose, views, factor, measure, decoder)
+
+
+def _resize_scan(scan: ContainerScan, display: Display) -> ContainerScan:
+    """Show all frames of a scan in another size."""
+    height, width = display.size
+    return replace(scan, display=display, info=replace(scan.info, width=width, height=height))
+
+
+def _without_doubtful(scan: ContainerScan, shown: Sequence[int | None]) -> ContainerScan | None:
+    """Leave the leading pictures that no decoder can show out of a scan; None if others are missing as well.
+
+    Args:
+        scan: of the clip.
+        shown: presentation time of each frame that the decoder returned.
+    """
+    missing = Counter(scan.pts)
+    missing.subtract(shown)
+    if not shown or any(count < 0 or (count and time not in scan.doubtful) for time, count in missing.items()):
+        return None
+    places = [at for at, time in enumerate(scan.pts) if not missing[time]]
+    start = scan.seconds[places[0]]
+    seconds = tuple(scan.seconds[at] - start for at in places)
+    duration = scan.info.duration - start
+    info = replace(scan.info, frames=len(seconds), duration=duration, fps=len(seconds) / duration)
+    pts = tuple(scan.pts[at] for at in places)
+    return replace(scan, info=info, seconds=seconds, pts=pts)
 
 
 class _GuardedMeasurement:
     """Calls a `ClipMeasurement` until a call fails; stores that error, so that the clip itself does not fail."""
 
-    def __init__(self, measure: type[ClipMeasurement], rotation: int) -> None:
+    def __init__(self, measure: type[ClipMeasurement], orientation: Orientation) -> None:
         self.error: str | None = None
-        self._measurement = self._call(lambda: measure(rotation))
+        self._measurement = self._call(lambda: measure(orientation))
 
     def add_frame(self, luma: npt.NDArray[np.uint8]) -> None:
         if measurement := self._measurement:
@@ -368,20 +421,42 @@ def _correct_scan(scan: ContainerScan, times: Sequence[float | None]) -> Contain
     return replace(scan, seconds=seconds, info=info)
 
 
-def _iterate_frames(scan: ContainerScan) -> Iterator[VideoFrame]:
-    """Decode a clip from its first frame to its last.
+def iterate_frames(scan: ContainerScan, notes: set[Note]) -> Iterator[VideoFrame]:
+    """Decode a clip from its first frame to its last; interlaced frames are deinterlaced.
+
+    Args:
+        scan: of the clip.
+        notes: receives what a user should know about the frames.
 
     Raises:
         ClipTruncated: the decoder reports an error, or marks a frame as damaged.
     """
+    return _deinterlaced(_decoded(scan), notes)
+
+
+def _decoded(scan: ContainerScan) -> Iterator[VideoFrame]:
     import av
 
     read = 0
-    with open_video(scan.path) as (container, stream):
+    if scan.info.container == "webp":
+        for frame, _ in read_webp_frames(scan.path):
+            yield frame
+        return
+    with open_video(scan.path, scan.strict) as video:
         try:
-            for packet in container.demux(stream):
-                for frame in packet.decode():
-                    if frame.is_corrupt:
+            for number, packet in enumerate(video.container.demux(video.stream)):
+                if number < scan.skipped:
+                    continue
+                try:
+                    frames = video.decode(packet)
+                except av.FFmpegError:
+                    if packet.pts not in scan.doubtful and (packet.pts is not None or None in scan.pts):
+                        raise
+                    continue
+                for frame in frames:
+                    if frame.is_corrupt and frame.pts in scan.doubtful:
+                        continue
+                    if frame.is_corrupt and frame.pts not in scan.joined:
                         raise truncated_error(scan.path, read, len(scan.seconds))
                     yield frame
                     read += 1
@@ -389,39 +464,57 @@ def _iterate_frames(scan: ContainerScan) -> Iterator[VideoFrame]:
             raise truncated_error(scan.path, read, len(scan.seconds)) from None
 
 
-def _luma_plane(frame: VideoFrame) -> npt.NDArray[np.uint8]:
-    """Return the luma of a decoded frame, (height, width), not rotated; a view of its memory if that has 8 bits."""
-    from av.video.plane import VideoPlane
+def _deinterlaced(frames: Iterator[VideoFrame], notes: set[Note]) -> Iterator[VideoFrame]:
+    """Replace interlaced frames by progressive ones; one frame per frame, at the same time."""
+    import av.filter
 
-    if frame.format.name not in LUMA_PLANE_FORMATS:
-        frame = frame.reformat(format="gray")
-    plane = VideoPlane(frame, 0)
-    # A read-only view: for a writable one, PyAV would first make a copy.
-    stored = np.frombuffer(memoryview(cast(bytes, plane)), np.uint8).reshape(-1, abs(plane.line_size))
-    return stored[: frame.height, : frame.width]
+    graph: av.filter.Graph | None = None
+    shape: tuple[int, int, str] | None = None
+    for frame in frames:
+        changed = graph is not None and shape != (frame.width, frame.height, frame.format.name)
+        if graph is not None and changed:
+            yield from _filtered(graph, None)
+            graph = None
+        if graph is None and frame.interlaced_frame:
+            notes.add(Note.INTERLACED)
+            graph = av.filter.Graph()
+            shape = frame.width, frame.height, frame.format.name
+            source = graph.add_buffer(
+                width=frame.width,
+                height=frame.height,
+                format=frame.format,
+                time_base=frame.time_base or Fraction(1, 25),
+            )
+            filters = graph.add("bwdif", "mode=send_frame:deint=interlaced"), graph.add("buffersink")
+            graph.link_nodes(source, *filters).configure()
+        if graph is None:
+            yield frame
+        else:
+            yield from _filtered(graph, frame)
+    if graph is not None:
+        yield from _filtered(graph, None)
 
 
-def _displayed_picture(frame: VideoFrame, info: ClipInfo) -> Picture:
-    """Convert a decoded frame to RGB, rotated as it is displayed."""
-    turned = info.rotation % 180 != 0
-    width, height = (info.height, info.width) if turned else (info.width, info.height)
-    if any(component.is_alpha for component in frame.format.components):
-        layered = frame.to_ndarray(format="rgba", width=width, height=height).astype(np.uint16)
-        alpha = layered[..., 3:]
-        picture = ((layered[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
-    else:
-        picture = frame.to_ndarray(format="rgb24", width=width, height=height).astype(np.uint8, copy=False)
-    return np.rot90(picture, -info.rotation // 90)
+def _filtered(graph: Graph, frame: VideoFrame | None) -> Iterator[VideoFrame]:
+    """The frames that a filter graph returns for one more frame; None: the last ones."""
+    import av
+
+    graph.vpush(frame)
+    with suppress(av.BlockingIOError, av.EOFError):
+        while True:
+            yield graph.vpull()
 
 
-def _prefers_decord(info: ClipInfo) -> bool:
+def _prefers_decord(scan: ContainerScan) -> bool:
     """Whether a clip is too long for decoding every frame, and of a kind that decord reads correctly."""
+    info = scan.info
     return (
         info.frames * info.width * info.height > MAX_FULL_DECODE_PIXELS
         and info.codec in DECORD_CODECS
         and info.pixel_format in ("yuv420p", "yuvj420p")
-        and info.rotation == 0
+        and scan.display == Display(info.width, info.height)
         and info.width % 2 == info.height % 2 == 0
+        and not info.warnings
     )
 
 

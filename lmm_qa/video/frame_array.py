@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from lmm_qa.config import Sampling, View
 from lmm_qa.errors import UsageError
-from lmm_qa.video.decode import Choice, ClipMeasurement, Frames, Windows, collect_frames, select_windows
+from lmm_qa.video.decode import Choice, ClipMeasurement, Frames, Note, Windows, collect_frames, select_windows
+from lmm_qa.video.display import Display
 from lmm_qa.video.probe import ClipInfo, ContainerScan
 from lmm_qa.video.sampling import sample_indices
 from lmm_qa.video.views import ViewRenderer
@@ -77,13 +78,13 @@ class FrameArray:
             duration=count / fps,
             width=int(width),
             height=int(height),
-            rotation=0,
             codec="rawvideo",
             pixel_format="rgb24",
             container="memory",
             has_audio=False,
         )
-        self._scan = ContainerScan(Path("frames"), info, tuple(index / fps for index in range(count)))
+        seconds = tuple(index / fps for index in range(count))
+        self._scan = ContainerScan(Path("frames"), info, seconds, Display(info.width, info.height))
 
     def pictures(self, indices: Sequence[int]) -> npt.NDArray[np.uint8]:
         """(n, H, W, 3) uint8, C-contiguous, in the memory of the CPU; only these frames are copied from a GPU."""
@@ -137,7 +138,7 @@ class FrameArray:
         seconds = tuple(self._scan.seconds[index] for index in indices)
         return Frames(renderer.stack(indices), tuple(indices), seconds, self._scan.info, "memory")
 
-    def _video_frames(self, scan: ContainerScan) -> Iterator[VideoFrame]:
+    def _video_frames(self, scan: ContainerScan, _notes: set[Note]) -> Iterator[VideoFrame]:
         """Every frame, as the decoder of an RGB file returns them."""
         from fractions import Fraction
 

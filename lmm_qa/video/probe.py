@@ -1,4 +1,4 @@
-"""Open video files strictly, and read a clip's container from end to end.
+"""Open video files strictly, choose the stream that a player shows, and read its container from end to end.
 
 A scan notices files that are cut off, contradict themselves or have packets marked as damaged, and gives the time of
 each frame. Only the first frame is decoded; damage inside pictures shows in `lmm_qa.video.decode`.
@@ -9,19 +9,32 @@ from __future__ import annotations
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from lmm_qa.errors import ClipNotFound, ClipTruncated, ClipUnreadable
-from lmm_qa.video.integrity import find_structure_break, has_length_prefixes
+from lmm_qa.video.display import (
+    MAX_PIXEL_ASPECT,
+    UPRIGHT,
+    Display,
+    Orientation,
+    is_hdr,
+    read_orientation,
+)
+from lmm_qa.video.integrity import find_structure_break, has_idr, has_length_prefixes, is_fragmented, read_crop
+from lmm_qa.video.webp import read_webp_frames, read_webp_size
 
 if TYPE_CHECKING:
     from av.container import InputContainer
+    from av.packet import Packet as AnyPacket
+    from av.video.codeccontext import VideoCodecContext
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
+
+    Packet = AnyPacket[VideoStream]
 
 MAX_SIDE = 16_384
 MAX_AREA = 100_000_000
@@ -31,8 +44,46 @@ ZERO_RUN = bytes(16)
 """Never part of length-prefixed H.264 or HEVC: both escape three zero bytes in a row (H.264 7.4.1, H.265 7.4.2).
 Some encoders pad the end of a picture with zeros, though."""
 
-INDIRECT_FORMATS = frozenset({"hls", "dash", "concat", "imf", "sdp", "rtsp", "tty"})
-"""Text formats that ffmpeg would play by opening other files or addresses, or by rendering the text."""
+FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,vob,flv,live_flv,kux,asf,ogg,gif,apng,mxf,nut,ivf,"
+    "obu,h264,hevc,vvc,av1,evc,m4v,mjpeg,dv,rm,rawvideo,yuv4mpegpipe,wtv,dirac,vc1,vc1test,h261,h263,cavsvideo,avs2,avs3,"
+    "fits,film_cpk,roq,smk,bink,nsv,gxf,mtv,lvf,swf,aiff,wav,mp3,flac,aac,caf,"
+    "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe,ppm_pipe,pgm_pipe,jpegxl_pipe,jpegxl_anim,qoi_pipe,exr_pipe,dpx_pipe,"
+    "j2k_pipe,gif_pipe,sgi_pipe,psd_pipe,pam_pipe,pbm_pipe"
+)
+"""Formats that ffmpeg may open: none of them opens other files or addresses that a file names."""
+
+CONTENTS = {
+    b"#EXTM3U": "an HLS playlist, which names other files",
+    b"ffconcat": "a list of other files for ffmpeg",
+    b"<?xml": "an XML file, such as a DASH manifest, which names other files",
+    b"v=0": "a session description (SDP), which names an address",
+    b"<!DOCTYPE": "a web page",
+    b"<html": "a web page",
+    b"PK\3\4": "a ZIP archive: unpack it first",
+    b"\x1f\x8b": "a gzip archive: unpack it first",
+    b"%PDF": "a PDF file",
+    b"version https://git-lfs": "a Git LFS pointer: run `git lfs pull` first",
+}
+"""First bytes of files that are no video, and what they are."""
+
+STILL_CODECS = frozenset({"mjpeg", "png", "bmp", "tiff", "webp", "jpeg2000", "jpegxl"})
+"""A stream of unknown length in one of these can be a single picture."""
+
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+"""Decoders of transparent WebM: those of ffmpeg itself leave the transparency out."""
+
+JOIN_GAP = 1.0
+"""Seconds. If the clock of an MPEG-TS file jumps forward by more, or back, another recording was appended there."""
+
+JOIN_PACKETS = 2
+"""Packets before a join that can be marked as damaged because of it: the parser is that far behind."""
+
+CLOCK_JUMP = 10.0
+"""Seconds. A larger step in a format whose clock may jump is no pause: ffmpeg's `dts_delta_threshold`."""
+
+
+STILL = "A still picture, not a video: nothing that moves can be judged."
 
 
 @dataclass(frozen=True)
@@ -40,7 +91,7 @@ class ClipInfo:
     """Properties of a clip, as displayed."""
 
     frames: int
-    """Displayed frames. (`probe` counts packets: a few too many in VP8, where some are not displayed.)"""
+    """Displayed frames. (`probe` counts packets: rarely a few too many.)"""
     declared_frames: int
     """Frames that the container declares, including those hidden by an edit list; 0 if it declares none."""
     fps: float
@@ -48,15 +99,15 @@ class ClipInfo:
     duration: float
     """Seconds from the start of the first frame to the end of the last."""
     width: int
-    """Pixels, as displayed."""
+    """Pixels, as displayed: turned, cropped, and with square pixels."""
     height: int
     """Pixels, as displayed."""
-    rotation: int
-    """Degrees clockwise by which the stored picture is turned for display: 0, 90, 180 or 270."""
     codec: str
     pixel_format: str
     container: str
     has_audio: bool
+    orientation: Orientation = UPRIGHT
+    """How the stored picture is turned for display."""
     warnings: tuple[str, ...] = ()
     """What was read otherwise than a user may expect, a sentence each; reported in the row of the clip."""
 
@@ -69,6 +120,34 @@ class ContainerScan:
     info: ClipInfo
     seconds: tuple[float, ...]
     """When each frame appears, from 0."""
+    display: Display
+    size: int = 0
+    """Bytes of the stream."""
+    pts: tuple[int | None, ...] = ()
+    """Presentation time of each frame, in the stream's time base, in the order of `seconds`."""
+    skipped: int = 0
+    """Packets before the first keyframe: nothing can be shown of them."""
+    doubtful: frozenset[int] = frozenset()
+    """`pts` of leading pictures: they may refer to pictures before the start of the file, which no decoder can show."""
+    joined: frozenset[int] = frozenset()
+    """`pts` of packets that are marked as damaged only because another recording follows or precedes them."""
+    strict: bool = True
+    """Whether the decoder reports an error where it could conceal one. Not if an H.264 stream was cut at an open group of
+    pictures: that it refers to pictures before its start is an error, but the pictures can be shown."""
+
+
+@dataclass(frozen=True)
+class OpenVideo:
+    """The stream of a clip that a player shows."""
+
+    container: InputContainer
+    stream: VideoStream
+    decoder: VideoCodecContext
+    warnings: tuple[str, ...]
+
+    def decode(self, packet: Packet) -> list[VideoFrame]:
+        """Decode a packet of the stream; an empty one returns the last frames."""
+        return self.decoder.decode(packet if packet.size else None)
 
 
 def probe(path: str | Path) -> ClipInfo:
@@ -83,77 +162,205 @@ def probe(path: str | Path) -> ClipInfo:
 
 
 def scan_container(path: Path) -> ContainerScan:
-    """Read all packets of a clip, and decode until the first frame, which has the rotation and the pixel format.
+    """Read all packets of a clip, and decode until the first frame, which has the orientation and the pixel format.
 
     Raises: as `probe`.
     """
-    with open_video(path) as (container, stream):
+    if is_webp(path):
+        return _scan_webp(path)
+    with open_video(path) as video:
+        container, stream = video.container, video.stream
         declared = _declared_frames(container, stream)
-        packets = _read_packets(container, stream)
+        packets = _read_packets(video)
+        no_keyframe = packets.first_frame is None and packets.skipped == packets.count
+        if no_keyframe or packets.open_start:
+            with open_video(path, strict=not packets.open_start) as again:
+                packets = _read_packets(again, from_keyframe=not no_keyframe)
         total = max(declared, packets.count, _frames_by_duration(container, stream))
         if counts := _contradicting_counts(path, container, stream):
             raise truncated_error(path, min(packets.count, *counts), max(counts))
         # MP4 counts exactly. AVI, for one, counts frames that are left out because they repeat the previous one.
         missing = "mp4" in container.format.name and packets.count < declared
-        broken_at = find_structure_break(path)
+        broken_at = find_structure_break(path, _holds_all_samples(path, container))
         if packets.intact is not None or packets.first_frame is None or missing or broken_at is not None:
             read = min(packets.count_before(broken_at), packets.count if packets.intact is None else packets.intact)
             raise truncated_error(path, read if packets.first_frame else 0, total, estimated=total > declared)
-        frame = packets.first_frame
-        _refuse_too_large(path, frame.width, frame.height)
-        seconds, duration = _frame_times(packets.shown, stream)
-        rotation = round(-frame.rotation / 90) * 90 % 360
-        width, height = (frame.width, frame.height) if rotation % 180 == 0 else (frame.height, frame.width)
-        info = ClipInfo(
-            frames=len(seconds),
-            declared_frames=declared,
-            fps=len(seconds) / duration,
-            duration=duration,
-            width=width,
-            height=height,
-            rotation=rotation,
-            codec=stream.codec_context.codec.canonical_name,
-            pixel_format=frame.format.name,
-            container=container.format.name,
-            has_audio=bool(container.streams.audio),
+        return _make_scan(path, video, packets, declared)
+
+
+def _make_scan(path: Path, video: OpenVideo, packets: _Packets, declared: int) -> ContainerScan:
+    container, stream, frame = video.container, video.stream, packets.first_frame
+    assert frame is not None
+    _refuse_too_large(path, frame.width, frame.height)
+    warnings = list(video.warnings)
+    times, jumps = _continuous_times(packets.shown, video)
+    seconds, duration = _frame_times(times, packets.shown, stream)
+    order = sorted(range(len(times)), key=lambda at: times[at] or 0) if None not in times else list(range(len(times)))
+    orientation, exact = read_orientation(frame)
+    aspect = float(stream.sample_aspect_ratio or 1) or 1.0
+    number = [each.index for each in container.streams.video].index(stream.index)
+    display = Display(frame.width, frame.height, read_crop(path, number, frame.width, frame.height), orientation)
+    if not 1 / MAX_PIXEL_ASPECT <= aspect <= MAX_PIXEL_ASPECT:
+        warnings.append(f"Pixels of {aspect:g}:1 are taken for square ones.")
+    else:
+        display = replace(display, pixel_aspect=aspect)
+    if not exact:
+        warnings.append(
+            "The picture is to be turned by an angle that is no multiple of 90 degrees; the nearest is used."
         )
-    return ContainerScan(path, info, seconds)
+    if is_hdr(frame):
+        warnings.append("HDR video, tone-mapped to the range of an ordinary screen.")
+    if jumps:
+        warnings.append(f"The clock of the file jumps; its {jumps + 1} parts are taken one after the other.")
+    if len(seconds) == 1:
+        warnings.append(STILL)
+    height, width = display.size
+    info = ClipInfo(
+        frames=len(seconds),
+        declared_frames=declared,
+        fps=len(seconds) / duration,
+        duration=duration,
+        width=width,
+        height=height,
+        codec=stream.codec_context.codec.canonical_name,
+        pixel_format=frame.format.name,
+        container=container.format.name,
+        has_audio=bool(container.streams.audio),
+        orientation=orientation,
+        warnings=tuple(warnings),
+    )
+    return ContainerScan(
+        path,
+        info,
+        seconds,
+        display,
+        size=packets.size,
+        pts=tuple(packets.shown[at].pts for at in order),
+        skipped=packets.skipped,
+        doubtful=frozenset(packets.doubtful),
+        joined=frozenset(packets.joined),
+        strict=not packets.open_start,
+    )
+
+
+def is_webp(path: Path) -> bool:
+    """Whether a file is WebP, which Pillow decodes.
+
+    Raises: as `probe`.
+    """
+    _refuse_non_file(path)
+    with path.open("rb") as file:
+        start = file.read(12)
+    return start[:4] == b"RIFF" and start[8:] == b"WEBP"
+
+
+def _scan_webp(path: Path) -> ContainerScan:
+    width, height = read_webp_size(path)
+    _refuse_too_large(path, width, height)
+    if find_structure_break(path) is not None:
+        raise truncated_error(path, 0, 0)
+    shown: list[float] = []
+    try:
+        shown.extend(seconds for _, seconds in read_webp_frames(path))
+    except EOFError:
+        raise truncated_error(path, len(shown), 0) from None
+    if not shown:
+        raise truncated_error(path, 0, 0)
+    info = ClipInfo(
+        frames=len(shown),
+        declared_frames=len(shown),
+        fps=len(shown) / sum(shown),
+        duration=sum(shown),
+        width=width,
+        height=height,
+        codec="webp",
+        pixel_format="rgba",
+        container="webp",
+        has_audio=False,
+        warnings=() if len(shown) > 1 else (STILL,),
+    )
+    seconds = tuple(accumulate(shown[:-1], initial=0.0))
+    return ContainerScan(path, info, seconds, Display(width, height))
 
 
 @contextmanager
-def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """Open a clip for strict decoding on one thread, with ffmpeg's own messages off.
+def open_video(path: Path, strict: bool = True) -> Iterator[OpenVideo]:
+    """Open a clip for decoding on one thread, with ffmpeg's own messages off.
+
+    Args:
+        path: the clip.
+        strict: the decoder reports an error where it would otherwise conceal damage.
 
     Raises: as `probe`.
     """
     import av
+    from av.codec.context import Flags
 
     _refuse_non_file(path)
     av.logging.set_level(av.logging.PANIC)
     try:
         container = _open_container(path)
     except (av.FFmpegError, ValueError) as error:
+        _refuse_other_content(path)
         if find_structure_break(path) is not None:  # an MP4 cut off before its index, for one
             raise truncated_error(path, 0, 0) from None
         reason = getattr(error, "strerror", None) or error
         raise ClipUnreadable(f"no decoder finds a video in {path}: {reason}. Is it a complete video file?") from None
     with container:
-        if container.format.name in INDIRECT_FORMATS:
-            raise ClipUnreadable(f"{path} is a text file of type {container.format.name}, not a video")
-        covers = av.stream.Disposition.attached_pic
-        streams = [stream for stream in container.streams.video if not stream.disposition & covers]
-        if not streams:
-            kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
-            raise ClipUnreadable(f"{path} contains no video stream, only: {kinds}")
-        stream = streams[0]
+        _refuse_other_content(path)
+        stream, warnings = _choose_stream(path, container)
         context = stream.codec_context
         if context is None:
             raise ClipUnreadable(f"no decoder is available for the codec of {path}: convert it to H.264")
+        if context.codec_tag in ("encv", "drmi"):
+            raise ClipUnreadable(f"{path} is encrypted (DRM): only clips without copy protection can be rated")
         _refuse_too_large(path, context.width, context.height)
-        # err_detect=explode: report an error where the decoder would otherwise conceal the damage.
-        context.options = {"err_detect": "explode", "max_pixels": str(MAX_AREA)}
-        context.thread_count = 1
-        yield container, stream
+        decoder = _alpha_decoder(stream) or context
+        decoder.options = {"max_pixels": str(MAX_AREA)} | ({"err_detect": "explode"} if strict else {})
+        decoder.flags |= Flags.unaligned  # or a cropped left edge would be shown as far as it is aligned in memory
+        decoder.thread_count = 1
+        yield OpenVideo(container, stream, decoder, warnings)
+
+
+def _choose_stream(path: Path, container: InputContainer) -> tuple[VideoStream, tuple[str, ...]]:
+    """The stream that players show: a default one, then one with more than one frame, then the largest picture."""
+    from av.stream import Disposition
+
+    covers = Disposition.attached_pic
+    streams = [stream for stream in container.streams.video if not stream.disposition & covers]
+    if not streams:
+        if container.streams.video:
+            raise ClipUnreadable(f"{path} contains no video stream, only sound and a cover picture")
+        kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+        raise ClipUnreadable(f"{path} contains no video stream, only: {kinds}")
+    if len(streams) == 1:
+        return streams[0], ()
+
+    def rank(stream: VideoStream) -> tuple[bool, bool, int]:
+        context = stream.codec_context
+        codec = context.codec.canonical_name if context else ""
+        moves = stream.frames > 1 or (stream.frames == 0 and codec not in STILL_CODECS)
+        area = context.width * context.height if context else 0
+        return bool(stream.disposition & Disposition.default), moves, area
+
+    chosen = max(streams, key=rank)
+    sizes = ", ".join(
+        f"{each.index} ({each.codec_context.width}x{each.codec_context.height})" if each.codec_context else "?"
+        for each in streams
+        if each is not chosen
+    )
+    size = f"{chosen.codec_context.width}x{chosen.codec_context.height}" if chosen.codec_context else "?"
+    return chosen, (f"Of {len(streams)} video streams, {chosen.index} ({size}) is rated; left out: {sizes}.",)
+
+
+def _alpha_decoder(stream: VideoStream) -> VideoCodecContext | None:
+    """A decoder that keeps the transparency of VP8 and VP9; None if the stream is not transparent."""
+    import av
+
+    name = ALPHA_DECODERS.get(stream.codec_context.codec.canonical_name)
+    if name is None or stream.metadata.get("alpha_mode") != "1":
+        return None
+    return cast("VideoCodecContext", av.CodecContext.create(name, "r"))
 
 
 def truncated_error(path: Path, read: int, total: int, *, estimated: bool = False) -> ClipTruncated:
@@ -187,12 +394,31 @@ def _refuse_too_large(path: Path, width: int, height: int) -> None:
         )
 
 
+def _refuse_other_content(path: Path) -> None:
+    """Refuse a file that begins like something other than a video."""
+    with path.open("rb") as file:
+        start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
+    for first, what in CONTENTS.items():
+        if start[: len(first)].lower() == first.lower():
+            raise ClipUnreadable(f"{path} is not a video but {what}")
+
+
 def _open_container(path: Path, **options: str) -> InputContainer:
     """Open a file of any kind, with additional options for its demuxer."""
     import av
 
-    # An absolute path is never taken for an address, and a text file cannot make ffmpeg fetch one.
-    return av.open(str(path.absolute()), metadata_errors="replace", options={"protocol_whitelist": "file", **options})
+    # An absolute path is never taken for an address or a pattern, and no file can make ffmpeg open another one.
+    strict = {"protocol_whitelist": "file", "format_whitelist": FORMATS, "enable_drefs": "0"}
+    return av.open(str(path.absolute()), metadata_errors="replace", options=strict | options)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """A packet that is shown; times in the stream's time base."""
+
+    pts: int | None
+    dts: int | None
+    duration: int | None
 
 
 @dataclass
@@ -205,8 +431,17 @@ class _Packets:
     """Byte offset of each packet, including those hidden by an edit list; None if unknown."""
     intact: int | None = None
     """Packets before the first damaged one; None if none is damaged."""
-    shown: list[tuple[int | None, int | None]] = field(default_factory=list)
-    """(presentation time, duration) of the packets that are shown, in the stream's time base, in decoding order."""
+    shown: list[_Shown] = field(default_factory=list)
+    """The packets that are shown, in decoding order."""
+    size: int = 0
+    """Bytes of all packets."""
+    skipped: int = 0
+    """Packets before the first keyframe."""
+    open_start: bool = False
+    """The first picture is H.264 to start from, but pictures after it may refer to some before it."""
+    doubtful: set[int] = field(default_factory=set)
+    joined: set[int] = field(default_factory=set)
+    """See `ContainerScan`."""
 
     @property
     def count(self) -> int:
@@ -217,27 +452,85 @@ class _Packets:
         return sum(offset is None or start is None or start < offset for start in self.positions)
 
 
-def _read_packets(container: InputContainer, stream: VideoStream) -> _Packets:
-    """Read every packet of the video stream; decode only until the first frame."""
+def _read_packets(video: OpenVideo, from_keyframe: bool = True) -> _Packets:
+    """Read every packet of the video stream; decode only until the first frame.
+
+    Args:
+        from_keyframe: leave out the packets before the first keyframe.
+    """
     import av
 
-    packets = _Packets()
-    zeros_escaped = stream.codec_context.codec.canonical_name in ("h264", "hevc") and has_length_prefixes(stream)
+    stream, packets = video.stream, _Packets()
+    codec = stream.codec_context.codec.canonical_name
+    zeros_escaped = codec in ("h264", "hevc") and has_length_prefixes(stream)
+    step = float(1 / (stream.average_rate or stream.guessed_rate or 25))
+    keyframe: int | None = None
+    waiting = from_keyframe
+    marked: list[tuple[int, int | None]] = []  # number and time of packets that the demuxer marks as damaged
+    previous: Packet | None = None
     try:
-        for packet in container.demux(stream):
+        for packet in video.container.demux(stream):
+            if packet.size and waiting and not packet.is_keyframe:
+                packets.positions.append(packet.pos)
+                packets.skipped += 1
+                continue
+            if packet.size and previous is None:
+                waiting, keyframe = False, packet.pts
+                packets.open_start = codec == "h264" and packet.is_keyframe and not has_idr(stream, bytes(packet))
+            doubtful = keyframe is not None and (packet.pts is None or packet.pts < keyframe)
             if packets.first_frame is None and packets.intact is None:
-                packets.first_frame = next(iter(packet.decode()), None)
+                try:
+                    packets.first_frame = next(iter(video.decode(packet)), None)
+                except av.FFmpegError:
+                    if not doubtful:
+                        raise
             if not packet.size:
                 continue
-            zeroed = zeros_escaped and ZERO_RUN in bytes(packet).rstrip(b"\0")
-            if packets.intact is None and (packet.is_corrupt or zeroed):
+            if packets.intact is None and zeros_escaped and ZERO_RUN in bytes(packet).rstrip(b"\0"):
                 packets.intact = packets.count
+            if packet.is_corrupt:
+                marked.append((packets.count, packet.pts))
+            if previous is not None and _is_join(previous, packet, step):
+                # At a join, the packets beside it are marked because the counters of the two parts do not match.
+                joined = [each for each in marked if each[0] >= packets.count - JOIN_PACKETS]
+                packets.joined |= {time for _, time in joined if time is not None}
+                marked = marked[: len(marked) - len(joined)]
+            previous = packet
             packets.positions.append(packet.pos)
-            if not packet.is_discard:
-                packets.shown.append((packet.pts, packet.duration))
+            packets.size += packet.size
+            if not packet.is_discard and not is_hidden(codec, packet):
+                packets.shown.append(_Shown(packet.pts, packet.dts, packet.duration))
+                if doubtful and packet.pts is not None:
+                    packets.doubtful.add(packet.pts)
     except av.FFmpegError:
         packets.intact = packets.count
+    if marked and (packets.intact is None or marked[0][0] < packets.intact):
+        packets.intact = marked[0][0]
+    if keyframe is not None:  # leading pictures whose time would be negative
+        packets.shown = [each for each in packets.shown if each.pts is not None]
     return packets
+
+
+def _is_join(previous: Packet, packet: Packet, step: float) -> bool:
+    """Whether a packet begins another recording: a keyframe that follows at once, or whose clock is another one."""
+    if not packet.is_keyframe or previous.dts is None or packet.dts is None:
+        return False
+    gap = float((packet.dts - previous.dts) * packet.time_base)
+    return gap <= 1.5 * step or gap > JOIN_GAP
+
+
+def is_hidden(codec: str, packet: Packet) -> bool:
+    """Whether a VP8 or VP9 packet only stores a picture for reference (VP9 specification, 6.2; RFC 6386, 9.1)."""
+    if codec not in ("vp8", "vp9"):
+        return False
+    data = bytes(packet)
+    if codec == "vp8":
+        return not data[0] >> 4 & 1
+    if data[-1] & 0xE0 == 0xC0:  # a superframe, whose last frame is shown
+        return False
+    # frame_marker (2 bits), profile (2, and 1 reserved in profile 3), show_existing_frame, frame_type, show_frame
+    at = 4 - (data[0] >> 4 & 3 == 3)
+    return not data[0] >> (at - 1) & 1 and not data[0] >> (at - 3) & 1
 
 
 def _declared_frames(container: InputContainer, stream: VideoStream) -> int:
@@ -245,24 +538,56 @@ def _declared_frames(container: InputContainer, stream: VideoStream) -> int:
     return min(stream.frames, len(stream.index_entries)) if "mp4" in container.format.name else stream.frames
 
 
+def _holds_all_samples(path: Path, container: InputContainer) -> bool:
+    """Whether the tables of an MP4 without fragments name only bytes in the file."""
+    if "mp4" not in container.format.name or is_fragmented(path):
+        return False
+    ends = [entry.pos + entry.size for stream in container.streams for entry in stream.index_entries]
+    return max(ends, default=path.stat().st_size + 1) <= path.stat().st_size
+
+
 def _frames_by_duration(container: InputContainer, stream: VideoStream) -> int:
     """Estimate the frames of the declared duration, to estimate how much of a damaged clip is missing."""
     return round(float(stream.average_rate or 0) * (container.duration or 0) / 1_000_000)
 
 
+def _continuous_times(shown: Sequence[_Shown], video: OpenVideo) -> tuple[list[int | None], int]:
+    """The presentation times in decoding order, continuous where the clock jumps; and how often it jumps.
+
+    Only in formats whose clock may jump, such as MPEG-TS: there, a step back or of more than `CLOCK_JUMP` is a jump.
+    """
+    times: list[int | None] = [each.pts for each in shown]
+    from av.format import Flags
+
+    stream = video.stream
+    if not Flags(video.container.format.flags) & Flags.ts_discont or stream.time_base is None:
+        return times, 0
+    steps = [b.dts - a.dts for a, b in pairwise(shown) if a.dts is not None and b.dts is not None]
+    usual = round(median(steps)) if steps else 0
+    offset = jumps = 0
+    for at, (before, after) in enumerate(pairwise(shown), 1):
+        if before.dts is not None and after.dts is not None:
+            step = after.dts - before.dts
+            if step < 0 or step * stream.time_base > CLOCK_JUMP:
+                offset += usual - step
+                jumps += 1
+        if after.pts is not None:
+            times[at] = after.pts + offset
+    return times, jumps
+
+
 def _frame_times(
-    shown: Sequence[tuple[int | None, int | None]], stream: VideoStream
+    times: Sequence[int | None], shown: Sequence[_Shown], stream: VideoStream
 ) -> tuple[tuple[float, ...], float]:
     """When each frame appears, in seconds after the first one; and the duration of all."""
     rate = float(stream.average_rate or stream.guessed_rate or 25)
-    times = [time for time, _ in shown if time is not None]
-    if len(times) < len(shown) or stream.time_base is None:
-        return tuple(index / rate for index in range(len(shown))), len(shown) / rate
-    times.sort()
-    seconds = tuple(float((time - times[0]) * stream.time_base) for time in times)
+    known = sorted(time for time in times if time is not None)
+    if len(known) < len(times) or stream.time_base is None or not known:
+        return tuple(index / rate for index in range(len(times))), len(times) / rate
+    seconds = tuple(float((time - known[0]) * stream.time_base) for time in known)
     intervals = [after - before for before, after in pairwise(seconds)]
     # Containers are seldom right about the last frame's duration; assume that of most frames.
-    last = median(intervals) if intervals else float((shown[0][1] or 0) * stream.time_base)
+    last = median(intervals) if intervals else float((shown[0].duration or 0) * stream.time_base)
     return seconds, seconds[-1] + (last or 1 / rate)
 
 
@@ -271,7 +596,7 @@ def _contradicting_counts(path: Path, container: InputContainer, stream: VideoSt
 
     They must be equal (ISO/IEC 14496-12, 8.6.1.2 and 8.7.3); ffmpeg silently continues with the frames in both.
     """
-    if "mp4" not in container.format.name or stream.frames in (0, len(stream.index_entries)):
+    if "mp4" not in container.format.name or stream.frames in (0, len(stream.index_entries)) or is_fragmented(path):
         return None
     with _open_container(path, ignore_editlist="1") as unedited:
         counts = stream.frames, len(unedited.streams[stream.index].index_entries)

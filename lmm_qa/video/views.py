@@ -9,10 +9,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from lmm_qa.config import View
+from lmm_qa.video.display import Picture, displayed_size
 from lmm_qa.video.face import face_window, find_face
-
-Picture = npt.NDArray[np.uint8]
-"""(height, width, 3) uint8 RGB."""
 
 FACE_SEARCH_FRAMES = 3
 """Pictures of a clip in which the face is searched for: two have to agree, and each costs 10 to 40 ms."""
@@ -66,9 +64,15 @@ class ViewRenderer:
     them. Its window is fixed for the whole clip, so that motion of the head stays visible.
     """
 
-    def __init__(self, views: Sequence[View], factor: int) -> None:
-        """`factor`: patch size x merge size of the vision tower, pixels."""
-        self._views, self._factor = tuple(views), factor
+    def __init__(self, views: Sequence[View], factor: int, pixel_shape: tuple[float, float] = (1.0, 1.0)) -> None:
+        """
+        Args:
+            views: to be rendered.
+            factor: patch size x merge size of the vision tower, pixels.
+            pixel_shape: height and width of a stored pixel on the screen. `whole` and `face` show it so; `crop` has the
+                pixels as they are stored, because that is where coding artefacts are.
+        """
+        self._views, self._factor, self._pixel_shape = tuple(views), factor, pixel_shape
         self._face: tuple[int, int, int] | None = None if any(view.kind == "face" for view in views) else (0, 0, 0)
         self._pending: dict[int, Picture] = {}
         self._rendered: dict[int, list[Picture]] = {}
@@ -87,23 +91,41 @@ class ViewRenderer:
 
     def _render_pending(self) -> None:
         if self._face is None:
-            pictures = np.stack(list(self._pending.values()))
+            pictures = np.stack([on_screen(picture, self._pixel_shape) for picture in self._pending.values()])
             self._face = face_window(find_face(pictures), *pictures.shape[1:3])
         for index, picture in self._pending.items():
-            self._rendered[index] = [_render(picture, view, self._factor, self._face) for view in self._views]
+            self._rendered[index] = [
+                _render(picture, view, self._factor, self._face, self._pixel_shape) for view in self._views
+            ]
         self._pending = {}
 
 
-def _render(picture: Picture, view: View, factor: int, face: tuple[int, int, int]) -> Picture:
-    """Render one view of a picture; `face` is the left, top and side of the window around the face, in pixels."""
+def on_screen(picture: Picture, pixel_shape: tuple[float, float]) -> Picture:
+    """A picture resized so that its pixels are square."""
+    height, width = displayed_size(picture.shape[:2], pixel_shape)
+    if (height, width) == picture.shape[:2]:
+        return picture
+    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _render(
+    picture: Picture, view: View, factor: int, face: tuple[int, int, int], pixel_shape: tuple[float, float]
+) -> Picture:
+    """Render one view of a picture; `face` is the left, top and side of the window around the face, on the screen."""
     height, width = picture.shape[:2]
-    rows, columns = view_size(height, width, view, factor)
     if view.kind == "crop":
+        rows, columns = view_size(height, width, view, factor)
         top = _window_start(height, rows, view.center[1])
         left = _window_start(width, columns, view.center[0])
         return picture[top : top + rows, left : left + columns]
+    rows, columns = view_size(*displayed_size((height, width), pixel_shape), view, factor)
     x, y, side = face
-    box = (x, y, x + side, y + side) if view.kind == "face" else (0, 0, width, height)
+    down, right = pixel_shape
+    box = (
+        (x / right, y / down, min((x + side) / right, width), min((y + side) / down, height))
+        if view.kind == "face"
+        else (0, 0, width, height)
+    )
     if box == (0, 0, columns, rows) == (0, 0, width, height):
         return picture
     return np.asarray(Image.fromarray(picture).resize((columns, rows), Image.Resampling.BICUBIC, box))

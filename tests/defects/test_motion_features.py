@@ -9,14 +9,15 @@ import pytest
 from numpy.typing import NDArray
 
 from lmm_qa.defects.motion_features import MAX_FRAMES, MotionFeatureRecorder
+from lmm_qa.video.display import UPRIGHT, Orientation
 
 Frames = NDArray[np.uint8]
 BOX = np.array([[0.3, 0.2, 0.7, 0.6]])
 """A face that does not move."""
 
 
-def recorded(frames: Iterable[Frames], turns: int = 0) -> MotionFeatureRecorder:
-    motion = MotionFeatureRecorder(turns)
+def recorded(frames: Iterable[Frames], orientation: Orientation = UPRIGHT) -> MotionFeatureRecorder:
+    motion = MotionFeatureRecorder(orientation)
     for frame in frames:
         motion.add_frame(frame)
     return motion
@@ -70,7 +71,7 @@ def test_an_encoder_that_refreshes_every_fourth_frame_has_a_period_of_four() -> 
 def test_stored_rotation_does_not_change_lip_motion() -> None:
     """Rows of stored frames are columns of displayed ones, so the coding rhythm may differ."""
     frames = head(held=range(10, 40))
-    upright, stored = recorded(frames), recorded(np.rot90(frames, -1, (1, 2)), turns=1)
+    upright, stored = recorded(frames), recorded(np.rot90(frames, -1, (1, 2)), Orientation(3))
     assert upright.lip_motion(BOX, [0]) == pytest.approx(stored.lip_motion(BOX, [0]))
 
 
