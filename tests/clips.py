@@ -191,6 +191,8 @@ def read_or_die(path: Path, *request: Any) -> Frames:
         raise ZeroDivisionError("division by zero")
     if path.stem == "memory":
         raise MemoryError
+    if path.stem == "huge":
+        np.zeros(5 << 30, np.uint8)
     return read_frames(path, *request)
 
 

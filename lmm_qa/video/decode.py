@@ -460,6 +460,8 @@ def _decoded(scan: ContainerScan) -> Iterator[VideoFrame]:
                         raise truncated_error(scan.path, read, len(scan.seconds))
                     yield frame
                     read += 1
+        except MemoryError:  # an FFmpegError too, but not the fault of the file
+            raise
         except av.FFmpegError:
             raise truncated_error(scan.path, read, len(scan.seconds)) from None
 

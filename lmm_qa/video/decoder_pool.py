@@ -36,6 +36,10 @@ them wait for each other (0.19 instead of 0.06 processor seconds per clip were m
 START_TIMEOUT = 60.0
 """Seconds that a worker may take to start: imports from a cold or remote disk, on a busy machine."""
 
+MEMORY_LIMIT = 4 << 30
+"""Bytes of memory that a worker may use, where the operating system can limit it (Linux): four times what the largest
+pictures that are decoded need."""
+
 Reader = Callable[..., Any]
 """Called by a worker with a request, which starts with the clip's path: `read_frames` or `read_windows`."""
 
@@ -264,6 +268,8 @@ def serve() -> None:
     import av  # noqa: F401  imported before the first clip, whose time limit should not include it
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then kills this process
+    _limit_memory()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what a decoder prints must not mix with answers
     with suppress(EOFError, BrokenPipeError):
@@ -271,6 +277,29 @@ def serve() -> None:
             request = pickle.load(sys.stdin.buffer)
             pickle.dump(request and _answer(*request), answers, protocol=pickle.HIGHEST_PROTOCOL)
             answers.flush()
+
+
+def _limit_memory() -> None:
+    """Have the operating system refuse this process more than `MEMORY_LIMIT`; not on macOS and Windows."""
+    if sys.platform != "linux":
+        return
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = MEMORY_LIMIT if hard == resource.RLIM_INFINITY else min(MEMORY_LIMIT, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as nobody can receive its answers, even while it decodes; not on Windows."""
+    import select
+
+    if not hasattr(select, "poll"):
+        return
+    watched = select.poll()
+    watched.register(sys.stdin.fileno(), 0)  # reports only that the other end was closed
+    watched.poll()
+    os._exit(1)
 
 
 def _answer(reader: Reader, request: tuple[Any, ...]) -> tuple[type, Any]:

@@ -72,7 +72,10 @@ def read_orientation(frame: VideoFrame) -> tuple[Orientation, bool]:
     Returns:
         The nearest of the eight orientations, and whether the matrix says exactly that.
     """
-    data = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        data = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # side data of a kind that PyAV does not know: it tells only the rotation then
+        return Orientation(round(-frame.rotation / 90) % 4), True
     if data is None:
         return UPRIGHT, True
     # A point p right and q down is shown at (a p + c q, b p + d q); ISO/IEC 14496-12, 6.2.2.

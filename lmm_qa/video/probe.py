@@ -49,7 +49,7 @@ FORMATS = (
     "obu,h264,hevc,vvc,av1,evc,m4v,mjpeg,dv,rm,rawvideo,yuv4mpegpipe,wtv,dirac,vc1,vc1test,h261,h263,cavsvideo,avs2,avs3,"
     "fits,film_cpk,roq,smk,bink,nsv,gxf,mtv,lvf,swf,aiff,wav,mp3,flac,aac,caf,"
     "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe,ppm_pipe,pgm_pipe,jpegxl_pipe,jpegxl_anim,qoi_pipe,exr_pipe,dpx_pipe,"
-    "j2k_pipe,gif_pipe,sgi_pipe,psd_pipe,pam_pipe,pbm_pipe"
+    "image2,j2k_pipe,gif_pipe,sgi_pipe,psd_pipe,pam_pipe,pbm_pipe"
 )
 """Formats that ffmpeg may open: none of them opens other files or addresses that a file names."""
 
@@ -132,8 +132,8 @@ class ContainerScan:
     joined: frozenset[int] = frozenset()
     """`pts` of packets that are marked as damaged only because another recording follows or precedes them."""
     strict: bool = True
-    """Whether the decoder reports an error where it could conceal one. Not if an H.264 stream was cut at an open group of
-    pictures: that it refers to pictures before its start is an error, but the pictures can be shown."""
+    """Whether the decoder reports an error where it could conceal one. Not if an H.264 stream was cut at an open group
+    of pictures: that it refers to pictures before its start is an error, but its pictures can be shown."""
 
 
 @dataclass(frozen=True)
@@ -300,6 +300,8 @@ def open_video(path: Path, strict: bool = True) -> Iterator[OpenVideo]:
     av.logging.set_level(av.logging.PANIC)
     try:
         container = _open_container(path)
+    except MemoryError:  # an FFmpegError too
+        raise
     except (av.FFmpegError, ValueError) as error:
         _refuse_other_content(path)
         if find_structure_break(path) is not None:  # an MP4 cut off before its index, for one
@@ -408,7 +410,7 @@ def _open_container(path: Path, **options: str) -> InputContainer:
     import av
 
     # An absolute path is never taken for an address or a pattern, and no file can make ffmpeg open another one.
-    strict = {"protocol_whitelist": "file", "format_whitelist": FORMATS, "enable_drefs": "0"}
+    strict = {"protocol_whitelist": "file", "format_whitelist": FORMATS, "enable_drefs": "0", "pattern_type": "none"}
     return av.open(str(path.absolute()), metadata_errors="replace", options=strict | options)
 
 
@@ -502,6 +504,8 @@ def _read_packets(video: OpenVideo, from_keyframe: bool = True) -> _Packets:
                 packets.shown.append(_Shown(packet.pts, packet.dts, packet.duration))
                 if doubtful and packet.pts is not None:
                     packets.doubtful.add(packet.pts)
+    except MemoryError:  # an FFmpegError too, but not the fault of the file
+        raise
     except av.FFmpegError:
         packets.intact = packets.count
     if marked and (packets.intact is None or marked[0][0] < packets.intact):

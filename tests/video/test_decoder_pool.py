@@ -120,6 +120,42 @@ def test_a_crashing_decoder_costs_one_clip(clips_dir: Path, tmp_path: Path) -> N
     assert "memory.mp4 ran out of memory" in str(results[4])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can limit the memory of a process")
+def test_a_clip_that_needs_too_much_memory_costs_one_clip(clips_dir: Path, tmp_path: Path) -> None:
+    with DecoderPool(1, _reader=read_or_die) as pool:
+        results = list(pool.imap(write_copies(clips_dir, tmp_path, "a.mp4", "huge.mp4", "b.mp4"), *REQUEST))
+    assert [type(result) for result in results] == [Frames, DecoderCrashed, Frames]
+    assert "huge.mp4 ran out of memory" in str(results[1])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not tell a process that a pipe was closed")
+def test_a_worker_ends_while_it_decodes_if_its_parent_is_killed(clips_dir: Path, tmp_path: Path) -> None:
+    paths = [str(path) for path in write_copies(clips_dir, tmp_path, "a.mp4", "hang.mp4")]
+    with subprocess.Popen([sys.executable, "-c", script_that_hangs(paths)], stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        worker = int(process.stdout.readline().split()[0])
+        time.sleep(0.5)
+        process.kill()
+    for _ in range(50):
+        if has_ended(worker):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"worker {worker} still runs 5 s after its parent was killed")
+
+
+def script_that_hangs(paths: list[str]) -> str:
+    """A program without a main guard that rates one clip, prints the worker's process number, and hangs in the next."""
+    return (
+        f"import sys; sys.path[:] = {sys.path!r}\n"
+        "from clips import read_or_hang\n"
+        "from lmm_qa.config import Sampling, View\n"
+        "from lmm_qa.video.decoder_pool import DecoderPool\n"
+        "with DecoderPool(1, _reader=read_or_hang) as pool:\n"
+        f"    for result in pool.imap({paths!r}, Sampling(frames=2), [View()], 28):\n"
+        "        print(pool._workers[0]._process.pid, type(result).__name__, flush=True)\n"
+    )
+
+
 def test_a_bug_is_reported_as_a_bug_and_costs_one_clip(clips_dir: Path, tmp_path: Path) -> None:
     paths = write_copies(clips_dir, tmp_path, "a.mp4", "bug.mp4", "b.mp4")
     with DecoderPool(1, _reader=read_or_die) as pool:
@@ -170,15 +206,7 @@ def test_a_plain_script_can_be_interrupted(clips_dir: Path, tmp_path: Path) -> N
     """The script has no main guard; Ctrl-C reaches it and its workers, as from a terminal."""
     paths = [str(path) for path in write_copies(clips_dir, tmp_path, "a.mp4", "hang.mp4")]
     script = tmp_path / "script.py"
-    script.write_text(
-        f"import sys; sys.path[:] = {sys.path!r}\n"
-        "from clips import read_or_hang\n"
-        "from lmm_qa.config import Sampling, View\n"
-        "from lmm_qa.video.decoder_pool import DecoderPool\n"
-        "with DecoderPool(1, _reader=read_or_hang) as pool:\n"
-        f"    for result in pool.imap({paths!r}, Sampling(frames=2), [View()], 28):\n"
-        "        print(pool._workers[0]._process.pid, type(result).__name__, flush=True)\n"
-    )
+    script.write_text(script_that_hangs(paths))
     command = [sys.executable, str(script)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) as process:
         assert process.stdout and process.stderr
