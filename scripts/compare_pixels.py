@@ -79,7 +79,7 @@ def difference(path: Path, kind: str) -> float:
     return float(np.abs(ours - theirs).mean()) if ours.shape == theirs.shape else float("inf")
 
 
-def compare(folder: Path, names: Iterable[str]) -> dict[str, dict[str, float]]:
+def compare_pictures(folder: Path, names: Iterable[str]) -> dict[str, dict[str, float]]:
     """Difference of each clip, by kind and name."""
     found: dict[str, dict[str, float]] = defaultdict(dict)
     for name in names:
@@ -110,7 +110,7 @@ def main() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             case.make(path)
-    found = compare(work / "files", [case.name for case in cases])
+    found = compare_pictures(work / "files", [case.name for case in cases])
     print(pixel_table(found))
     exceeding = {name: value for kind, clips in found.items() for name, value in clips.items() if value > LIMITS[kind]}
     for name, value in exceeding.items():

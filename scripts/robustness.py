@@ -36,6 +36,7 @@ from typing import Any
 
 import av
 import psutil
+from compare_pixels import compare_pictures, pixel_table
 from corpus import RATED, SAMPLES, SHORT, Case, damaged, ffmpeg_binary, hostile, sound
 from rating_runs import Run, process_tree, watched_run
 
@@ -497,7 +498,9 @@ def main() -> None:
     if args.output:
         args.output.write_text(json.dumps(asdict(report) | {"table": report.table}, indent=1))
     if args.docs:
-        args.docs.write_text(page(report, "", kills_table(args.kills) if args.kills else ""))
+        sound_clips = (result.path.partition("/")[2] for result in report.results if result.group == "sound")
+        pixels = pixel_table(compare_pictures(args.work / "files" / "sound", sound_clips))
+        args.docs.write_text(page(report, pixels, kills_table(args.kills) if args.kills else ""))
     sys.exit(bool(report.failures))
 
 
