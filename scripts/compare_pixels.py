@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 from corpus import ffmpeg_binary, sound
 
+from lmm_qa.video.container import ALPHA_DECODERS
 from lmm_qa.video.decode import iterate_frames
-from lmm_qa.video.probe import ALPHA_DECODERS, ContainerScan, scan_container
+from lmm_qa.video.probe import ContainerScan, scan_container
 
 FRAMES = 8
 """Frames of each clip that are compared, from its start."""

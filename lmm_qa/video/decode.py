@@ -26,8 +26,9 @@ import numpy.typing as npt
 
 from lmm_qa.config import Sampling, View
 from lmm_qa.errors import UsageError, describe_exception
+from lmm_qa.video.container import open_video, truncated_error
 from lmm_qa.video.display import UNCROPPED, Display, Orientation, Picture
-from lmm_qa.video.probe import ClipInfo, ContainerScan, open_video, scan_container, truncated_error
+from lmm_qa.video.probe import ClipInfo, ContainerScan, scan_container
 from lmm_qa.video.sampling import frames_in_span, sample_indices, window_spans
 from lmm_qa.video.temporal import FrameDynamics, FrameDynamicsRecorder, Span
 from lmm_qa.video.views import ViewRenderer, view_size

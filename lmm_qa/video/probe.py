@@ -1,4 +1,4 @@
-"""Open video files strictly, choose the stream that a player shows, and read its container from end to end.
+"""Read the container of a clip from end to end.
 
 A scan notices files that are cut off, contradict themselves or have packets marked as damaged, and gives the time of
 each frame. Only the first frame is decoded; damage inside pictures shows in `lmm_qa.video.decode`.
@@ -6,16 +6,14 @@ each frame. Only the first frame is decoded; damage inside pictures shows in `lm
 
 from __future__ import annotations
 
-import stat
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from lmm_qa.errors import ClipNotFound, ClipTruncated, ClipUnreadable
+from lmm_qa.video.container import OpenVideo, is_webp, open_container, open_video, refuse_too_large, truncated_error
 from lmm_qa.video.display import (
     MAX_PIXEL_ASPECT,
     UPRIGHT,
@@ -30,48 +28,14 @@ from lmm_qa.video.webp import read_webp_frames, read_webp_size
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.packet import Packet as AnyPacket
-    from av.video.codeccontext import VideoCodecContext
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
     Packet = AnyPacket[VideoStream]
 
-MAX_SIDE = 16_384
-MAX_AREA = 100_000_000
-"""Pixels. Larger pictures are refused before memory is allocated for them."""
-
 ZERO_RUN = bytes(16)
 """Never part of length-prefixed H.264 or HEVC: both escape three zero bytes in a row (H.264 7.4.1, H.265 7.4.2).
 Some encoders pad the end of a picture with zeros, though."""
-
-FORMATS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,vob,flv,live_flv,kux,asf,ogg,gif,apng,mxf,nut,ivf,"
-    "obu,h264,hevc,vvc,av1,evc,m4v,mjpeg,dv,rm,rawvideo,yuv4mpegpipe,wtv,dirac,vc1,vc1test,h261,h263,cavsvideo,avs2,avs3,"
-    "fits,film_cpk,roq,smk,bink,nsv,gxf,mtv,lvf,swf,aiff,wav,mp3,flac,aac,caf,"
-    "png_pipe,jpeg_pipe,webp_pipe,bmp_pipe,tiff_pipe,ppm_pipe,pgm_pipe,jpegxl_pipe,jpegxl_anim,qoi_pipe,exr_pipe,dpx_pipe,"
-    "image2,j2k_pipe,gif_pipe,sgi_pipe,psd_pipe,pam_pipe,pbm_pipe"
-)
-"""Formats that ffmpeg may open: none of them opens other files or addresses that a file names."""
-
-CONTENTS = {
-    b"#EXTM3U": "an HLS playlist, which names other files",
-    b"ffconcat": "a list of other files for ffmpeg",
-    b"<?xml": "an XML file, such as a DASH manifest, which names other files",
-    b"v=0": "a session description (SDP), which names an address",
-    b"<!DOCTYPE": "a web page",
-    b"<html": "a web page",
-    b"PK\3\4": "a ZIP archive: unpack it first",
-    b"\x1f\x8b": "a gzip archive: unpack it first",
-    b"%PDF": "a PDF file",
-    b"version https://git-lfs": "a Git LFS pointer: run `git lfs pull` first",
-}
-"""First bytes of files that are no video, and what they are."""
-
-STILL_CODECS = frozenset({"mjpeg", "png", "bmp", "tiff", "webp", "jpeg2000", "jpegxl"})
-"""A stream of unknown length in one of these can be a single picture."""
-
-ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
-"""Decoders of transparent WebM: those of ffmpeg itself leave the transparency out."""
 
 JOIN_GAP = 1.0
 """Seconds. If the clock of an MPEG-TS file jumps forward by more, or back, another recording was appended there."""
@@ -81,7 +45,6 @@ JOIN_PACKETS = 2
 
 CLOCK_JUMP = 10.0
 """Seconds. A larger step in a format whose clock may jump is no pause: ffmpeg's `dts_delta_threshold`."""
-
 
 STILL = "A still picture, not a video: nothing that moves can be judged."
 
@@ -136,20 +99,6 @@ class ContainerScan:
     of pictures: that it refers to pictures before its start is an error, but its pictures can be shown."""
 
 
-@dataclass(frozen=True)
-class OpenVideo:
-    """The stream of a clip that a player shows."""
-
-    container: InputContainer
-    stream: VideoStream
-    decoder: VideoCodecContext
-    warnings: tuple[str, ...]
-
-    def decode(self, packet: Packet) -> list[VideoFrame]:
-        """Decode a packet of the stream; an empty one returns the last frames."""
-        return self.decoder.decode(packet if packet.size else None)
-
-
 def probe(path: str | Path) -> ClipInfo:
     """Read a clip's container from end to end and decode its first frame.
 
@@ -191,7 +140,7 @@ def scan_container(path: Path) -> ContainerScan:
 def _make_scan(path: Path, video: OpenVideo, packets: _Packets, declared: int) -> ContainerScan:
     container, stream, frame = video.container, video.stream, packets.first_frame
     assert frame is not None
-    _refuse_too_large(path, frame.width, frame.height)
+    refuse_too_large(path, frame.width, frame.height)
     warnings = list(video.warnings)
     times, jumps = _continuous_times(packets.shown, video)
     seconds, duration = _frame_times(times, packets.shown, stream)
@@ -243,20 +192,9 @@ def _make_scan(path: Path, video: OpenVideo, packets: _Packets, declared: int) -
     )
 
 
-def is_webp(path: Path) -> bool:
-    """Whether a file is WebP, which Pillow decodes.
-
-    Raises: as `probe`.
-    """
-    _refuse_non_file(path)
-    with path.open("rb") as file:
-        start = file.read(12)
-    return start[:4] == b"RIFF" and start[8:] == b"WEBP"
-
-
 def _scan_webp(path: Path) -> ContainerScan:
     width, height = read_webp_size(path)
-    _refuse_too_large(path, width, height)
+    refuse_too_large(path, width, height)
     if find_structure_break(path) is not None:
         raise truncated_error(path, 0, 0)
     shown: list[float] = []
@@ -281,137 +219,6 @@ def _scan_webp(path: Path) -> ContainerScan:
     )
     seconds = tuple(accumulate(shown[:-1], initial=0.0))
     return ContainerScan(path, info, seconds, Display(width, height))
-
-
-@contextmanager
-def open_video(path: Path, strict: bool = True) -> Iterator[OpenVideo]:
-    """Open a clip for decoding on one thread, with ffmpeg's own messages off.
-
-    Args:
-        path: the clip.
-        strict: the decoder reports an error where it would otherwise conceal damage.
-
-    Raises: as `probe`.
-    """
-    import av
-    from av.codec.context import Flags
-
-    _refuse_non_file(path)
-    av.logging.set_level(av.logging.PANIC)
-    try:
-        container = _open_container(path)
-    except MemoryError:  # an FFmpegError too
-        raise
-    except (av.FFmpegError, ValueError) as error:
-        _refuse_other_content(path)
-        if find_structure_break(path) is not None:  # an MP4 cut off before its index, for one
-            raise truncated_error(path, 0, 0) from None
-        reason = getattr(error, "strerror", None) or error
-        raise ClipUnreadable(f"no decoder finds a video in {path}: {reason}. Is it a complete video file?") from None
-    with container:
-        _refuse_other_content(path)
-        stream, warnings = _choose_stream(path, container)
-        context = stream.codec_context
-        if context is None:
-            raise ClipUnreadable(f"no decoder is available for the codec of {path}: convert it to H.264")
-        if context.codec_tag in ("encv", "drmi"):
-            raise ClipUnreadable(f"{path} is encrypted (DRM): only clips without copy protection can be rated")
-        _refuse_too_large(path, context.width, context.height)
-        decoder = _alpha_decoder(stream) or context
-        decoder.options = {"max_pixels": str(MAX_AREA)} | ({"err_detect": "explode"} if strict else {})
-        decoder.flags |= Flags.unaligned  # or a cropped left edge would be shown as far as it is aligned in memory
-        decoder.thread_count = 1
-        yield OpenVideo(container, stream, decoder, warnings)
-
-
-def _choose_stream(path: Path, container: InputContainer) -> tuple[VideoStream, tuple[str, ...]]:
-    """The stream that players show: a default one, then one with more than one frame, then the largest picture."""
-    from av.stream import Disposition
-
-    covers = Disposition.attached_pic
-    streams = [stream for stream in container.streams.video if not stream.disposition & covers]
-    if not streams:
-        if container.streams.video:
-            raise ClipUnreadable(f"{path} contains no video stream, only sound and a cover picture")
-        kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
-        raise ClipUnreadable(f"{path} contains no video stream, only: {kinds}")
-    if len(streams) == 1:
-        return streams[0], ()
-
-    def rank(stream: VideoStream) -> tuple[bool, bool, int]:
-        context = stream.codec_context
-        codec = context.codec.canonical_name if context else ""
-        moves = stream.frames > 1 or (stream.frames == 0 and codec not in STILL_CODECS)
-        area = context.width * context.height if context else 0
-        return bool(stream.disposition & Disposition.default), moves, area
-
-    chosen = max(streams, key=rank)
-    sizes = ", ".join(
-        f"{each.index} ({each.codec_context.width}x{each.codec_context.height})" if each.codec_context else "?"
-        for each in streams
-        if each is not chosen
-    )
-    size = f"{chosen.codec_context.width}x{chosen.codec_context.height}" if chosen.codec_context else "?"
-    return chosen, (f"Of {len(streams)} video streams, {chosen.index} ({size}) is rated; left out: {sizes}.",)
-
-
-def _alpha_decoder(stream: VideoStream) -> VideoCodecContext | None:
-    """A decoder that keeps the transparency of VP8 and VP9; None if the stream is not transparent."""
-    import av
-
-    name = ALPHA_DECODERS.get(stream.codec_context.codec.canonical_name)
-    if name is None or stream.metadata.get("alpha_mode") != "1":
-        return None
-    return cast("VideoCodecContext", av.CodecContext.create(name, "r"))
-
-
-def truncated_error(path: Path, read: int, total: int, *, estimated: bool = False) -> ClipTruncated:
-    """Make the error for a clip of which `read` of (about) `total` frames could be read."""
-    of = f" of {'about ' if estimated else ''}{total}" if total > read else ""
-    return ClipTruncated(f"stream breaks: {read}{of} frames could be read ({path}); make or copy the file again")
-
-
-def _refuse_non_file(path: Path) -> None:
-    """Refuse everything but readable files with content; a named pipe or a device would block or never end."""
-    try:
-        status = path.stat()
-        if stat.S_ISREG(status.st_mode):
-            path.open("rb").close()
-    except (FileNotFoundError, NotADirectoryError):
-        raise ClipNotFound(f"no clip at {path}") from None
-    except (OSError, ValueError) as error:
-        raise ClipUnreadable(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-    if not stat.S_ISREG(status.st_mode):
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
-        raise ClipUnreadable(f"{path} is {kind}, not a file: give the path of one clip")
-    if not status.st_size:
-        raise ClipUnreadable(f"{path} is empty (0 bytes): make or copy it again")
-
-
-def _refuse_too_large(path: Path, width: int, height: int) -> None:
-    if max(width, height) > MAX_SIDE or width * height > MAX_AREA:
-        raise ClipUnreadable(
-            f"the picture of {path} is {width}x{height}; at most {MAX_SIDE} pixels a side and "
-            f"{MAX_AREA // 1_000_000} million in all are supported: scale it down first"
-        )
-
-
-def _refuse_other_content(path: Path) -> None:
-    """Refuse a file that begins like something other than a video."""
-    with path.open("rb") as file:
-        start = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
-    for first, what in CONTENTS.items():
-        if start[: len(first)].lower() == first.lower():
-            raise ClipUnreadable(f"{path} is not a video but {what}")
-
-
-def _open_container(path: Path, **options: str) -> InputContainer:
-    """Open a file of any kind, with additional options for its demuxer."""
-    import av
-
-    # An absolute path is never taken for an address or a pattern, and no file can make ffmpeg open another one.
-    strict = {"protocol_whitelist": "file", "format_whitelist": FORMATS, "enable_drefs": "0", "pattern_type": "none"}
-    return av.open(str(path.absolute()), metadata_errors="replace", options=strict | options)
 
 
 @dataclass(frozen=True)
@@ -602,6 +409,6 @@ def _contradicting_counts(path: Path, container: InputContainer, stream: VideoSt
     """
     if "mp4" not in container.format.name or stream.frames in (0, len(stream.index_entries)) or is_fragmented(path):
         return None
-    with _open_container(path, ignore_editlist="1") as unedited:
+    with open_container(path, ignore_editlist="1") as unedited:
         counts = stream.frames, len(unedited.streams[stream.index].index_entries)
     return counts if counts[0] != counts[1] else None
