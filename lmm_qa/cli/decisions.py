@@ -281,7 +281,10 @@ def _write_page(
     videos = []
     for each, path, place in zip(sets, paths, places, strict=True):
         inside = path if path.is_dir() else path.parent
-        videos.append(find_videos([rating.clip for rating in each.ratings], place, inside))
+        # In a place that the user did not name, only the hash of its content proves that a file is the rated clip.
+        named = bool(place) or path.is_dir()
+        names = [rating.clip for rating in each.ratings if named or rating.content_id]
+        videos.append(find_videos(names, place, inside))
     pairs = job.page_pairs(comparison, sets, videos)
     frames = progress(job.pair_frames(pairs, workers, timeout), len(pairs), "read")
     size = job.write(comparison, pairs, frames, output)
