@@ -137,7 +137,7 @@ class Sampling(Settings):
     """Which frames of a clip the model sees."""
 
     strategy: Literal["uniform", "fps", "pairs"] = "uniform"
-    """`uniform`: `frames` frames, one in each of as many equal parts of the clip.
+    """`uniform`: `frames` frames, one in each of as many equal parts of the clip's duration.
     `fps`: `fps` frames per second, at most `frames`.
     `pairs`: `frames // 2` pairs of frames spread uniformly, the two frames of a pair `gap` seconds apart. A temporal
     patch of a Qwen-style vision tower covers two frames, so it sees whether anything moves."""

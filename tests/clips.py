@@ -206,7 +206,7 @@ class RecordingMeasurement:
         self.heights: list[int] = []
         self.numbers: dict[int, int] = {}
 
-    def add_frame(self, luma: np.ndarray) -> None:
+    def add_frame(self, luma: np.ndarray, second: float) -> None:
         self.heights.append(luma.shape[0])
 
     def add_picture(self, index: int, picture: np.ndarray) -> None:

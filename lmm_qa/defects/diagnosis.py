@@ -28,7 +28,7 @@ from lmm_qa.video.decode import Frames
 MAX_TOKENS = 96
 """Length limit of an explanation: about three clauses and a positive remark in the embedded model's vocabulary."""
 
-PROFILE_VERSION = 1
+PROFILE_VERSION = 2
 """Raise it when the measured features, or the code that makes profiles and explanations, change their results."""
 
 

@@ -135,8 +135,8 @@ class FeatureExtractor:
         self._pictures: dict[int, Picture] = {}
         self._motion = MotionFeatureRecorder(orientation)
 
-    def add_frame(self, luma: Picture) -> None:
-        self._motion.add_frame(luma)
+    def add_frame(self, luma: Picture, second: float) -> None:
+        self._motion.add_frame(luma, second)
 
     def add_picture(self, index: int, picture: Picture) -> None:
         self._pictures[index] = pad_to_minimum(limit_size(picture), MIN_SIDE)

@@ -11,9 +11,10 @@ found by comparing the motion of the mouth with that of the rest of the face in 
 | `fine_*` | fine detail of a frame |
 | ..., `*_beat*`, `*_turns`, `*_skew`, `*_5` to `*_95` | of these four: deviation from the running median; quantiles |
 | ..., `*_again_N`, `*_period` | of these four: autocorrelation at a lag of N frames, and its best lag |
-| `lips_*`, `chin_to_lips` | motion of the mouth relative to the face: quantiles, and over windows of 8 to 22 frames |
+| `lips_*`, `chin_to_lips` | motion of the mouth relative to the face: quantiles, and over windows of 0.3 to 0.9 s |
 
-Times are counted in frames, so they depend on the frame rate.
+The rhythm of an encoder is one of frames, whatever their times: its lags are counted in frames. Motion is one of
+seconds.
 """
 
 from __future__ import annotations
@@ -36,7 +37,15 @@ Grey = NDArray[np.uint8]
 Floats = NDArray[np.floating[Any]]
 
 MAX_FRAMES = 900
-"""Maximum number of small pictures, from the start of the clip; none are stored after a change of the frame size."""
+"""Maximum number of small pictures, from the start of the clip: 36 s at 25 per second, and at least 22 s. Lip motion is
+measured on them only. None are stored after a change of the frame size."""
+
+_MIN_INTERVAL = 0.025
+"""Seconds between two small pictures. At 50 or 60 frames per second every other frame is left out: the change from one
+picture to the next is then that at 25 or 30, on which the classifier was trained."""
+
+_TIME_TOLERANCE = 1e-3
+"""Seconds by which rounding may miss a limit."""
 
 _SMALL_SIDE = 192
 """Approximate long side of a small picture, in pixels."""
@@ -74,8 +83,8 @@ _REST: tuple[Box, ...] = (
 )
 """Eyes and brows, both cheeks, nose."""
 
-_WINDOW_FRAMES = (8, 14, 22)
-"""Frames: about a third, a half and nearly one second."""
+_WINDOWS = {"8": 0.32, "14": 0.56, "22": 0.88}
+"""Seconds; features are named after the frames at 25 per second."""
 
 
 class MotionFeatureRecorder:
@@ -88,13 +97,16 @@ class MotionFeatureRecorder:
     def __init__(self, orientation: Orientation = UPRIGHT) -> None:
         self._orientation = orientation
         self._small: list[Grey] = []
+        self._small_numbers: list[int] = []
+        self._small_seconds: list[float] = []
+        self._frames = 0
         self._pending: list[Grey] = []
         self._measured: list[Floats] = []
         self._shape = (0, 0)
         self._stores_pictures = True
 
-    def add_frame(self, luma: Grey) -> None:
-        """Receive the luma plane of the next frame, (height, width), as stored."""
+    def add_frame(self, luma: Grey, second: float) -> None:
+        """Receive the luma plane of the next frame, (height, width), as stored, and when it appears."""
         if luma.shape != self._shape:
             self._measure(last=True)
             self._stores_pictures = self._shape == (0, 0)
@@ -103,10 +115,14 @@ class MotionFeatureRecorder:
         self._pending.append(luma[self._rows])
         if len(self._pending) > _BATCH:
             self._measure()
-        if self._stores_pictures and len(self._small) < MAX_FRAMES:
+        due = not self._small or second - self._small_seconds[-1] >= _MIN_INTERVAL - _TIME_TOLERANCE
+        if due and self._stores_pictures and len(self._small) < MAX_FRAMES:
             factor = max(1, round(max(luma.shape) / _SMALL_SIDE))
             small = np.asarray(Image.fromarray(np.ascontiguousarray(luma)).reduce(factor))
             self._small.append(self._orientation.apply(small))
+            self._small_numbers.append(self._frames)
+            self._small_seconds.append(second)
+        self._frames += 1
 
     def coding_rhythm(self) -> dict[str, float]:
         """Features of change, unchanged pixels and detail from frame to frame."""
@@ -140,8 +156,9 @@ class MotionFeatureRecorder:
         relative = mouth - face
         features = {f"lips_{share}": float(np.percentile(relative, share)) for share in (3, 10, 25, 50, 75, 90)}
         features["lips_range"] = features["lips_75"] - features["lips_10"]
-        for frames in _WINDOW_FRAMES:
-            length = min(frames, len(relative))
+        interval = float(np.median(np.diff(self._small_seconds))) if len(self._small) > 1 else 1.0
+        for frames, seconds in _WINDOWS.items():
+            length = min(max(1, round(seconds / interval)), len(relative))
             means = sliding_window_view(relative, length).mean(1)
             lowest = float(means.min())
             features[f"lips_least_{frames}"] = lowest
@@ -175,8 +192,7 @@ class MotionFeatureRecorder:
             return np.zeros((len(parts), 1))
         height, width = self._small[0].shape
         numbers, first = np.unique(indices, return_index=True)
-        frames = np.arange(1, count)
-        interpolated = np.stack([np.interp(frames, numbers, edge) for edge in boxes[first].T], axis=1)
+        interpolated = np.stack([np.interp(self._small_numbers[1:], numbers, edge) for edge in boxes[first].T], axis=1)
         corner, sides = interpolated[:, None, :2], interpolated[:, None, 2:] - interpolated[:, None, :2]
         size = np.array([width, height])
         edges = (corner[:, :, None] + np.array(parts).reshape(1, -1, 2, 2) * sides[:, :, None]) * size

@@ -2,12 +2,13 @@
 
 A model sees a few small pictures of a clip. The features (`lmm_qa.defects.features`) are measured on all frames at
 native resolution, and the classifier's log-odds enter each probability beside the model's answer. The times of defects
-that come and go are found by `lmm_qa.video.temporal`.
+that come and go are found by `lmm_qa.video.temporal`. What it measures beyond doubt, such as a picture that stands
+still for a second, is found whatever the model and the classifier say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +19,15 @@ from lmm_qa.video.temporal import FrameDynamics, Span, buffering, stalls, switch
 
 AnswerSource = Literal["adapter", "base"]
 """Which model answers questions about defects: the one with the adapter, or the base model it was tuned from."""
+
+CERTAIN = 0.99
+"""Least probability of a defect that is measured beyond doubt."""
+
+LONG_STILL = 1.0
+"""Seconds for which a picture stands still beyond doubt: real pictures have noise, and people blink and breathe."""
+
+BLACK, WHITE, FLAT = 20.0, 231.0, 0.1
+"""Mean luma (black is 0 or 16, white 235 or 255) and detail, in grey levels, of pictures that are nothing else."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,9 @@ def read_profile(
     """
     defects = {defect.name: _probability(defect.name, answers, calibration, measured) for defect in DEFECTS}
     spans = _spans(dynamics) if dynamics else {}
+    for name in _beyond_doubt(dynamics, spans) if dynamics else ():
+        if name in calibration.defects:
+            defects[name] = max(defects[name] or 0.0, CERTAIN, calibration.defects[name].threshold)
     whole_clip = (0.0, dynamics.duration) if dynamics else None
     found = [
         Finding(name, probability, tuple(span for span in spans.get(name, ()) if span != whole_clip))
@@ -91,3 +104,15 @@ def _spans(dynamics: FrameDynamics) -> dict[str, list[Span]]:
     """The times of each defect that has times, if the clip has it."""
     first = buffering(dynamics)
     return {"stall": stalls(dynamics), "buffering": [first] if first else [], "bitrate_switch": switches(dynamics, 0)}
+
+
+def _beyond_doubt(dynamics: FrameDynamics, spans: Mapping[str, Sequence[Span]]) -> set[str]:
+    """Defects whose measurement needs no opinion: a picture that stands still for long, and a black or white clip."""
+    lengths = {name: [end - start for start, end in spans[name]] for name in ("stall", "buffering")}
+    found = {name for name, each in lengths.items() if max(each, default=0.0) >= LONG_STILL}
+    if 2 * sum(lengths["stall"]) > dynamics.duration:
+        found.add("stall")
+    light = dynamics.brightness
+    if dynamics.detail.max() < FLAT and (light.max() <= BLACK or light.min() >= WHITE):
+        found.add("exposure")
+    return found

@@ -28,6 +28,7 @@ from lmm_qa.config import Sampling, View
 from lmm_qa.errors import UsageError, describe_exception
 from lmm_qa.video.container import open_video, truncated_error
 from lmm_qa.video.display import UNCROPPED, Display, Orientation, Picture
+from lmm_qa.video.playback import Playback, playback
 from lmm_qa.video.probe import ClipInfo, ContainerScan, scan_container
 from lmm_qa.video.sampling import frames_in_span, sample_indices, window_spans
 from lmm_qa.video.temporal import FrameDynamics, FrameDynamicsRecorder, Span
@@ -52,7 +53,7 @@ Decode = Callable[[ContainerScan, set[Note]], Iterable["VideoFrame"]]
 """Yields every frame of a clip, and adds to the notes."""
 
 Choice = Callable[[Sequence[float]], Sequence[int]]
-"""Maps the time of each frame of a clip, in seconds, to the indices of those that are used."""
+"""Maps the moments of a clip's `Playback`, in seconds, to the indices of those whose frames are used."""
 
 MAX_FULL_DECODE_PIXELS = 4_000_000_000
 """frames x height x width up to which every frame is decoded: 8 to 10 s on one core, 3 minutes of 1280x720."""
@@ -80,8 +81,13 @@ class ClipMeasurement(Protocol):
     def __init__(self, orientation: Orientation) -> None:
         """`orientation`: how stored frames are turned for display."""
 
-    def add_frame(self, luma: npt.NDArray[np.uint8]) -> None:
-        """Receive the luma plane of the next frame, (height, width) uint8, not turned; valid during this call only."""
+    def add_frame(self, luma: npt.NDArray[np.uint8], second: float) -> None:
+        """Receive the next frame.
+
+        Args:
+            luma: luma plane, (height, width) uint8, not turned; valid during this call only.
+            second: when the frame appears, after the first one.
+        """
 
     def add_picture(self, index: int, picture: Picture) -> None:
         """Receive the picture of a frame that `sampling` selected, turned, with the pixels as they are stored; once per
@@ -91,7 +97,7 @@ class ClipMeasurement(Protocol):
         """Return the measured values by name. Called once, after the last frame.
 
         Args:
-            indices: the frames that `sampling` selected; repeated where the clip has too few.
+            indices: the frames that `sampling` selected; repeated where the clip has too few or holds one.
             dynamics: of all frames of the clip.
         """
 
@@ -103,9 +109,9 @@ class Frames:
     views: tuple[npt.NDArray[np.uint8], ...]
     """One array for each View, in order: (frames, height, width, 3) uint8 RGB, C-contiguous."""
     indices: tuple[int, ...]
-    """Number of each frame in the clip, from 0; repeated where a clip has too few."""
+    """Number of each frame in the clip, from 0; repeated where a clip has too few, or holds a frame."""
     seconds: tuple[float, ...]
-    """When each frame appears, in seconds after the clip's first frame."""
+    """When each is on screen, in seconds after the clip's first frame; later than it appears if it is held."""
     info: ClipInfo
     decoder: str
     """"pyav", "decord", or "memory" for frames that were not decoded."""
@@ -182,7 +188,7 @@ def read_frames(
     def choose(seconds: Sequence[float]) -> list[int]:
         return sample_indices(seconds, sampling)
 
-    if _prefers_decord(scan) and (frames := _seek_with_decord(scan, choose(scan.seconds), views, factor)):
+    if _prefers_decord(scan) and (frames := _seek_with_decord(scan, choose, views, factor)):
         return frames
     return collect_frames(scan, iterate_frames, choose, views, factor, measure)[1]
 
@@ -218,7 +224,7 @@ def read_windows(
 
     def collect(choose: Choice) -> tuple[Sequence[float], Frames]:
         corrected, frames = collect_frames(scan, iterate_frames, choose, views, factor, measure)
-        return corrected.seconds, frames
+        return playback(corrected.seconds, corrected.info.duration).seconds, frames
 
     return select_windows(scan.info, collect, sampling, views, factor, window, step)
 
@@ -236,7 +242,7 @@ def select_windows(
 
     Args:
         info: of the clip.
-        collect: returns the time of each frame of the clip, and the frames that a function of these times chooses.
+        collect: returns the moments of the clip's `Playback`, and the frames that a function of these chooses.
         sampling, views, factor, window, step: as for `read_windows`.
     """
     sizes = [view_size(info.height, info.width, view, factor) for view in views]
@@ -256,7 +262,7 @@ def select_windows(
         )
 
     times, frames = collect(choose)
-    position = {index: number for number, index in enumerate(frames.indices)}
+    position = {index: number for number, index in enumerate(choose(times))}
     return Windows(
         frames=frames,
         spans=tuple(spans),
@@ -295,16 +301,17 @@ def collect_frames(
     Args:
         scan: of the clip.
         decode: yields every frame of the clip.
-        choose: maps the time of each frame to the indices of those to keep.
+        choose: maps the moments of the clip's `Playback` to the indices of those to keep.
         views, factor, measure: as for `read_frames`.
         decoder: what returns the frames, for `Frames.decoder`.
 
     Returns:
         The scan, corrected if it counted packets without a frame; and the frames.
     """
-    indices = choose(scan.seconds)
-    sampled = frozenset(indices)
-    measured = sample_indices(scan.seconds, measure.sampling) if measure else []
+    screen = playback(scan.seconds, scan.info.duration)
+    moments = choose(screen.seconds)
+    sampled = frozenset(screen.frames[moment] for moment in moments)
+    measured = [screen.frames[moment] for moment in sample_indices(screen.seconds, measure.sampling)] if measure else []
     pictured = frozenset(measured)
     display = scan.display
     renderer = ViewRenderer(views, factor, display.pixel_shape)
@@ -328,12 +335,12 @@ def collect_frames(
         luma = display.luma(frame)
         recorder.add(luma)
         if measurement:
-            measurement.add_frame(luma)
+            measurement.add_frame(luma, scan.seconds[min(index, len(scan.seconds) - 1)])
         times.append(frame.time)
         shown.append(frame.pts)
     if len(times) == len(scan.seconds):
         scan = replace(scan, info=replace(scan.info, warnings=(*scan.info.warnings, *sorted(notes))))
-        frames = _stack_frames(scan, indices, renderer, decoder)
+        frames = _stack_frames(scan, screen, moments, renderer, decoder)
         dynamics = recorder.dynamics(scan.seconds, scan.info.duration)
         if not measurement:
             return scan, replace(frames, dynamics=dynamics)
@@ -382,9 +389,9 @@ class _GuardedMeasurement:
         self.error: str | None = None
         self._measurement = self._call(lambda: measure(orientation))
 
-    def add_frame(self, luma: npt.NDArray[np.uint8]) -> None:
+    def add_frame(self, luma: npt.NDArray[np.uint8], second: float) -> None:
         if measurement := self._measurement:
-            self._call(lambda: measurement.add_frame(luma))
+            self._call(lambda: measurement.add_frame(luma, second))
 
     def add_picture(self, index: int, picture: Picture) -> None:
         if measurement := self._measurement:
@@ -402,11 +409,14 @@ class _GuardedMeasurement:
             return None
 
 
-def _stack_frames(scan: ContainerScan, indices: Sequence[int], renderer: ViewRenderer, decoder: str) -> Frames:
+def _stack_frames(
+    scan: ContainerScan, screen: Playback, moments: Sequence[int], renderer: ViewRenderer, decoder: str
+) -> Frames:
+    indices = tuple(screen.frames[moment] for moment in moments)
     return Frames(
         views=renderer.stack(indices),
-        indices=tuple(indices),
-        seconds=tuple(scan.seconds[index] for index in indices),
+        indices=indices,
+        seconds=tuple(screen.seconds[moment] for moment in moments),
         info=scan.info,
         decoder=decoder,
     )
@@ -521,9 +531,11 @@ def _prefers_decord(scan: ContainerScan) -> bool:
     )
 
 
-def _seek_with_decord(scan: ContainerScan, indices: Sequence[int], views: Sequence[View], factor: int) -> Frames | None:
+def _seek_with_decord(scan: ContainerScan, choose: Choice, views: Sequence[View], factor: int) -> Frames | None:
     """Read frames with decord; None if it is not installed (ARM), fails, or counts another number of frames."""
     renderer = ViewRenderer(views, factor)
+    screen = playback(scan.seconds, scan.info.duration)
+    moments = choose(screen.seconds)
     try:
         import decord
 
@@ -531,8 +543,8 @@ def _seek_with_decord(scan: ContainerScan, indices: Sequence[int], views: Sequen
         reader = decord.VideoReader(str(scan.path.absolute()), ctx=decord.cpu(0), num_threads=1)
         if len(reader) != len(scan.seconds):  # decord ignores edit lists
             return None
-        for index in sorted(set(indices)):
+        for index in sorted({screen.frames[moment] for moment in moments}):
             renderer.add(index, reader[index].asnumpy())
     except Exception:  # decord's own error classes cannot be named where it is not installed
         return None
-    return _stack_frames(scan, indices, renderer, "decord")
+    return _stack_frames(scan, screen, moments, renderer, "decord")

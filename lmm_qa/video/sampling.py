@@ -1,4 +1,7 @@
-"""Choose which frames of a clip are used, by presentation time. Pure functions."""
+"""Choose which frames of a clip are used, by presentation time. Pure functions.
+
+Their frames are the moments of `lmm_qa.video.playback`: a frame that is held is there several times.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +34,14 @@ def sample_indices(seconds: Sequence[float], sampling: Sampling) -> list[int]:
         are more steps than that.
     """
     if sampling.strategy == "pairs":
-        first_frames = _uniform_indices(len(seconds), sampling.frames // 2, sampling.phase)
+        first_frames = _uniform_indices(seconds, sampling.frames // 2, sampling.phase)
         return [index for first in first_frames for index in _pair(seconds, first, sampling.gap)]
     if sampling.strategy == "fps":
         # The tolerance keeps a frame that rounding puts just after its step.
         steps = int(seconds[-1] * sampling.fps + _TOLERANCE) + 1
         if steps <= sampling.frames:
             return [frame_at(seconds, (step + sampling.phase - 0.5) / sampling.fps) for step in range(steps)]
-    return _uniform_indices(len(seconds), sampling.frames, sampling.phase)
+    return _uniform_indices(seconds, sampling.frames, sampling.phase)
 
 
 def window_spans(duration: float, window: float, step: float) -> list[Span]:
@@ -77,9 +80,23 @@ def display_rate(seconds: Sequence[float], fps: float) -> float:
     return fps if usual <= 0 or max(intervals) < HELD * usual else 1 / usual
 
 
-def _uniform_indices(frames: int, count: int, phase: float) -> list[int]:
-    """Divide a clip into equal parts and take one frame of each, at a phase in 0..1 of the part."""
-    return [int((part + phase) * frames / count) for part in range(count)]
+def _uniform_indices(seconds: Sequence[float], count: int, phase: float) -> list[int]:
+    """Divide a clip into equal parts and take the frame that is on screen at a phase in 0..1 of each part."""
+    places, frames = _places(seconds), len(seconds)
+    return [max(0, bisect_right(places, (part + phase) * frames / count) - 1) for part in range(count)]
+
+
+def _places(seconds: Sequence[float]) -> Sequence[float]:
+    """Where each frame starts, if the whole clip has the length of its number of frames.
+
+    Rounded times and jitter change nothing: if each frame starts within half a place of its number, that is its place.
+    """
+    frames = len(seconds)
+    last = median([after - before for before, after in pairwise(seconds)]) if frames > 1 else 1.0
+    scale = frames / (seconds[-1] + last) if seconds[-1] + last > 0 else 1.0
+    places = [second * scale for second in seconds]
+    even = all(abs(place - number) < 0.5 for number, place in enumerate(places))
+    return range(frames) if even or not seconds[-1] else places
 
 
 def frame_at(seconds: Sequence[float], time: float) -> int:

@@ -1,6 +1,7 @@
 """Frame dynamics: four numbers per frame, and what they say about stalls, frame rate, flicker and quality switches.
 
-`FrameDynamicsRecorder` measures frames while they are decoded; the other functions interpret its `FrameDynamics`. Their
+`FrameDynamicsRecorder` measures frames while they are decoded; the other functions interpret its `FrameDynamics`, in
+which a frame that is held by its time counts like one that is repeated (`lmm_qa.video.playback`). Their
 constants were fitted on degraded copies of real and generated clips, encoded again at constant rate factors of 10 to
 28; `scripts/evaluate_temporal.py` evaluates them.
 
@@ -17,6 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
+
+from lmm_qa.video.playback import playback
 
 Floats = NDArray[np.float32]
 
@@ -85,10 +88,10 @@ _MIN_SWITCH = 0.4
 
 @dataclass(frozen=True)
 class FrameDynamics:
-    """Measurements of every frame of a clip: arrays (frames,) float32."""
+    """Measurements of every frame of a clip: arrays (frames,) float32. A held frame is there several times."""
 
     seconds: Floats
-    """When each frame appears, after the first one."""
+    """When each frame is shown, after the first one."""
     duration: float
     """Seconds from the start of the first frame to the end of the last."""
     peak_change: Floats
@@ -132,9 +135,18 @@ class FrameDynamicsRecorder:
             self._measure_batch()
 
     def dynamics(self, seconds: Sequence[float], duration: float) -> FrameDynamics:
-        """Return the measurements; the times of the frames and the duration of the clip are copied into them."""
+        """Return the measurements.
+
+        Args:
+            seconds: when each frame appears, from 0.
+            duration: of the clip, seconds.
+        """
         self._measure_batch()
-        return FrameDynamics(np.array(seconds, np.float32), duration, *np.concatenate(self._measured, axis=1))
+        shown = playback(seconds, duration)
+        peak, background, detail, brightness = np.concatenate(self._measured, axis=1)[:, shown.frames]
+        repeated = np.diff(shown.frames, prepend=-1) == 0
+        peak[repeated] = background[repeated] = 0
+        return FrameDynamics(np.array(shown.seconds, np.float32), duration, peak, background, detail, brightness)
 
     def _measure_batch(self) -> None:
         if not self._rows:

@@ -33,10 +33,10 @@ def portrait() -> NDArray[np.uint8]:
 def features(frames: NDArray[np.uint8]) -> dict[str, float]:
     """Features of a clip in memory."""
     recorder, motion = FrameDynamicsRecorder(), MotionFeatureRecorder()
-    for frame in frames:
+    for number, frame in enumerate(frames):
         luma = np.asarray(Image.fromarray(frame).convert("L"))
         recorder.add(luma)
-        motion.add_frame(luma)
+        motion.add_frame(luma, number / FPS)
     seconds = np.arange(len(frames)) / FPS
     indices = sample_indices(seconds.tolist(), FeatureExtractor.sampling)
     dynamics = recorder.dynamics(seconds.tolist(), len(frames) / FPS)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter, shift
 
 from lmm_qa.defects.motion_features import MAX_FRAMES, MotionFeatureRecorder
 from lmm_qa.video.display import UPRIGHT, Orientation
@@ -16,10 +17,10 @@ BOX = np.array([[0.3, 0.2, 0.7, 0.6]])
 """A face that does not move."""
 
 
-def recorded(frames: Iterable[Frames], orientation: Orientation = UPRIGHT) -> MotionFeatureRecorder:
+def recorded(frames: Iterable[Frames], orientation: Orientation = UPRIGHT, fps: float = 25) -> MotionFeatureRecorder:
     motion = MotionFeatureRecorder(orientation)
-    for frame in frames:
-        motion.add_frame(frame)
+    for number, frame in enumerate(frames):
+        motion.add_frame(frame, number / fps)
     return motion
 
 
@@ -40,6 +41,28 @@ def test_lips_that_stand_still_for_a_second_move_less_than_the_face() -> None:
     assert standing["lips_least_22"] < speaking["lips_least_22"] - 0.5
     assert standing["lips_still_8"] < speaking["lips_still_8"] - 0.5
     assert standing["lips_90"] == pytest.approx(speaking["lips_90"], abs=0.1), "they move for the rest of the time"
+
+
+def swaying(fps: float) -> Iterator[Frames]:
+    """3 s of a face that sways, with a mouth that opens and closes, and stands still from 1.0 to 1.8 s."""
+    rng = np.random.default_rng(0)
+    background, face = (gaussian_filter(rng.normal(128, 60, (side, side)), 1.5) for side in (160, 110))
+    for number in range(round(3 * fps)):
+        time = number / fps
+        moved = shift(face, (2 * np.sin(4.4 * time), 4 * np.sin(3.1 * time)), order=1, mode="nearest")
+        picture = background.copy()
+        picture[32:96, 48:112] = moved[23:87, 23:87]
+        opening = 2 + 5 * abs(np.sin(14 * time)) * (not 1 <= time < 1.8)
+        open_rows = np.clip(opening - np.arange(8), 0, 1)[:, None]
+        picture[72:80, 66:94] = picture[72:80, 66:94] * (1 - open_rows) + 20 * open_rows
+        yield np.clip(picture, 0, 255).astype(np.uint8)
+
+
+def test_lip_motion_is_measured_in_seconds() -> None:
+    at_25, at_30, at_50, at_60 = (recorded(swaying(fps), fps=fps).lip_motion(BOX, [0]) for fps in (25, 30, 50, 60))
+    assert at_50 == pytest.approx(at_25, abs=1e-9), "every other frame is the same picture"
+    assert at_60 == pytest.approx(at_30, abs=1e-9)
+    assert at_30 == pytest.approx(at_25, abs=0.35), "less change from one frame to the next"
 
 
 def test_a_moving_face_is_followed() -> None:

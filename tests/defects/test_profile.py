@@ -63,6 +63,42 @@ def test_what_is_measured_joins_the_answers() -> None:
     assert seconds == {"stall": (pytest.approx((39 / fps, 65 / fps)),), "flicker": ()}
 
 
+def dynamics_of(
+    seconds: float, still: tuple[float, float] = (0, 0), luma: float = 128, detail: float = 2
+) -> FrameDynamics:
+    """A clip of 25 frames per second that moves except in one span of seconds."""
+    times = np.arange(round(seconds * 25), dtype=np.float32) / 25
+    peak = np.where((times > still[0] - 1e-3) & (times < still[1] - 1e-3), 0.0, 5.0).astype(np.float32)
+    flat = np.ones(len(times), np.float32)
+    return FrameDynamics(times, seconds, peak, flat, detail * flat, luma * flat)
+
+
+@pytest.mark.parametrize(
+    ("dynamics", "certain"),
+    [
+        (dynamics_of(6), set()),
+        (dynamics_of(6, (2, 2.8)), set()),
+        (dynamics_of(6, (2, 3.1)), {"stall"}),
+        (dynamics_of(22, (1, 21)), {"stall"}),
+        (dynamics_of(1, (0.2, 0.9)), {"stall"}),
+        (dynamics_of(6, (0, 6)), {"stall"}),
+        (dynamics_of(6, (0, 2)), {"buffering"}),
+        (dynamics_of(6, (0, 6), luma=16, detail=0), {"stall", "exposure"}),
+        (dynamics_of(6, (0, 6), luma=235, detail=0), {"stall", "exposure"}),
+        (dynamics_of(6, luma=18), set()),
+    ],
+)
+def test_what_is_measured_beyond_doubt_is_not_outvoted(dynamics: FrameDynamics, certain: set[str]) -> None:
+    names = ("stall", "buffering", "exposure", "lips")
+    calibration = DefectCalibration(defects={name: PlattScaling(measured=1, threshold=0.8) for name in names})
+    against = dict.fromkeys(names, -6.0)
+    profile = read_profile(dict.fromkeys(names, (-6.0, 1.0)), calibration, dynamics, against)
+    assert {finding.defect for finding in profile.found} == certain
+    assert all(profile.defects[name] == pytest.approx(expit(-12.0)) for name in set(names) - certain)
+    without = read_profile({}, DefectCalibration(defects={"lips": PlattScaling()}), dynamics, against)
+    assert without.defects["stall"] is None, "the rater does not judge it"
+
+
 def test_a_timeline_says_which_seconds_pull_the_score_down() -> None:
     spans = [(0.0, 2.0), (1.0, 3.0), (2.0, 4.0), (3.0, 5.0), (4.0, 6.0)]
     timeline = read_timeline(spans, [4.0, 4.1, 2.0, 2.5, 4.2], (1, 5))
