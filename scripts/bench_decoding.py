@@ -63,7 +63,7 @@ def with_torchcodec(path: Path, indices: Sequence[int]) -> Pictures:
 
 
 def with_lmm_qa(path: Path, indices: Sequence[int]) -> Pictures:
-    return read_frames(path, Sampling(frames=len(indices)), (View(max_pixels=1 << 30),), 2).views[0]
+    return read_frames(path, Sampling(frames=len(indices)), (View(max_pixels=100_000_000),), 2).views[0]
 
 
 DECODERS: dict[str, tuple[str, Callable[[Path, Sequence[int]], Pictures]]] = {

@@ -43,8 +43,8 @@ from lmm_qa.model.prompt import DEFAULT_PROMPT, load_prompt
 from lmm_qa.tables import Row, journal, output_form, read_rows, to_json, write_rows
 from lmm_qa.video.decode import iterate_frames
 from lmm_qa.video.face import Face, find_face
+from lmm_qa.video.playback import playback
 from lmm_qa.video.probe import scan_container
-from lmm_qa.video.sampling import display_rate, frame_at
 from lmm_qa.video.views import on_screen
 
 MIN_SIDE = 64
@@ -296,9 +296,9 @@ def read_clip(path: Path, seconds: float) -> tuple[Pixels, float, float]:
     info = scan.info
     if min(info.width, info.height) < MIN_SIDE:
         raise ClipUnreadable(f"{path}: {info.width}x{info.height}: sources need at least {MIN_SIDE} pixels a side")
-    fps = display_rate(scan.seconds, info.fps)
-    wanted = max(1, min(round(seconds * fps), round(info.duration * fps)))
-    places = [frame_at(scan.seconds, (tick + 0.5) / fps) for tick in range(wanted)]
+    moments = playback(scan.seconds, info.duration)
+    fps = len(moments.frames) / info.duration
+    places = moments.frames[: max(1, round(seconds * fps))]
     shown = frozenset(places)
     pictures: dict[int, Pixels] = {}
     for index, frame in enumerate(iterate_frames(scan, set())):

@@ -14,9 +14,6 @@ from statistics import median
 from lmm_qa.config import Sampling
 from lmm_qa.video.temporal import Span
 
-HELD = 1.5
-"""A frame that is shown for this many usual intervals is held: the frame rate is variable."""
-
 _TOLERANCE = 1e-6
 """Seconds by which rounding may shift a time."""
 
@@ -40,7 +37,7 @@ def sample_indices(seconds: Sequence[float], sampling: Sampling) -> list[int]:
         # The tolerance keeps a frame that rounding puts just after its step.
         steps = int(seconds[-1] * sampling.fps + _TOLERANCE) + 1
         if steps <= sampling.frames:
-            return [frame_at(seconds, (step + sampling.phase - 0.5) / sampling.fps) for step in range(steps)]
+            return [_frame_at(seconds, (step + sampling.phase - 0.5) / sampling.fps) for step in range(steps)]
     return _uniform_indices(seconds, sampling.frames, sampling.phase)
 
 
@@ -65,21 +62,6 @@ def frames_in_span(seconds: Sequence[float], span: Span) -> range:
     return range(first, stop) if stop > first else range(first - 1, first)
 
 
-def display_rate(seconds: Sequence[float], fps: float) -> float:
-    """Frames per second of a screen that shows every frame of a clip for as long as it should.
-
-    Args:
-        seconds: when each frame appears, from 0, not decreasing; at least one.
-        fps: average frames per second of the clip.
-
-    Returns:
-        `fps` if the frames are evenly spaced, else the reciprocal of the usual interval.
-    """
-    intervals = [after - before for before, after in pairwise(seconds)]
-    usual = median(intervals) if intervals else 0.0
-    return fps if usual <= 0 or max(intervals) < HELD * usual else 1 / usual
-
-
 def _uniform_indices(seconds: Sequence[float], count: int, phase: float) -> list[int]:
     """Divide a clip into equal parts and take the frame that is on screen at a phase in 0..1 of each part."""
     places, frames = _places(seconds), len(seconds)
@@ -99,7 +81,7 @@ def _places(seconds: Sequence[float]) -> Sequence[float]:
     return range(frames) if even or not seconds[-1] else places
 
 
-def frame_at(seconds: Sequence[float], time: float) -> int:
+def _frame_at(seconds: Sequence[float], time: float) -> int:
     """The frame on screen at a time: the last one that has appeared by then."""
     return max(0, bisect_right(seconds, time + _TOLERANCE) - 1)
 
@@ -108,6 +90,6 @@ def _pair(seconds: Sequence[float], first: int, gap: float) -> tuple[int, int]:
     """A frame and the one `gap` seconds, at least one frame, later; both earlier if the clip ends before that."""
     last = len(seconds) - 1
     if seconds[first] + gap > seconds[last] + _TOLERANCE:
-        return max(0, min(first, last - 1, frame_at(seconds, seconds[last] - gap))), last
-    second = frame_at(seconds, seconds[first] + gap)
+        return max(0, min(first, last - 1, _frame_at(seconds, seconds[last] - gap))), last
+    second = _frame_at(seconds, seconds[first] + gap)
     return (first, second) if second > first else (min(first, max(0, last - 1)), min(first + 1, last))
