@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -250,6 +252,12 @@ def join(labels: Sequence[Label], scores: Sequence[Score]) -> Join:
     """
     labelled, scored = [label.clip for label in labels], [score.clip for score in scores]
     found = match(labelled, scored)
+    if several := ambiguous(labelled, scored):
+        name, fitting = next(iter(several.items()))
+        raise ScoresError(
+            f"{len(several)} labels cannot be told apart among the rated clips: {name!r}, for one, fits "
+            f"{preview(fitting)}. Write more of the path into the labels or rate from the same folder (folder/clip.mp4)"
+        )
     if not found:
         raise ScoresError(
             f"none of the {len(labels)} labelled clips ({preview(labelled, 1)}) is among the {len(scores)} rated ones "
@@ -274,17 +282,85 @@ def preview(names: Sequence[str], limit: int = 3) -> str:
 def match(wanted: Sequence[str], given: Sequence[str]) -> dict[str, str]:
     """The given name for each wanted name that has one.
 
-    Names match if they are equal, else if their file names are, else if their file names without suffix are. A name
-    that matches more than one is left out.
+    Two names match if they end in the same parts of a path, and either one of them has no other parts, or at least the
+    folder of the file is the same: `id01/0.mp4` matches `/data/id01/0.mp4`, but not `id02/0.mp4`. The longest common
+    end counts. A name that fits more than one is left out, see `ambiguous`. Unicode forms, backslashes and drive letters do
+    not matter; upper and lower case and the suffix of a video do not, unless they tell names apart.
     """
     found: dict[str, str] = {}
-    for key in (str, _file_name, _file_name_without_suffix):
-        wanted_by_key, given_by_key = _unique(wanted, key), _unique(given, key)
+    for key in PATH_KEYS:
         taken = set(found.values())
-        for value, name in wanted_by_key.items():
-            if name not in found and value in given_by_key and given_by_key[value] not in taken:
-                found[name] = given_by_key[value]
+        for end, ones, others in _common_ends(wanted, given, key):
+            if len(ones) == len(others) == 1 and ones[0][0] not in found and others[0][0] not in taken:
+                (one, parts), (other, other_parts) = ones[0], others[0]
+                if len(end) > 1 or len(end) == min(len(parts), len(other_parts)):
+                    found[one] = other
+                    taken.add(other)
     return found
+
+
+def ambiguous(wanted: Sequence[str], given: Sequence[str]) -> dict[str, list[str]]:
+    """The wanted names that `match` leaves out because they fit several given ones, with these."""
+    found = match(wanted, given)
+    taken = set(found.values())
+    candidates: dict[str, list[str]] = {}
+    for end, ones, others in _common_ends(wanted, given, PATH_KEYS[0]):
+        for name, parts in ones:
+            if name in found or name in candidates:
+                continue
+            fitting = [
+                other
+                for other, other_parts in others
+                if other not in taken and (len(end) > 1 or len(end) == min(len(parts), len(other_parts)))
+            ]
+            if len(fitting) > 1 or (fitting and len(ones) > 1):
+                candidates[name] = fitting
+    return candidates
+
+
+Parts = tuple[str, ...]
+
+
+def _parts(name: str) -> Parts:
+    """The parts of a path, however it is written."""
+    path = re.sub(r"^[A-Za-z]:", "", unicodedata.normalize("NFC", name).replace("\\", "/"))
+    return tuple(part for part in path.split("/") if part not in ("", "."))
+
+
+def _without_suffix(parts: Parts) -> Parts:
+    """Only the suffix of a video is removed: `clip_0.5` keeps its 5."""
+    path = PurePosixPath(parts[-1]) if parts else PurePosixPath()
+    return (*parts[:-1], path.stem) if path.suffix.lower() in VIDEO_SUFFIXES else parts
+
+
+def _folded(parts: Parts) -> Parts:
+    return tuple(part.casefold() for part in parts)
+
+
+PATH_KEYS: tuple[Callable[[Parts], Parts], ...] = (
+    lambda parts: parts,
+    _folded,
+    _without_suffix,
+    lambda parts: _folded(_without_suffix(parts)),
+)
+"""What two names may differ in, the closest match first."""
+
+
+def _common_ends(
+    wanted: Sequence[str], given: Sequence[str], key: Callable[[Parts], Parts]
+) -> Iterator[tuple[Parts, list[tuple[str, Parts]], list[tuple[str, Parts]]]]:
+    """Each end of a path that wanted and given names share, and all names that have it; the longest ends first."""
+    ones, others = ([(name, key(_parts(name))) for name in dict.fromkeys(names)] for names in (wanted, given))
+    deepest = min(max((len(parts) for _, parts in side), default=0) for side in (ones, others))
+    for depth in range(deepest, 0, -1):
+        by_end: dict[Parts, tuple[list[tuple[str, Parts]], list[tuple[str, Parts]]]] = defaultdict(lambda: ([], []))
+        for side, names in enumerate((ones, others)):
+            for name, parts in names:
+                if len(parts) >= depth:
+                    by_end[parts[-depth:]][side].append((name, parts))
+        for end, (left, right) in by_end.items():
+            if left and right:
+                yield end, left, right
 
 
 def find_videos(names: Sequence[str], clips: Sequence[str], folder: Path) -> dict[str, Path]:
@@ -319,22 +395,6 @@ def _really_below(path: Path, folders: Iterable[Path]) -> bool:
     """Whether a file is in one of the folders after all links are followed."""
     real = Path(os.path.realpath(path))
     return any(real.is_relative_to(os.path.realpath(folder)) for folder in folders)
-
-
-def _file_name(name: str) -> str:
-    return PurePosixPath(name).name
-
-
-def _file_name_without_suffix(name: str) -> str:
-    """Only the suffix of a video is removed: `clip_0.5` keeps its 5."""
-    path = PurePosixPath(name)
-    return path.stem if path.suffix.lower() in VIDEO_SUFFIXES else path.name
-
-
-def _unique(names: Sequence[str], key: Callable[[str], str]) -> dict[str, str]:
-    """Names by their key, without names that share one."""
-    uses = Counter(map(key, names))
-    return {key(name): name for name in names if uses[key(name)] == 1}
 
 
 def group_folds(groups: Sequence[Hashable], folds: int, seed: int = 0) -> NDArray[np.intp]:

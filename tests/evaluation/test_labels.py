@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -187,6 +188,52 @@ def test_ambiguous_names_do_not_match() -> None:
     assert match(["x.mp4"], ["a/x.mp4", "b/x.mp4"]) == {}
     assert match(["a/x.mp4", "b/x.mp4"], ["x.mp4"]) == {}
     assert match(["a/x.mp4", "b/x.mp4"], ["a/x.mp4", "x.mp4"]) == {"a/x.mp4": "a/x.mp4"}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "given", "fits"),
+    [
+        ("id01/0.mp4", "/data/a/id01/0.mp4", True),
+        ("/mnt/b/id01/0.mp4", "/data/a/id01/0.mp4", True),
+        ("id01/0.mp4", "id02/0.mp4", False),
+        ("a/id01/0.mp4", "id02/0.mp4", False),
+        (r"C:\\data\\id01\\0.mp4", "id01/0.mp4", True),
+        (r"id02\\0.mp4", "id01/0.mp4", False),
+        ("./clips/0.mp4", "clips/0.mp4", True),
+        (unicodedata.normalize("NFC", "vidéo/é.mp4"), unicodedata.normalize("NFD", "vidéo/é.mp4"), True),
+        ("ID01/A.MP4", "id01/a.mp4", True),
+        ("id01/0", "clips/id01/0.webm", True),
+        ("id01/0", "id02/0.webm", False),
+    ],
+)
+def test_names_match_by_the_end_of_their_paths(wanted: str, given: str, fits: bool) -> None:
+    assert match([wanted], [given]) == ({wanted: given} if fits else {})
+    assert match([given], [wanted]) == ({given: wanted} if fits else {})
+
+
+def test_the_longest_common_end_counts() -> None:
+    wanted = ["x/id01/0.mp4", "y/id01/0.mp4", "A.mp4"]
+    given = ["/1/y/id01/0.mp4", "/1/x/id01/0.mp4", "a.mp4", "A.mp4"]
+    assert match(wanted, given) == {wanted[0]: given[1], wanted[1]: given[0], "A.mp4": "A.mp4"}
+
+
+def test_labels_of_another_person_are_not_joined() -> None:
+    labels = [Label(f"id01/{number}.mp4", float(number), number) for number in range(8)]
+    scores = [Score(f"id02/{number}.mp4", 3.0) for number in range(8)]
+    with pytest.raises(ScoresError, match="none of the 8 labelled clips"):
+        join(labels, scores)
+
+
+def test_labels_that_fit_several_clips_are_refused_with_these() -> None:
+    scores = [Score("a/0.mp4", 1.0), Score("b/0.mp4", 2.0), Score("1.mp4", 3.0)]
+    with pytest.raises(ScoresError, match=r"1 labels cannot be told apart .*'0.mp4', for one, fits a/0.mp4, b/0.mp4"):
+        join([Label("0.mp4", 1.0, 0), Label("1.mp4", 1.0, 1)], scores)
+
+
+def test_many_names_match_in_a_second() -> None:
+    names = [f"person{number % 500}/clip{number // 500}.mp4" for number in range(20_000)]
+    found = match(names, [f"/data/set/{name}" for name in reversed(names)])
+    assert found == {name: f"/data/set/{name}" for name in names}
 
 
 def test_a_join_reports_what_has_no_match() -> None:
