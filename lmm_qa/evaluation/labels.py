@@ -284,8 +284,8 @@ def match(wanted: Sequence[str], given: Sequence[str]) -> dict[str, str]:
 
     Two names match if they end in the same parts of a path, and either one of them has no other parts, or at least the
     folder of the file is the same: `id01/0.mp4` matches `/data/id01/0.mp4`, but not `id02/0.mp4`. The longest common
-    end counts. A name that fits more than one is left out, see `ambiguous`. Unicode forms, backslashes and drive letters do
-    not matter; upper and lower case and the suffix of a video do not, unless they tell names apart.
+    end counts. A name that fits more than one is left out, see `ambiguous`. Unicode forms, backslashes and drive
+    letters do not matter; upper and lower case and the suffix of a video do not, unless they tell names apart.
     """
     found: dict[str, str] = {}
     for key in PATH_KEYS:

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -52,6 +53,10 @@ EQUAL = 1e-13
 CHUNK = 1 << 22
 """Elements of the arrays in one step of the bootstrap (32 MiB each)."""
 TINY = 1e-9
+START_CLIPS = 5000
+"""Clips that are enough to find where the search for the logistic starts."""
+NEAR = 8.0
+"""Standard errors. A curve whose correlation is further below that of the best is the best of no resample."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,8 @@ def fit_logistic4(scores: ArrayLike, mos: ArrayLike) -> Logistic4:
     x, y = checked(scores, mos)
     center, width = float(x.mean()), float(x.std())
     z = (x - center) / width
-    start = _Grid.over(z).best(z, y)
+    some = np.argsort(z, kind="stable")[:: max(1, len(z) // START_CLIPS)]
+    start = _Grid.over(z[some]).best(z[some], y[some])
     fit = least_squares(_residuals, start, jac=_jacobian, args=(z, y), method="lm", x_scale="jac", max_nfev=2000)
     b1, b2, b3, b4 = _with_limits(float(fit.x[2]), float(fit.x[3]), z, y).tolist()
     return Logistic4(b1=b1, b2=b2, b3=center + width * b3, b4=width * max(abs(b4), TINY))
@@ -220,6 +226,11 @@ class _Grid:
     sigmoids: Floats
     """(n, G), each column of mean 0 and standard deviation 1."""
 
+    @cached_property
+    def squares(self) -> Floats:
+        """(n, G) the squares of the sigmoids."""
+        return self.sigmoids**2
+
     @classmethod
     def over(cls, z: Floats, extra: tuple[float, float] | None = None) -> _Grid:
         """Centers at the scores' quantiles and beyond both ends; widths from nearly a step to nearly a line.
@@ -247,6 +258,15 @@ class _Grid:
         best = int(np.abs((y - y.mean()) @ self.sigmoids).argmax())
         return _with_limits(float(self.centers[best]), float(self.widths[best]), z, y)
 
+    def near_best(self, y: Floats) -> _Grid:
+        """Without the points that are the best of no resample: their correlation is too far below the largest one.
+
+        The standard error of the difference of two correlations on the same n clips is below 1 / sqrt(n).
+        """
+        corr = np.abs((y - y.mean()) @ self.sigmoids) / (len(y) * y.std())
+        near = corr >= corr.max() - NEAR / len(y) ** 0.5
+        return _Grid(self.centers[near], self.widths[near], self.sigmoids[:, near])
+
     def plcc(self, y: Floats, counts: Counts) -> Floats:
         """The largest |corr(sigmoid, MOS)| of each resample: (B, n) counts -> (B,)."""
         n = counts.sum(axis=1, keepdims=True)
@@ -254,7 +274,7 @@ class _Grid:
         y = y - y.mean()
         mean_y, mean_s = weights @ y[:, None], weights @ self.sigmoids
         var_y = weights @ (y**2)[:, None] - mean_y**2
-        var_s = weights @ self.sigmoids**2 - mean_s**2
+        var_s = weights @ self.squares - mean_s**2
         cov = (weights * y) @ self.sigmoids - mean_y * mean_s
         usable = (var_s > 1e-9) & (var_y > 1e-12)
         corr = np.divide(cov, np.sqrt(np.where(usable, var_s * var_y, 1)), out=np.zeros_like(cov), where=usable)
@@ -294,7 +314,7 @@ class _Computation:
         if {"main", "plcc_fit", "rmse_fit"} & set(names):
             # With the fitted curve itself among the sigmoids, the metric of the clips themselves is exact.
             logistic, center, width = fit_logistic4(x, y), float(x.mean()), float(x.std())
-            grid = _Grid.over((x - center) / width, ((logistic.b3 - center) / width, logistic.b4 / width))
+            grid = _Grid.over((x - center) / width, ((logistic.b3 - center) / width, logistic.b4 / width)).near_best(y)
         return cls(x, y, names, groups, grid)
 
     def __call__(self, counts: Counts) -> dict[str, Floats]:
@@ -348,17 +368,20 @@ def _ranks(values: Floats, counts: Counts) -> Floats:
 
 def _weighted_pearson(x: Floats, y: Floats, counts: Counts) -> Floats:
     """Pearson's correlation in each resample, (B,); x and y are (n,) or (B, n)."""
-    total = np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    dx = x - np.sum(counts * x, axis=1, keepdims=True) / total
-    dy = y - np.sum(counts * y, axis=1, keepdims=True) / total
-    cov, xx, yy = (np.sum(counts * product, axis=1) for product in (dx * dy, dx * dx, dy * dy))
-    varies = (xx > _rounding(x, counts)) & (yy > _rounding(y, counts))
+    weights = counts.astype(np.float64)
+    total = np.maximum(weights.sum(axis=1, keepdims=True), 1)
+    x, y = np.broadcast_to(x, weights.shape), np.broadcast_to(y, weights.shape)
+    dx, dy = (values - _weighted_sum(weights, values)[:, None] / total for values in (x, y))
+    cov, xx, yy = (_weighted_sum(weights, one, other) for one, other in ((dx, dy), (dx, dx), (dy, dy)))
+    # The sums of squared deviations that rounding leaves when all values are equal.
+    varies = (xx > _weighted_sum(weights, x, x) * EQUAL**2) & (yy > _weighted_sum(weights, y, y) * EQUAL**2)
     return np.where(varies, cov / np.sqrt(np.where(varies, xx * yy, 1)), np.nan)
 
 
-def _rounding(values: Floats, counts: Counts) -> Floats:
-    """The sum of squared deviations that rounding leaves when all values are equal, (B,)."""
-    return np.asarray(np.sum(counts * values**2, axis=1) * EQUAL**2, dtype=np.float64)
+def _weighted_sum(weights: Floats, *factors: Floats) -> Floats:
+    """Sum over the clips of the weight times the factors, all (B, n), without arrays for the products."""
+    operands = ",".join(["bn"] * (1 + len(factors)))
+    return np.asarray(np.einsum(f"{operands}->b", weights, *factors), dtype=np.float64)
 
 
 def _mean_within(x: Floats, y: Floats, counts: Counts, groups: Sequence[Indices]) -> Floats:

@@ -30,6 +30,9 @@ Picture = npt.NDArray[np.uint8]
 LUMA_PLANE_FORMATS = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p", "nv12", "gray"})
 """Pixel formats whose first plane is luma, one byte per pixel."""
 
+WHITE_LUMA = 235
+"""Luma of white, on which transparent pixels are shown (ITU-R BT.601)."""
+
 MAX_PIXEL_ASPECT = 8.0
 """Pixels that are said to be wider or higher than this are taken for square ones: the value is damaged."""
 
@@ -143,7 +146,7 @@ class Display:
         """Convert a decoded frame to RGB, as it is displayed but for the shape of its pixels; see `picture_size`."""
         if is_hdr(frame):
             picture = tone_map(frame, self.width, self.height)
-        elif any(component.is_alpha for component in frame.format.components):
+        elif is_transparent(frame):
             layered = frame.to_ndarray(format="rgba", width=self.width, height=self.height).astype(np.uint16)
             alpha = layered[..., 3:]
             picture = ((layered[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
@@ -159,9 +162,19 @@ class Display:
         if is_hdr(frame):
             grey = frame.reformat(format="gray16le").to_ndarray()
             return self.crop.apply(luma_table(Transfer(frame.color_trc))[grey])
+        if is_transparent(frame):
+            alpha = frame.to_ndarray(format="rgba")[..., 3].astype(np.uint16)
+            grey = frame.reformat(format="gray").to_ndarray()
+            blended = (grey * alpha + WHITE_LUMA * (255 - alpha) + 127) // 255
+            return self.crop.apply(blended.astype(np.uint8))
         if frame.format.name not in LUMA_PLANE_FORMATS:
             frame = frame.reformat(format="gray")
         return self.crop.apply(_first_plane(frame))
+
+
+def is_transparent(frame: VideoFrame) -> bool:
+    """Whether a frame has an alpha channel."""
+    return any(component.is_alpha for component in frame.format.components)
 
 
 def displayed_size(size: tuple[int, int], pixel_shape: tuple[float, float]) -> tuple[int, int]:
