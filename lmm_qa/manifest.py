@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lmm_qa.errors import ClipNotFound, ClipUnreadable, ManifestError
-from lmm_qa.tables import CLIP_COLUMNS, TABLE_SUFFIXES, Column, read_lines, read_table
+from lmm_qa.tables import CLIP_COLUMNS, TABLE_SUFFIXES, Column, path_in, read_lines, read_table, shown
 
 VIDEO_SUFFIXES = (
     *(".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"),
@@ -25,6 +25,8 @@ VIDEO_SUFFIXES = (
 )
 """Files with these suffixes are searched for in folders. A file that is given by name may have any suffix."""
 
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/{1,2}")
+"""The start of a URL (RFC 3986, 3.1), also one whose slashes a path has merged. Not of a Windows drive."""
 
 MANIFEST_SUFFIXES = (*TABLE_SUFFIXES, ".txt")
 """Lists of clips. A .txt file has one path per line and no header."""
@@ -96,6 +98,8 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 
 def _expand_input(given: str, root: Path | None) -> list[_Found]:
+    if ADDRESS.match(given):
+        return [_Found(Path(given), (given,), "argument")]  # gets an error row, which says to download it
     if os.path.lexists(given):
         return _expand_path(given, root, "argument")
     if glob.has_magic(given):
@@ -169,7 +173,12 @@ def _in_manifest(manifest: Path, root: Path | None) -> list[_Found]:
     entries = [(where, _entry(value, where)) for where, value in values]
     if not entries:
         raise ManifestError(f"{manifest} lists no clips")
-    return [_Found(base / entry, _names(Path(entry), base / entry), where) for where, entry in entries]
+    return [
+        _Found(Path(entry), (entry,), where)
+        if ADDRESS.match(entry)
+        else _Found(base / entry, _names(Path(entry), base / entry), where)
+        for where, entry in entries
+    ]
 
 
 def _entry(value: object, where: str) -> str:
@@ -178,14 +187,19 @@ def _entry(value: object, where: str) -> str:
     Raises:
         ManifestError: it cannot be a path.
     """
+    if isinstance(value, bytes) or (isinstance(value, dict) and value.get("bytes") is not None):
+        raise ManifestError(
+            f"{where}: the table contains the video itself: save it as a file, and list its path instead"
+        )
+    value = path_in(value)
     if not isinstance(value, str) or not value.strip():
-        raise ManifestError(f"{where}: expected the path of a clip, received {value!r}")
+        raise ManifestError(f"{where}: expected the path of a clip, received {shown(value)}")
     try:
         if b"\0" not in os.fsencode(value):
             return value.strip()
     except UnicodeEncodeError:
         pass
-    raise ManifestError(f"{where}: {value!r} cannot be a file name")
+    raise ManifestError(f"{where}: {shown(value)} cannot be a file name")
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

@@ -197,6 +197,16 @@ def unwritable(path: Path, error: OSError) -> ResultsError:
     return ResultsError(f"cannot write {path}: {error.strerror or error}")
 
 
+def shown(value: object) -> str:
+    """A cell of a table, for messages: on one line and not long, whatever is in it."""
+    return one_line(repr(value), 80)
+
+
+def path_in(value: object) -> object:
+    """The path in a cell of a `Video` or `Image` column of datasets, {"path", "bytes"}; any other value as it is."""
+    return value["path"] if isinstance(value, dict) and isinstance(value.get("path"), str) else value
+
+
 def one_line(text: str, length: int) -> str:
     """The text without line breaks, cut to `length` characters."""
     line = " ".join(text.split())

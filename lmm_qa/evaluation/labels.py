@@ -19,7 +19,17 @@ from lmm_qa.errors import ManifestError, ScoresError
 from lmm_qa.evaluation.thqa import try_parse
 from lmm_qa.manifest import VIDEO_SUFFIXES, expand
 from lmm_qa.ratings.io import read_ratings
-from lmm_qa.tables import CLIP_COLUMNS, OUTPUT_SUFFIXES, Column, Row, find_columns, read_lines, read_table
+from lmm_qa.tables import (
+    CLIP_COLUMNS,
+    OUTPUT_SUFFIXES,
+    Column,
+    Row,
+    find_columns,
+    path_in,
+    read_lines,
+    read_table,
+    shown,
+)
 
 SCORE_COLUMNS = ("mos", "score")
 """Usual names of the MOS column, by precedence; case is ignored."""
@@ -221,9 +231,10 @@ def _ends(value: Sequence[float] | None) -> tuple[float, float] | None:
 
 
 def _clip(value: object, where: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ManifestError(f"{where}: expected the name of a clip, received {value!r}")
-    return value.strip()
+    name = path_in(value)
+    if not isinstance(name, str) or not name.strip():
+        raise ManifestError(f"{where}: expected the name of a clip, received {shown(value)}")
+    return name.strip()
 
 
 def _number(value: object, where: str) -> float:
@@ -232,7 +243,7 @@ def _number(value: object, where: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise ManifestError(f"{where}: expected a finite number, received {value!r}")
+        raise ManifestError(f"{where}: expected a finite number, received {shown(value)}")
     return number
 
 
@@ -261,7 +272,8 @@ def join(labels: Sequence[Label], scores: Sequence[Score]) -> Join:
     if not found:
         raise ScoresError(
             f"none of the {len(labels)} labelled clips ({preview(labelled, 1)}) is among the {len(scores)} rated ones "
-            f"({preview(scored, 1)}): are these ratings and labels of the same clips?"
+            f"({preview(scored, 1)}): are these ratings and labels of the same clips? Names match if one is the end of "
+            "the other, folders included"
         )
     by_clip = {score.clip: score for score in scores}
     partners = [(label, by_clip[found[label.clip]]) for label in labels if label.clip in found]
@@ -282,40 +294,61 @@ def preview(names: Sequence[str], limit: int = 3) -> str:
 def match(wanted: Sequence[str], given: Sequence[str]) -> dict[str, str]:
     """The given name for each wanted name that has one.
 
-    Two names match if they end in the same parts of a path, and either one of them has no other parts, or at least the
-    folder of the file is the same: `id01/0.mp4` matches `/data/id01/0.mp4`, but not `id02/0.mp4`. The longest common
-    end counts. A name that fits more than one is left out, see `ambiguous`. Unicode forms, backslashes and drive
-    letters do not matter; upper and lower case and the suffix of a video do not, unless they tell names apart.
+    Two names match if one of them, as a path, is the end of the other: `id01/0.mp4` matches `/data/id01/0.mp4`, but not
+    `id02/0.mp4`. The longest end counts. A name that fits more than one is left out, see `ambiguous`. Unicode forms,
+    backslashes and drive letters do not matter; nor do upper and lower case, or a suffix that only one of both has,
+    unless they tell names apart.
     """
     found: dict[str, str] = {}
-    for key in PATH_KEYS:
-        taken = set(found.values())
-        for end, ones, others in _common_ends(wanted, given, key):
-            if len(ones) == len(others) == 1 and ones[0][0] not in found and others[0][0] not in taken:
-                (one, parts), (other, other_parts) = ones[0], others[0]
-                if len(end) > 1 or len(end) == min(len(parts), len(other_parts)):
-                    found[one] = other
-                    taken.add(other)
+    taken: set[str] = set()
+    for fit in _fits(wanted, given):
+        if len(fit.ones) == len(fit.others) == 1:
+            (one,), (other,) = fit.ones, fit.others
+            if one not in found and other not in taken and not _other_suffix(one, other):
+                found[one] = other
+                taken.add(other)
     return found
 
 
 def ambiguous(wanted: Sequence[str], given: Sequence[str]) -> dict[str, list[str]]:
-    """The wanted names that `match` leaves out because they fit several given ones, with these."""
+    """The wanted names that `match` leaves out because it cannot tell them or the given ones apart, with the latter."""
     found = match(wanted, given)
     taken = set(found.values())
     candidates: dict[str, list[str]] = {}
-    for end, ones, others in _common_ends(wanted, given, PATH_KEYS[0]):
-        for name, parts in ones:
-            if name in found or name in candidates:
-                continue
-            fitting = [
-                other
-                for other, other_parts in others
-                if other not in taken and (len(end) > 1 or len(end) == min(len(parts), len(other_parts)))
-            ]
-            if len(fitting) > 1 or (fitting and len(ones) > 1):
-                candidates[name] = fitting
+    for fit in _fits(wanted, given):
+        free = [other for other in fit.others if other not in taken]
+        for one in fit.ones if free else ():
+            if one not in found and (len(free) > 1 or not _other_suffix(one, free[0])):
+                candidates.setdefault(one, free)
     return candidates
+
+
+class _Fit(NamedTuple):
+    """Names that end alike."""
+
+    ones: list[str]
+    """Wanted names. They or `others` are no longer than the common end."""
+    others: list[str]
+    """Given names."""
+
+
+def _fits(wanted: Sequence[str], given: Sequence[str]) -> Iterator[_Fit]:
+    """Wanted and given names of which one is the end of the other; the closest and longest matches first."""
+    for key in PATH_KEYS:
+        ones, others = ([(name, key(_parts(name))) for name in dict.fromkeys(names)] for names in (wanted, given))
+        deepest = max((len(parts) for _, parts in (*ones, *others)), default=0)
+        for depth in range(deepest, 0, -1):
+            by_end: dict[Parts, tuple[list[str], list[str], list[str], list[str]]]
+            by_end = defaultdict(lambda: ([], [], [], []))
+            for side, names in ((0, ones), (2, others)):
+                for name, parts in names:
+                    if len(parts) >= depth:
+                        by_end[parts[-depth:]][side + (len(parts) > depth)].append(name)
+            for whole_ones, longer_ones, whole_others, longer_others in by_end.values():
+                if whole_ones and (whole_others or longer_others):
+                    yield _Fit([*whole_ones, *(longer_ones if whole_others else [])], [*whole_others, *longer_others])
+                elif longer_ones and whole_others:
+                    yield _Fit(longer_ones, whole_others)
 
 
 Parts = tuple[str, ...]
@@ -333,6 +366,12 @@ def _without_suffix(parts: Parts) -> Parts:
     return (*parts[:-1], path.stem) if path.suffix.lower() in VIDEO_SUFFIXES else parts
 
 
+def _other_suffix(one: str, other: str) -> bool:
+    """Whether both are videos of different kinds: `a.mp4` is not `a.mov`."""
+    suffixes = {PurePosixPath(name).suffix.lower() for name in (one, other)}
+    return len(suffixes) == 2 and suffixes <= set(VIDEO_SUFFIXES)
+
+
 def _folded(parts: Parts) -> Parts:
     return tuple(part.casefold() for part in parts)
 
@@ -344,23 +383,6 @@ PATH_KEYS: tuple[Callable[[Parts], Parts], ...] = (
     lambda parts: _folded(_without_suffix(parts)),
 )
 """What two names may differ in, the closest match first."""
-
-
-def _common_ends(
-    wanted: Sequence[str], given: Sequence[str], key: Callable[[Parts], Parts]
-) -> Iterator[tuple[Parts, list[tuple[str, Parts]], list[tuple[str, Parts]]]]:
-    """Each end of a path that wanted and given names share, and all names that have it; the longest ends first."""
-    ones, others = ([(name, key(_parts(name))) for name in dict.fromkeys(names)] for names in (wanted, given))
-    deepest = min(max((len(parts) for _, parts in side), default=0) for side in (ones, others))
-    for depth in range(deepest, 0, -1):
-        by_end: dict[Parts, tuple[list[tuple[str, Parts]], list[tuple[str, Parts]]]] = defaultdict(lambda: ([], []))
-        for side, names in enumerate((ones, others)):
-            for name, parts in names:
-                if len(parts) >= depth:
-                    by_end[parts[-depth:]][side].append((name, parts))
-        for end, (left, right) in by_end.items():
-            if left and right:
-                yield end, left, right
 
 
 def find_videos(names: Sequence[str], clips: Sequence[str], folder: Path) -> dict[str, Path]:

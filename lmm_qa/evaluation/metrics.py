@@ -90,7 +90,7 @@ def fit_logistic4(scores: ArrayLike, mos: ArrayLike) -> Logistic4:
     x, y = checked(scores, mos)
     center, width = float(x.mean()), float(x.std())
     z = (x - center) / width
-    some = np.argsort(z, kind="stable")[:: max(1, len(z) // START_CLIPS)]
+    some = np.arange(len(z)) if len(z) < 2 * START_CLIPS else np.argsort(z)[:: len(z) // START_CLIPS]
     start = _Grid.over(z[some]).best(z[some], y[some])
     fit = least_squares(_residuals, start, jac=_jacobian, args=(z, y), method="lm", x_scale="jac", max_nfev=2000)
     b1, b2, b3, b4 = _with_limits(float(fit.x[2]), float(fit.x[3]), z, y).tolist()
@@ -307,15 +307,18 @@ class _Computation:
     groups: Sequence[Indices]
     grid: _Grid | None
     """None if no requested metric needs the logistic."""
+    curve_rmse: float = np.inf
+    """Root of the mean squared error of the fitted curve on the clips themselves."""
 
     @classmethod
     def of(cls, x: Floats, y: Floats, names: Sequence[str], groups: Sequence[Indices]) -> _Computation:
-        grid = None
+        grid, rmse = None, np.inf
         if {"main", "plcc_fit", "rmse_fit"} & set(names):
             # With the fitted curve itself among the sigmoids, the metric of the clips themselves is exact.
             logistic, center, width = fit_logistic4(x, y), float(x.mean()), float(x.std())
             grid = _Grid.over((x - center) / width, ((logistic.b3 - center) / width, logistic.b4 / width)).near_best(y)
-        return cls(x, y, names, groups, grid)
+            rmse = float(np.sqrt(np.mean((logistic(x) - y) ** 2)))
+        return cls(x, y, names, groups, grid, rmse)
 
     def __call__(self, counts: Counts) -> dict[str, Floats]:
         """(B, n) counts -> (B,) of each metric."""
@@ -339,7 +342,9 @@ class _Computation:
 
 def _single(compute: _Computation) -> dict[str, float]:
     """The metrics of the clips themselves: each clip counts once."""
-    return {name: float(values[0]) for name, values in compute(np.ones((1, len(compute.x)), dtype=np.int64)).items()}
+    found = {name: float(values[0]) for name, values in compute(np.ones((1, len(compute.x)), dtype=np.int64)).items()}
+    # Where the fit is perfect, 1 - correlation^2 has no correct digit left.
+    return {name: min(value, compute.curve_rmse) if name == "rmse_fit" else value for name, value in found.items()}
 
 
 def _std(y: Floats, counts: Counts) -> Floats:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,9 @@ CONTENTS = {
 STILL_CODECS = frozenset({"mjpeg", "png", "bmp", "tiff", "webp", "jpeg2000", "jpegxl"})
 """A stream of unknown length in one of these can be a single picture."""
 
+LENIENT_CODECS = frozenset({"tiff"})
+"""Decoders that report everything they do not know as an error."""
+
 ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 """Decoders of transparent WebM: those of ffmpeg itself leave the transparency out."""
 
@@ -96,8 +100,8 @@ def open_video(path: Path, strict: bool = True) -> Iterator[OpenVideo]:
     av.logging.set_level(av.logging.PANIC)
     try:
         container = open_container(path)
-    except MemoryError:  # an FFmpegError too
-        raise
+    except MemoryError:
+        raise ClipUnreadable(f"the tables of {path} need more memory than there is: it is damaged") from None
     except (av.FFmpegError, ValueError) as error:
         _refuse_other_content(path)
         if find_structure_break(path) is not None:  # an MP4 cut off before its index, for one
@@ -114,6 +118,7 @@ def open_video(path: Path, strict: bool = True) -> Iterator[OpenVideo]:
             raise ClipUnreadable(f"{path} is encrypted (DRM): only clips without copy protection can be rated")
         refuse_too_large(path, context.width, context.height)
         decoder = _alpha_decoder(stream) or context
+        strict = strict and context.codec.canonical_name not in LENIENT_CODECS
         decoder.options = {"max_pixels": str(MAX_AREA)} | ({"err_detect": "explode"} if strict else {})
         decoder.flags |= Flags.unaligned  # or a cropped left edge would be shown as far as it is aligned in memory
         decoder.thread_count = 1
@@ -174,6 +179,9 @@ def refuse_non_file(path: Path) -> None:
         if stat.S_ISREG(status.st_mode):
             path.open("rb").close()
     except (FileNotFoundError, NotADirectoryError):
+        if address := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", str(path)):
+            text = "://".join(address.groups())
+            raise ClipNotFound(f"{text} is an address, not a file: download it first") from None
         raise ClipNotFound(f"no clip at {path}") from None
     except (OSError, ValueError) as error:
         raise ClipUnreadable(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None

@@ -36,9 +36,9 @@ them wait for each other (0.19 instead of 0.06 processor seconds per clip were m
 START_TIMEOUT = 60.0
 """Seconds that a worker may take to start: imports from a cold or remote disk, on a busy machine."""
 
-MEMORY_LIMIT = 4 << 30
-"""Bytes of memory that a worker may use, where the operating system can limit it (Linux): four times what the largest
-pictures that are decoded need."""
+MEMORY_LIMIT = 3 << 30
+"""Bytes of memory that a worker may use, where the operating system can limit it (Linux): the largest pictures that are
+accepted, 16 of which a decoder may store, need 2.4 GB."""
 
 Reader = Callable[..., Any]
 """Called by a worker with a request, which starts with the clip's path: `read_frames` or `read_windows`."""

@@ -13,7 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmm_qa.errors import ManifestError, ResultsError, ScoresError
-from lmm_qa.evaluation.labels import Label, Score, group_folds, join, match, read_labels, read_names, read_scores
+from lmm_qa.evaluation.labels import (
+    Label,
+    Score,
+    ambiguous,
+    group_folds,
+    join,
+    match,
+    read_labels,
+    read_names,
+    read_scores,
+)
 from lmm_qa.tables import Row, write_rows
 
 Write = Callable[[str, str], Path]
@@ -194,7 +204,8 @@ def test_ambiguous_names_do_not_match() -> None:
     ("wanted", "given", "fits"),
     [
         ("id01/0.mp4", "/data/a/id01/0.mp4", True),
-        ("/mnt/b/id01/0.mp4", "/data/a/id01/0.mp4", True),
+        ("id01/video/0.mp4", "id02/video/0.mp4", False),
+        ("/d/id01/c/0.mp4", "/e/id02/c/0.mp4", False),
         ("id01/0.mp4", "id02/0.mp4", False),
         ("a/id01/0.mp4", "id02/0.mp4", False),
         (r"C:\\data\\id01\\0.mp4", "id01/0.mp4", True),
@@ -204,6 +215,7 @@ def test_ambiguous_names_do_not_match() -> None:
         ("ID01/A.MP4", "id01/a.mp4", True),
         ("id01/0", "clips/id01/0.webm", True),
         ("id01/0", "id02/0.webm", False),
+        ("0.mp4", "0.mov", False),
     ],
 )
 def test_names_match_by_the_end_of_their_paths(wanted: str, given: str, fits: bool) -> None:
@@ -230,10 +242,30 @@ def test_labels_that_fit_several_clips_are_refused_with_these() -> None:
         join([Label("0.mp4", 1.0, 0), Label("1.mp4", 1.0, 1)], scores)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "given", "candidates"),
+    [
+        (["x.mp4"], ["a/x.mp4", "b/x.mp4"], {"x.mp4": ["a/x.mp4", "b/x.mp4"]}),
+        (["a/x.mp4", "b/x.mp4"], ["x.mp4"], {"a/x.mp4": ["x.mp4"], "b/x.mp4": ["x.mp4"]}),
+        (["A.mp4"], ["x/a.mp4", "y/a.mp4"], {"A.mp4": ["x/a.mp4", "y/a.mp4"]}),
+        (["a"], ["a.mp4", "a.mov"], {"a": ["a.mp4", "a.mov"]}),
+        (["a/x.mp4"], ["b/x.mp4"], {}),
+        (["a/x.mp4", "x.mp4"], ["a/x.mp4"], {}),
+    ],
+)
+def test_ambiguous_names_are_told_with_their_candidates(
+    wanted: list[str], given: list[str], candidates: dict[str, list[str]]
+) -> None:
+    assert ambiguous(wanted, given) == candidates
+    assert not set(match(wanted, given)) & set(candidates)
+
+
 def test_many_names_match_in_a_second() -> None:
     names = [f"person{number % 500}/clip{number // 500}.mp4" for number in range(20_000)]
     found = match(names, [f"/data/set/{name}" for name in reversed(names)])
     assert found == {name: f"/data/set/{name}" for name in names}
+    others = [f"other{number}/clip.mp4" for number in range(20_000)]
+    assert ambiguous([f"person{number}/clip.mp4" for number in range(20_000)], others) == {}
 
 
 def test_a_join_reports_what_has_no_match() -> None:
