@@ -301,7 +301,10 @@ def match(wanted: Sequence[str], given: Sequence[str]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     taken: set[str] = set()
+    most = min(len(set(wanted)), len(set(given)))
     for fit in _fits(wanted, given):
+        if len(found) == most:
+            break
         if len(fit.ones) == len(fit.others) == 1:
             (one,), (other,) = fit.ones, fit.others
             if one not in found and other not in taken and not _other_suffix(one, other):
@@ -315,11 +318,12 @@ def ambiguous(wanted: Sequence[str], given: Sequence[str]) -> dict[str, list[str
     found = match(wanted, given)
     taken = set(found.values())
     candidates: dict[str, list[str]] = {}
-    for fit in _fits(wanted, given):
-        free = [other for other in fit.others if other not in taken]
-        for one in fit.ones if free else ():
-            if one not in found and (len(free) > 1 or not _other_suffix(one, free[0])):
-                candidates.setdefault(one, free)
+    for ones, others in _fits(
+        [one for one in wanted if one not in found], [other for other in given if other not in taken]
+    ):
+        for one in ones:
+            if len(others) > 1 or not _other_suffix(one, others[0]):
+                candidates.setdefault(one, others)
     return candidates
 
 
