@@ -114,8 +114,6 @@ def open_video(path: Path, strict: bool = True) -> Iterator[OpenVideo]:
         context = stream.codec_context
         if context is None:
             raise ClipUnreadable(f"no decoder is available for the codec of {path}: convert it to H.264")
-        if context.codec_tag in ("encv", "drmi"):
-            raise ClipUnreadable(f"{path} is encrypted (DRM): only clips without copy protection can be rated")
         refuse_too_large(path, context.width, context.height)
         decoder = _alpha_decoder(stream) or context
         strict = strict and context.codec.canonical_name not in LENIENT_CODECS

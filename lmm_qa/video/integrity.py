@@ -66,6 +66,20 @@ def is_fragmented(path: Path) -> bool:
     return _inspect(path, lambda data: any(kind == b"moof" for _, _, kind in _mp4_boxes(data)))
 
 
+def is_encrypted(path: Path) -> bool:
+    """Whether an MP4 or MOV file declares protected video (ISO/IEC 14496-12, 8.12).
+
+    Raises:
+        ClipUnreadable: the operating system cannot read the file.
+    """
+
+    def read(data: mmap.mmap) -> bool:
+        headers = [(at, at + length) for at, length, kind in _mp4_boxes(data) if kind == b"moov"]
+        return any(data.find(name, *header) >= 0 for header in headers for name in (b"encv", b"drmi"))
+
+    return _inspect(path, read)
+
+
 def read_crop(path: Path, number: int, width: int, height: int) -> Crop:
     """What a container says to cut off the pictures of a video stream.
 

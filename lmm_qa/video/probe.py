@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from lmm_qa.errors import ClipUnreadable
 from lmm_qa.video.container import OpenVideo, is_webp, open_container, open_video, refuse_too_large, truncated_error
 from lmm_qa.video.display import (
     MAX_PIXEL_ASPECT,
@@ -22,7 +23,14 @@ from lmm_qa.video.display import (
     is_hdr,
     read_orientation,
 )
-from lmm_qa.video.integrity import find_structure_break, has_idr, has_length_prefixes, is_fragmented, read_crop
+from lmm_qa.video.integrity import (
+    find_structure_break,
+    has_idr,
+    has_length_prefixes,
+    is_encrypted,
+    is_fragmented,
+    read_crop,
+)
 from lmm_qa.video.webp import read_webp_frames, read_webp_size
 
 if TYPE_CHECKING:
@@ -132,6 +140,8 @@ def scan_container(path: Path) -> ContainerScan:
         missing = "mp4" in container.format.name and packets.count < declared
         broken_at = find_structure_break(path, _holds_all_samples(path, container))
         if packets.intact is not None or packets.first_frame is None or missing or broken_at is not None:
+            if "mp4" in container.format.name and is_encrypted(path):
+                raise ClipUnreadable(f"{path} is encrypted (DRM): only clips without copy protection can be rated")
             read = min(packets.count_before(broken_at), packets.count if packets.intact is None else packets.intact)
             raise truncated_error(path, read if packets.first_frame else 0, total, estimated=total > declared)
         return _make_scan(path, video, packets, declared)
