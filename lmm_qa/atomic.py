@@ -23,14 +23,19 @@ def replacing(path: Path) -> Iterator[Path]:
         OSError: `path` cannot be replaced.
     """
     beside = path.with_name(f".{path.name}.tmp")
-    with _locked(beside):
-        try:
-            yield beside
-            os.replace(beside, path)
-        except BaseException:
-            with suppress(OSError):
-                beside.unlink(missing_ok=True)
-            raise
+    with _locked(beside), _deleted_if_left(beside):
+        yield beside
+        os.replace(beside, path)
+
+
+@contextmanager
+def _deleted_if_left(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise
 
 
 @contextmanager
@@ -43,10 +48,11 @@ def _locked(path: Path) -> Iterator[None]:
         with open(path, "ab") as file:
             with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
-            if _is_at(path, file.fileno()):  # else the process that it waited for has moved it
-                file.truncate(0)
-                yield
-                return
+            with _deleted_if_left(path):
+                if _is_at(path, file.fileno()):  # else the process that it waited for has moved it
+                    file.truncate(0)
+                    yield
+                    return
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

@@ -295,3 +295,31 @@ def test_importing_the_module_loads_no_heavy_libraries() -> None:
     loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)
     assert "lmm_qa.manifest" in loaded
     assert not {"torch", "transformers", "pyarrow", "pandas", "numpy"} & set(loaded)
+
+
+@pytest.mark.parametrize("address", ["https://example.com/a/clip.mp4", "https://x.com/watch?v=1", "s3://b/c.mp4"])
+def test_addresses_are_clips_with_their_whole_names(here: Path, address: str) -> None:
+    """They get an error row, which says to download them; the other clips are rated."""
+    touch("a.mp4")
+    Path("list.csv").write_text(f"clip\na.mp4\n{address}\n")
+    assert names(expand([address, "a.mp4"])) == [address, "a.mp4"]
+    assert names(expand(["list.csv"])) == ["a.mp4", address]
+
+
+def test_videos_inside_a_table_are_refused_in_a_line(here: Path) -> None:
+    for cell in ({"path": "a.mp4", "bytes": b"x" * 50_000}, b"x" * 50_000):
+        pyarrow.parquet.write_table(pyarrow.table({"clip": [cell]}), "videos.parquet")
+        with pytest.raises(
+            ManifestError, match=r"videos\.parquet:1: the table contains the video itself: save it"
+        ) as error:
+            expand(["videos.parquet"])
+        assert len(str(error.value)) < 200
+    pyarrow.parquet.write_table(pyarrow.table({"clip": [{"path": "a.mp4", "bytes": None}]}), "paths.parquet")
+    assert names(expand(["paths.parquet"])) == ["a.mp4"]
+
+
+def test_a_link_and_its_target_are_one_clip(here: Path) -> None:
+    touch("a.mp4")
+    Path("link.mp4").symlink_to("a.mp4")
+    assert names(expand(["a.mp4", "link.mp4"])) == ["a.mp4"]
+    assert names(expand(["link.mp4", "a.mp4"])) == ["link.mp4"]
