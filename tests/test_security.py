@@ -108,7 +108,7 @@ def test_references_to_other_local_files_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
 def test_each_fuzzed_file_has_a_result_and_no_worker_is_left(tmp_path: Path, suffix: str) -> None:
-    """351 others were tried by `scripts/robustness.py`."""
+    """`scripts/robustness.py` tries some hundred more."""
     rng = random.Random(0)
     whole = write_clip(tmp_path / f"whole{suffix}", frames=8).read_bytes()
     paths = []
