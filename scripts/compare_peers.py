@@ -65,7 +65,7 @@ RATER = "lmm_qa"
 CAUSE_FAMILIES = {"face": FACIAL, "picture": PICTURE, "encoder": COMPRESSION, "player": TEMPORAL}
 PEER_CAUSES = ("blur", "motion_blur", "rescale", "noise", "jpeg", "h264", "h265", "vp9", "av1")
 """The causes that the peers are designed for. Their papers test Gaussian blur, white noise and JPEG."""
-FULL_SIZE = View(max_pixels=1 << 30)
+FULL_SIZE = View(max_pixels=100_000_000)
 METRICS = ("srcc", "plcc_fit")
 
 

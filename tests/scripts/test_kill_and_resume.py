@@ -37,7 +37,8 @@ def test_a_killed_run_resumes_without_loss(script: Any, tmp_path: Path, signal: 
     """`Experiment.run` checks rows and leftovers of each kill, and the file at the end."""
     kills = list(script.Experiment(tmp_path, clips=6, seed=0).run(signal, suffix, ["decoding", "writing"]))
     assert [kill.problem for kill in kills] == [None, None]
-    assert [kill.rows for kill in kills] == [0, 6]
+    # A run whose output nobody reads any more may complete before it writes to it again.
+    assert [kill.rows for kill in kills] in ([[0, 6], [6, 6]] if signal == "SIGPIPE" else [[0, 6]])
 
 
 def test_the_table_counts_kills_without_a_problem(script: Any) -> None:
