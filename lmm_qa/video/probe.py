@@ -377,10 +377,10 @@ def _continuous_times(shown: Sequence[_Shown], video: OpenVideo) -> tuple[list[i
 
     Only in formats whose clock may jump, such as MPEG-TS: there, a step back or of more than `CLOCK_JUMP` is a jump.
     """
-    times: list[int | None] = [each.pts for each in shown]
     from av.format import Flags
 
     stream = video.stream
+    times: list[int | None] = [each.pts for each in shown]
     if not Flags(video.container.format.flags) & Flags.ts_discont or stream.time_base is None:
         return times, 0
     steps = [b.dts - a.dts for a, b in pairwise(shown) if a.dts is not None and b.dts is not None]
