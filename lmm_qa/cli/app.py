@@ -258,7 +258,7 @@ def evaluate(
 ) -> None:
     """Compare ratings with human opinion: SRCC, KRCC, PLCC, RMSE and the main score, with 95% confidence intervals.
 
-    Clips are matched by name, or by file name if that is unambiguous. Exit code 3: done, but some labelled clips have
+    Clips are matched by the end of their paths. Exit code 3: done, but some labelled clips have
     no score and are not included.
 
     **Examples**
