@@ -24,6 +24,7 @@ Messages say what is wrong, where, the value received, and what to do.
 
 from __future__ import annotations
 
+import re
 import traceback
 
 
@@ -107,6 +108,17 @@ def describe_exception(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{place}"
+
+
+def plural(number: int, noun: str = "clip") -> str:
+    """`1 clip`, `2 clips`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def address_in(path: str) -> str | None:
+    """The URL (RFC 3986, 3.1) in a path, which may have merged its slashes; None for a path, also one with a drive."""
+    address = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", path, re.DOTALL)
+    return "://".join(address.groups()) if address else None
 
 
 def first_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lmm_qa.errors import ClipNotFound, ClipUnreadable, ManifestError
+from lmm_qa.errors import ClipNotFound, ClipUnreadable, ManifestError, address_in
 from lmm_qa.tables import CLIP_COLUMNS, TABLE_SUFFIXES, Column, path_in, read_lines, read_table, shown
 
 VIDEO_SUFFIXES = (
@@ -24,9 +24,6 @@ VIDEO_SUFFIXES = (
     *(".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv", ".y4m"),
 )
 """Files with these suffixes are searched for in folders. A file that is given by name may have any suffix."""
-
-ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/{1,2}")
-"""The start of a URL (RFC 3986, 3.1), also one whose slashes a path has merged. Not of a Windows drive."""
 
 MANIFEST_SUFFIXES = (*TABLE_SUFFIXES, ".txt")
 """Lists of clips. A .txt file has one path per line and no header."""
@@ -98,7 +95,7 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 
 def _expand_input(given: str, root: Path | None) -> list[_Found]:
-    if ADDRESS.match(given):
+    if address_in(given):
         return [_Found(Path(given), (given,), "argument")]  # gets an error row, which says to download it
     if os.path.lexists(given):
         return _expand_path(given, root, "argument")
@@ -175,7 +172,7 @@ def _in_manifest(manifest: Path, root: Path | None) -> list[_Found]:
         raise ManifestError(f"{manifest} lists no clips")
     return [
         _Found(Path(entry), (entry,), where)
-        if ADDRESS.match(entry)
+        if address_in(entry)
         else _Found(base / entry, _names(Path(entry), base / entry), where)
         for where, entry in entries
     ]

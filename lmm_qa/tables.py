@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -151,6 +152,21 @@ def write_rows(path: Path, rows: Sequence[Row], safe_csv: bool = False) -> None:
                 os.fsync(file.fileno())
             if path.exists():
                 shutil.copymode(path, temporary)
+    except OSError as error:
+        raise unwritable(path, error) from None
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Give a temporary path that replaces `path` when the block ends; missing folders are created.
+
+    Raises:
+        ResultsError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            yield temporary
     except OSError as error:
         raise unwritable(path, error) from None
 

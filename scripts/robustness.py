@@ -36,8 +36,10 @@ from typing import Any
 
 import av
 import psutil
+from av import library_versions
 from compare_pixels import compare_pictures, pixel_table
 from corpus import RATED, SAMPLES, SHORT, Case, damaged, ffmpeg_binary, hostile, sound
+from kill_and_resume import kill_table
 from rating_runs import Run, process_tree, watched_run
 
 from lmm_qa.manifest import VIDEO_SUFFIXES
@@ -348,11 +350,11 @@ def printable(name: str) -> str:
 
 def versions() -> dict[str, str]:
     first = subprocess.run([ffmpeg_binary(), "-version"], capture_output=True, text=True).stdout.split()
-    libraries = {name: ".".join(map(str, number)) for name, number in av.library_versions.items()}
+    libavcodec = ".".join(map(str, library_versions["libavcodec"]))
     return {
         "lmm_qa": importlib.metadata.version("lmm_qa"),
         "Python": platform.python_version(),
-        "PyAV": f"{av.__version__} (libavcodec {libraries['libavcodec']})",
+        "PyAV": f"{av.__version__} (libavcodec {libavcodec})",
         "ffmpeg": first[2],
         "system": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
@@ -445,19 +447,13 @@ def every_file(report: Report, group: str) -> str:
     return "\n".join(lines)
 
 
-def kills_table(report: Path) -> str:
-    """The kills in a report of scripts/kill_and_resume.py, by signal and format of the ratings."""
+def kills_section(report: Path) -> str:
+    """The kills in a report of scripts/kill_and_resume.py."""
     kills = json.loads(report.read_text())["kills"]
-    lines = ["| signal | ratings | kills | without loss | slowest end |", "| --- | --- | ---: | ---: | ---: |"]
-    for signal, suffix in dict.fromkeys((kill["signal"], kill["format"]) for kill in kills):
-        chosen = [kill for kill in kills if (kill["signal"], kill["format"]) == (signal, suffix)]
-        unharmed = sum(kill["problem"] is None for kill in chosen)
-        slowest = max(kill["seconds"] for kill in chosen)
-        lines.append(f"| {signal} | {suffix} | {len(chosen)} | {unharmed} | {slowest:.2f} s |")
     unharmed = sum(kill["problem"] is None for kill in kills)
     return (
         f"{unharmed} of {len(kills)} kills without loss, and without a process or a temporary file left "
-        "(`scripts/kill_and_resume.py`). The end is that of the last process after the signal.\n\n" + "\n".join(lines)
+        f"(`scripts/kill_and_resume.py`).\n\n{kill_table(kills)}"
     )
 
 
@@ -506,7 +502,7 @@ def main() -> None:
     if args.docs:
         sound_clips = (result.path.partition("/")[2] for result in report.results if result.group == "sound")
         pixels = pixel_table(compare_pictures(args.work / "files" / "sound", sound_clips))
-        args.docs.write_text(page(report, pixels, kills_table(args.kills) if args.kills else ""))
+        args.docs.write_text(page(report, pixels, kills_section(args.kills) if args.kills else ""))
     sys.exit(bool(report.failures))
 
 

@@ -44,11 +44,10 @@ from lmm_qa.cli.terminal import (
     end_on_signals,
     make_console,
     message,
-    plural,
     progress,
     quiet_libraries,
 )
-from lmm_qa.errors import LmmQaError, UsageError
+from lmm_qa.errors import LmmQaError, UsageError, plural
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -15,11 +15,10 @@ from lmm_qa.cli.terminal import (
     SOME_CLIPS_FAILED,
     make_console,
     message,
-    plural,
     progress,
     quiet_libraries,
 )
-from lmm_qa.errors import UsageError
+from lmm_qa.errors import UsageError, plural
 
 if TYPE_CHECKING:
     from lmm_qa.evaluation.compare import Comparison

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from lmm_qa.cli.terminal import make_console, message, plural
-from lmm_qa.errors import ClipError
+from lmm_qa.cli.terminal import make_console, message
+from lmm_qa.errors import ClipError, plural
 from lmm_qa.model.inputs import count_tokens, patch_factor
 from lmm_qa.model.loading import LoadOptions, estimate_memory, load_processor
 from lmm_qa.video.probe import ClipInfo, probe

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lmm_qa.cli.console import render_table
-from lmm_qa.cli.terminal import make_console, message, plural, progress
+from lmm_qa.cli.terminal import make_console, message, progress
 from lmm_qa.defects.diagnosis import profile_id
-from lmm_qa.errors import ClipError
+from lmm_qa.errors import ClipError, plural
 from lmm_qa.manifest import content_id
 from lmm_qa.rater import Rater
 from lmm_qa.ratings.io import print_row

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from lmm_qa.cli.terminal import SOME_CLIPS_FAILED, make_console, message, plural
-from lmm_qa.errors import UsageError
+from lmm_qa.cli.terminal import SOME_CLIPS_FAILED, make_console, message
+from lmm_qa.errors import UsageError, plural
 from lmm_qa.tables import Row
 
 

@@ -72,11 +72,6 @@ def make_console(stderr: bool = True) -> Console:
     return Console(stderr=stderr, highlight=False, markup=False)
 
 
-def plural(number: int, noun: str = "clip") -> str:
-    """`1 clip`, `2 clips`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
 def progress(results: Iterable[T], total: int, verb: str) -> Iterator[T]:
     """Pass results on and show how many there are, the rate, and the time left.
 

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 from pydantic import TypeAdapter
 
-from lmm_qa.atomic import replacing
 from lmm_qa.defects.vocabulary import BY_NAME
-from lmm_qa.errors import ScoresError, UsageError
+from lmm_qa.errors import ScoresError, UsageError, plural
 from lmm_qa.evaluation.labels import preview
 from lmm_qa.evaluation.metrics import Interval
 from lmm_qa.evaluation.paired_statistics import (
@@ -36,7 +35,7 @@ from lmm_qa.evaluation.pairing import Pairing, RatingSet, check_same_rater, pair
 from lmm_qa.evaluation.selection import clip_groups
 from lmm_qa.model.rater_config import EMBEDDED_NAME
 from lmm_qa.ratings.rows import RatingRow
-from lmm_qa.tables import Row, unwritable, write_rows
+from lmm_qa.tables import Row, write_rows, writing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -149,7 +148,7 @@ class SetComparison:
     def verdict(self) -> str:
         """The result in one sentence, without a full stop."""
         value, low, high = self.difference.value, self.difference.low, self.difference.high
-        pairs = f"on {_plural(self.n, 'pair')}"
+        pairs = f"on {plural(self.n, 'pair')}"
         match self.decision:
             case "better":
                 text = f"{self.new} is better than {self.old} by {value:.2f} [{low:.2f}, {high:.2f}] {pairs}"
@@ -496,12 +495,8 @@ def write(comparison: Comparison, path: Path) -> None:
         content = TypeAdapter(dict).dump_json(values, indent=2) + b"\n"
     else:
         content = to_markdown(comparison).encode()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_bytes(content)
-    except OSError as error:
-        raise unwritable(path, error) from None
+    with writing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
@@ -528,7 +523,3 @@ def _term(defect: str) -> str:
 
 def _listed(names: set[str | None]) -> str:
     return ", ".join(sorted(str(name) for name in names))
-
-
-def _plural(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

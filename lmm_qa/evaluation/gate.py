@@ -16,7 +16,6 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field, field_validator
 
-from lmm_qa.atomic import replacing
 from lmm_qa.config import Settings
 from lmm_qa.defects.vocabulary import BY_NAME, check_names
 from lmm_qa.errors import ScoresError, UsageError
@@ -25,7 +24,7 @@ from lmm_qa.evaluation.labels import preview
 from lmm_qa.evaluation.paired_statistics import GroupSums, mean_interval
 from lmm_qa.evaluation.pairing import RatingSet
 from lmm_qa.evaluation.selection import clip_groups
-from lmm_qa.tables import unwritable
+from lmm_qa.tables import writing
 
 MIN_CLIPS = 10
 """With fewer clips, a 95% interval misses the truth more often than in 5% of cases."""
@@ -174,12 +173,8 @@ def write_junit(checks: Sequence[Check], path: Path, name: str) -> None:
         else:
             ET.SubElement(case, "failure", {"type": "limit", "message": text}).text = text
     ET.indent(root)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            ET.ElementTree(root).write(temporary, encoding="utf-8", xml_declaration=True)
-    except OSError as error:
-        raise unwritable(path, error) from None
+    with writing(path) as temporary:
+        ET.ElementTree(root).write(temporary, encoding="utf-8", xml_declaration=True)
 
 
 def _printable(text: str) -> str:

@@ -22,7 +22,6 @@ import jinja2
 import numpy as np
 from PIL import Image
 
-from lmm_qa.atomic import replacing
 from lmm_qa.config import Sampling, View
 from lmm_qa.defects.vocabulary import BY_NAME
 from lmm_qa.errors import ClipError, ClipUnreadable, ResultsError, ScoresError, UsageError
@@ -32,6 +31,7 @@ from lmm_qa.evaluation.labels import Label, Score, find_videos, join, read_score
 from lmm_qa.manifest import content_id
 from lmm_qa.ratings.io import read_ratings
 from lmm_qa.ratings.rows import FoundDefect, RatingRow
+from lmm_qa.tables import writing
 from lmm_qa.video.decode import Frames
 from lmm_qa.video.decoder_pool import DecoderPool
 from lmm_qa.video.display import Picture
@@ -398,13 +398,9 @@ def write_page(path: Path, name: str, size: PageSize, **content: object) -> None
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
     )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            for piece in pieces:
-                size.page += file.write(NOT_HTML.sub("\ufffd", piece).encode())
-    except OSError as error:
-        raise ResultsError(f"cannot write {path}: {error.strerror or error}") from None
+    with writing(path) as temporary, open(temporary, "wb") as file:
+        for piece in pieces:
+            size.page += file.write(NOT_HTML.sub("\ufffd", piece).encode())
 
 
 def _counted(details: Iterable[tuple[RatedClip, Filmstrip]], size: PageSize) -> Iterator[tuple[RatedClip, Filmstrip]]:

@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from lmm_qa.atomic import replacing
 from lmm_qa.defects.vocabulary import BY_NAME
 from lmm_qa.errors import ClipError, ResultsError, UsageError
 from lmm_qa.manifest import content_id
 from lmm_qa.ratings.rows import describe_columns
-from lmm_qa.tables import Row, unwritable
+from lmm_qa.tables import Row, writing
 
 Truth = bool | None
 """None: unknown, because a value is null."""
@@ -288,12 +287,8 @@ def copy_clips(rows: Iterable[Row], files: Mapping[str, Path], folder: Path) -> 
         else:
             present += 1
     for target, source in pending.items():
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(target) as temporary:
-                shutil.copy2(source, temporary)
-        except OSError as error:
-            raise unwritable(target, error) from None
+        with writing(target) as temporary:
+            shutil.copy2(source, temporary)
     return Copies(len(pending), present, tuple(problems))
 
 

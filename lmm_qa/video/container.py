@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from lmm_qa.errors import ClipNotFound, ClipTruncated, ClipUnreadable
+from lmm_qa.errors import ClipNotFound, ClipTruncated, ClipUnreadable, address_in
 from lmm_qa.video.integrity import find_structure_break
 
 if TYPE_CHECKING:
@@ -97,19 +96,18 @@ def open_video(path: Path, strict: bool = True) -> Iterator[OpenVideo]:
     from av.codec.context import Flags
 
     refuse_non_file(path)
+    _refuse_other_content(path)
     av.logging.set_level(av.logging.PANIC)
     try:
         container = open_container(path)
     except MemoryError:
         raise ClipUnreadable(f"the tables of {path} need more memory than there is: it is damaged") from None
     except (av.FFmpegError, ValueError) as error:
-        _refuse_other_content(path)
         if find_structure_break(path) is not None:  # an MP4 cut off before its index, for one
             raise truncated_error(path, 0, 0) from None
         reason = getattr(error, "strerror", None) or error
         raise ClipUnreadable(f"no decoder finds a video in {path}: {reason}. Is it a complete video file?") from None
     with container:
-        _refuse_other_content(path)
         stream, warnings = _choose_stream(path, container)
         context = stream.codec_context
         if context is None:
@@ -145,13 +143,13 @@ def _choose_stream(path: Path, container: InputContainer) -> tuple[VideoStream, 
         return bool(stream.disposition & Disposition.default), moves, area
 
     chosen = max(streams, key=rank)
-    sizes = ", ".join(
-        f"{each.index} ({each.codec_context.width}x{each.codec_context.height})" if each.codec_context else "?"
-        for each in streams
-        if each is not chosen
-    )
-    size = f"{chosen.codec_context.width}x{chosen.codec_context.height}" if chosen.codec_context else "?"
-    return chosen, (f"Of {len(streams)} video streams, {chosen.index} ({size}) is rated; left out: {sizes}.",)
+    left_out = ", ".join(_described(stream) for stream in streams if stream is not chosen)
+    return chosen, (f"Of {len(streams)} video streams, {_described(chosen)} is rated; left out: {left_out}.",)
+
+
+def _described(stream: VideoStream) -> str:
+    context = stream.codec_context
+    return f"{stream.index} ({context.width}x{context.height})" if context else f"{stream.index} (no decoder)"
 
 
 def _alpha_decoder(stream: VideoStream) -> VideoCodecContext | None:
@@ -177,9 +175,8 @@ def refuse_non_file(path: Path) -> None:
         if stat.S_ISREG(status.st_mode):
             path.open("rb").close()
     except (FileNotFoundError, NotADirectoryError):
-        if address := re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", str(path)):
-            text = "://".join(address.groups())
-            raise ClipNotFound(f"{text} is an address, not a file: download it first") from None
+        if address := address_in(str(path)):
+            raise ClipNotFound(f"{address} is an address, not a file: download it first") from None
         raise ClipNotFound(f"no clip at {path}") from None
     except (OSError, ValueError) as error:
         raise ClipUnreadable(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None

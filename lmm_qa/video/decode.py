@@ -340,7 +340,7 @@ def collect_frames(
         shown.append(frame.pts)
     if len(times) == len(scan.seconds):
         scan = replace(scan, info=replace(scan.info, warnings=(*scan.info.warnings, *sorted(notes))))
-        frames = _stack_frames(scan, screen, moments, renderer, decoder)
+        frames = stack_frames(scan, screen, moments, renderer, decoder)
         dynamics = recorder.dynamics(scan.seconds, scan.info.duration)
         if not measurement:
             return scan, replace(frames, dynamics=dynamics)
@@ -409,9 +409,10 @@ class _GuardedMeasurement:
             return None
 
 
-def _stack_frames(
+def stack_frames(
     scan: ContainerScan, screen: Playback, moments: Sequence[int], renderer: ViewRenderer, decoder: str
 ) -> Frames:
+    """The rendered frames of these moments of a clip's playback; nothing is measured."""
     indices = tuple(screen.frames[moment] for moment in moments)
     return Frames(
         views=renderer.stack(indices),
@@ -547,4 +548,4 @@ def _seek_with_decord(scan: ContainerScan, choose: Choice, views: Sequence[View]
             renderer.add(index, reader[index].asnumpy())
     except Exception:  # decord's own error classes cannot be named where it is not installed
         return None
-    return _stack_frames(scan, screen, moments, renderer, "decord")
+    return stack_frames(scan, screen, moments, renderer, "decord")

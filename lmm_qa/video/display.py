@@ -162,14 +162,14 @@ class Display:
         if is_hdr(frame):
             grey = frame.reformat(format="gray16le").to_ndarray()
             return self.crop.apply(luma_table(Transfer(frame.color_trc))[grey])
+        if frame.format.name in LUMA_PLANE_FORMATS:
+            return self.crop.apply(_first_plane(frame))
         if is_transparent(frame):
             alpha = frame.to_ndarray(format="rgba")[..., 3].astype(np.uint16)
             grey = frame.reformat(format="gray").to_ndarray()
             blended = (grey * alpha + WHITE_LUMA * (255 - alpha) + 127) // 255
             return self.crop.apply(blended.astype(np.uint8))
-        if frame.format.name not in LUMA_PLANE_FORMATS:
-            frame = frame.reformat(format="gray")
-        return self.crop.apply(_first_plane(frame))
+        return self.crop.apply(_first_plane(frame.reformat(format="gray")))
 
 
 def is_transparent(frame: VideoFrame) -> bool:

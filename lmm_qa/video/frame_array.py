@@ -16,8 +16,18 @@ import numpy.typing as npt
 
 from lmm_qa.config import Sampling, View
 from lmm_qa.errors import UsageError
-from lmm_qa.video.decode import Choice, ClipMeasurement, Frames, Note, Windows, collect_frames, select_windows
+from lmm_qa.video.decode import (
+    Choice,
+    ClipMeasurement,
+    Frames,
+    Note,
+    Windows,
+    collect_frames,
+    select_windows,
+    stack_frames,
+)
 from lmm_qa.video.display import Display
+from lmm_qa.video.playback import Playback
 from lmm_qa.video.probe import ClipInfo, ContainerScan
 from lmm_qa.video.sampling import sample_indices
 from lmm_qa.video.views import ViewRenderer
@@ -130,13 +140,13 @@ class FrameArray:
     ) -> Frames:
         if measure:
             return collect_frames(self._scan, self._video_frames, choose, views, factor, measure, "memory")[1]
-        indices = choose(self._scan.seconds)
-        distinct = sorted(set(indices))
+        screen = Playback(tuple(range(len(self._scan.seconds))), self._scan.seconds)
+        moments = choose(screen.seconds)
+        distinct = sorted(set(moments))
         renderer = ViewRenderer(views, factor)
         for index, picture in zip(distinct, self.pictures(distinct), strict=True):
             renderer.add(index, picture)
-        seconds = tuple(self._scan.seconds[index] for index in indices)
-        return Frames(renderer.stack(indices), tuple(indices), seconds, self._scan.info, "memory")
+        return stack_frames(self._scan, screen, moments, renderer, "memory")
 
     def _video_frames(self, scan: ContainerScan, _notes: set[Note]) -> Iterator[VideoFrame]:
         """Every frame, as the decoder of an RGB file returns them."""

@@ -15,15 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
 import torch
 from backbones import add_adapter
 from clips import write_clip
+from commands import Command, run_python
 from safetensors import safe_open
 from transformers import AutoProcessor
 from typer.main import get_command
@@ -39,44 +38,6 @@ from lmm_qa.tables import read_rows
 from lmm_qa.video.decode import read_frames
 
 FAST = ("--device", "cpu", "--sampling", "uniform:2", "--view", "whole:56", "--workers", "1")
-
-
-@dataclass(frozen=True)
-class Done:
-    """A command that has ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.out.splitlines()]
-
-
-Command = Callable[..., Done]
-
-
-def run_python(*arguments: str | Path, cwd: Path) -> Done:
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True)
-    return Done(done.returncode, done.stdout, done.stderr)
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """`lmm-qa` in this process."""
-
-    def run(*arguments: str | Path) -> Done:
-        monkeypatch.setattr(sys, "argv", ["lmm-qa", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            lmm_qa.cli.app.main()
-        out, err = capfd.readouterr()
-        code = ended.value.code
-        assert isinstance(code, int)
-        return Done(code, out, err)
-
-    return run
 
 
 @pytest.fixture(scope="module")

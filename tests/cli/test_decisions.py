@@ -18,31 +18,12 @@ import pytest
 import yaml
 from browser import Browser, find_browser
 from clips import write_clip
+from commands import Command
 from paths import ROOT
 from rating_rows import rating_row
 
-import lmm_qa.cli.app
 from lmm_qa.manifest import content_id
 from lmm_qa.tables import read_rows, write_rows
-
-Command = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """`lmm-qa` in this process: exit code, stdout, stderr."""
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lmm-qa", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            lmm_qa.cli.app.main()
-        out, err = capfd.readouterr()
-        code = ended.value.code
-        assert isinstance(code, int)
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture
