@@ -325,7 +325,7 @@ class Rater:
         base = details.answers_from == "base" and self.source.adapter is not None
         readings = self._read_levels(inputs) if base else None
         with self.backbone.without_adapter() if base else nullcontext():
-            prefill = SharedPrefill(self.backbone, inputs, prompt.system)
+            prefill = SharedPrefill(self.backbone, inputs, prompt)
             calibration = UNCALIBRATED if base else self.defect_calibration
             profiles, logits = ask_profiles(prefill, prompt, calibration, [clip.frames for clip in clips])
             readings = readings or [read_levels(each.logits, each.log_normalizer, scale) for each in logits]

@@ -276,7 +276,7 @@ def cost_of_questions(rater: Rater, clips: Sequence[Path], runs: int) -> dict[st
         return [clip_input(each) for each in frames]
 
     def answers(clips: Sequence[ClipInput]) -> list[list[LevelLogits]]:
-        return SharedPrefill(backbone, clips, score.system).level_logits(prompts)
+        return SharedPrefill(backbone, clips, score).level_logits(prompts)
 
     ready = decoded()
     together = answers(ready)  # this and the next also warm up

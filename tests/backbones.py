@@ -98,7 +98,7 @@ def conversation_inputs(
         options["do_resize"] = False
     if hasattr(processor.video_processor, "cap_pixels_per_frame"):
         options["cap_pixels_per_frame"] = False
-    return processor.apply_chat_template(
+    inputs = processor.apply_chat_template(
         messages,
         tokenize=True,
         return_dict=True,
@@ -106,6 +106,21 @@ def conversation_inputs(
         continue_final_message=True,
         processor_kwargs=options,
     )
+    return _without_outer_tokens(processor, inputs)
+
+
+def _without_outer_tokens(processor: Any, inputs: Any) -> Any:
+    """Inputs of Qwen3-VL as its release makes them: only frames are between vision tokens, not the video as well."""
+    names = ["<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
+    start, end, video = processor.tokenizer.convert_tokens_to_ids(names)
+    (ids,) = inputs["input_ids"].tolist()
+    following, preceding = [*ids[1:], None], [None, *ids[:-1]]
+    outer = [
+        (token == start and after != video) or (token == end and before != video)
+        for token, before, after in zip(ids, preceding, following, strict=True)
+    ]
+    keep = ~torch.tensor(outer)
+    return inputs | {name: value[:, keep] for name, value in inputs.items() if value.shape == inputs["input_ids"].shape}
 
 
 # With a tokenizer that is trained here

@@ -47,7 +47,7 @@ def ask_profiles(
     """Ask all closed questions and the rating prompt about each clip.
 
     Args:
-        prefill: of the clips, with the system message of `prompt`.
+        prefill: of the clips, made with `prompt`.
         prompt: the rating prompt; its level logits are read along with the answers.
         calibration: turns answers into probabilities; questions whose answers it does not use are not asked.
         frames: the decoded clips, with their measured features.
@@ -56,7 +56,7 @@ def ask_profiles(
         Profile and level logits of each clip.
     """
     prompts = {
-        name: question.model_copy(update={"system": prompt.system})  # that of the prefill
+        name: question.model_copy(update=prompt.before_question)
         for name, question in questions().items()
         if calibration.asks(name)
     }

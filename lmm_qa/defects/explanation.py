@@ -79,7 +79,8 @@ def _explanation_request() -> ExplanationRequest:
 def explanation_prompt(prompt: Prompt, found: Sequence[Finding]) -> Prompt:
     """The prompt that asks for an explanation of a rating made with `prompt`; the answer starts with `opening`."""
     question = _explanation_request().question.format(defects=describe_findings(found))
-    return Prompt(system=prompt.system, question=question.replace("{", "{{").replace("}", "}}"), stem=prompt.stem)
+    own = {"question": question.replace("{", "{{").replace("}", "}}"), "stem": prompt.stem}
+    return Prompt(**prompt.before_question, **own)
 
 
 def opening(prompt: Prompt, level: str) -> str:

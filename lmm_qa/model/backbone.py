@@ -22,7 +22,7 @@ from lmm_qa.model.inputs import ClipInput, append_tokens, level_tokens, patch_fa
 from lmm_qa.model.levels import LevelLogits
 from lmm_qa.model.loading import Choice, LoadOptions, load_model
 from lmm_qa.model.onednn import OneDNNLinear
-from lmm_qa.model.prompt import Prompt
+from lmm_qa.model.prompt import Frames, Prompt
 
 T = TypeVar("T")
 
@@ -97,7 +97,7 @@ class Backbone:
             for row, normalizer in zip(logits[:, tokens].cpu().numpy(), normalizers.tolist(), strict=True)
         ]
 
-    def batches(self, clips: Sequence[ClipInput]) -> list[list[int]]:
+    def batches(self, clips: Sequence[ClipInput], frames: Frames = "video") -> list[list[int]]:
         """Group clips into batches; each is a list of indices into `clips`.
 
         A GPU gets batches of similar length with at most `MAX_BATCH_TOKENS`; families without a patch grid stack their
@@ -107,7 +107,7 @@ class Backbone:
         if self.device.type == "cpu":
             return [[index] for index in range(len(clips))]
         factor = patch_factor(self.processor)
-        pixels_per_token = 2 * (factor or 28) ** 2  # two frames; without a patch grid, an estimate
+        pixels_per_token = (2 if frames == "video" else 1) * (factor or 28) ** 2  # without a patch grid, an estimate
         lengths = [sum(view[..., 0].size for view in clip.views) // pixels_per_token + PROMPT_TOKENS for clip in clips]
         frame_counts = [0 if factor else len(clip.seconds) for clip in clips]
         batches: list[list[int]] = []
@@ -132,7 +132,7 @@ class Backbone:
                 return inputs.to(self.device)
             return {name: value.pin_memory().to(self.device, non_blocking=True) for name, value in inputs.items()}
 
-        batches = self.batches(clips)
+        batches = self.batches(clips, prompt.frames)
         if self.device.type == "cpu":
             yield from ((indices, prepare(indices)) for indices in batches)
             return

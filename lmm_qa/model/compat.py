@@ -26,14 +26,27 @@ def ignore_peft_deprecation() -> Iterator[None]:
         yield
 
 
-def no_resize_kwargs(processor: Any) -> dict[str, Any]:
-    """Arguments that keep a processor with a patch grid from resizing videos."""
+def no_resize_kwargs(processor: Any, frames: str) -> dict[str, Any]:
+    """Arguments that keep a processor with a patch grid from resizing a `video`, or `images`."""
     kwargs = {"do_resize": False}
     # The Qwen-VL processors warn unless this is set, even if they do not resize:
     # https://github.com/huggingface/transformers/pull/48071
-    if hasattr(processor.video_processor, "cap_pixels_per_frame"):
+    if frames == "video" and hasattr(processor.video_processor, "cap_pixels_per_frame"):
         kwargs["cap_pixels_per_frame"] = False
     return kwargs
+
+
+def published_placeholders(processor: Any, text: str) -> str:
+    """A rendered chat in which every video becomes what the model was trained on.
+
+    The chat template of Qwen3-VL puts a video between a start and an end token. Up to transformers 4 its processor
+    replaced all three by the frames, each with its time and its own pair of these tokens, and so does vLLM;
+    transformers 5 replaces only the middle one and so adds an outer pair.
+    """
+    start, end = getattr(processor, "vision_start_token", None), getattr(processor, "vision_end_token", None)
+    if start is None or not hasattr(processor, "_calculate_timestamps"):
+        return text
+    return text.replace(f"{start}{processor.video_token}{end}", processor.video_token)
 
 
 def vision_kwargs(features: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -57,9 +57,15 @@ def patch_factor(processor: Any) -> int | None:
     return None
 
 
-def prompt_text(processor: Any, prompt: Prompt, videos: int, slots: dict[str, float]) -> str:
-    """The chat up to the end of the stem, with one placeholder per video."""
-    return render_chat(processor, prompt.messages(videos, **slots)) + prompt.stem
+def prompt_text(processor: Any, prompt: Prompt, views: int, slots: dict[str, float], images: int = 1) -> str:
+    """The chat up to the end of the stem, with one placeholder per video, or per image.
+
+    Args:
+        images: number of frames of each view; needed only if they are separate images.
+    """
+    return compat.published_placeholders(processor, render_chat(processor, prompt.messages(views, images, **slots))) + (
+        prompt.stem
+    )
 
 
 def prepare_inputs(processor: Any, clips: Sequence[ClipInput], prompt: Prompt) -> Any:
@@ -67,13 +73,19 @@ def prepare_inputs(processor: Any, clips: Sequence[ClipInput], prompt: Prompt) -
 
     Frames are not sampled again and, on a patch grid, not resized: the model sees the views as they are.
     """
-    texts = [prompt_text(processor, prompt, len(clip.views), clip.slots) for clip in clips]
-    videos = [torch.from_numpy(view).permute(0, 3, 1, 2) for clip in clips for view in clip.views]
-    metadata = [_metadata(clip, view) for clip in clips for view in clip.views]
-    kwargs: dict[str, Any] = {"do_sample_frames": False}
+    texts = [prompt_text(processor, prompt, len(clip.views), clip.slots, len(clip.seconds)) for clip in clips]
+    views = [[torch.from_numpy(view).permute(0, 3, 1, 2) for view in clip.views] for clip in clips]
+    kwargs: dict[str, Any] = {"text": texts, "padding": True, "return_tensors": "pt"}
     if patch_factor(processor) is not None:
-        kwargs |= compat.no_resize_kwargs(processor)
-    return processor(text=texts, videos=videos, video_metadata=metadata, padding=True, return_tensors="pt", **kwargs)
+        kwargs |= compat.no_resize_kwargs(processor, prompt.frames)
+    if prompt.frames == "images":
+        return processor(images=[[frame for view in clip for frame in view] for clip in views], **kwargs)
+    return processor(
+        videos=[view for clip in views for view in clip],
+        video_metadata=[_metadata(clip, view) for clip in clips for view in clip.views],
+        do_sample_frames=False,
+        **kwargs,
+    )
 
 
 def _metadata(clip: ClipInput, view: Pixels) -> VideoMetadata:
@@ -111,7 +123,7 @@ def collate_inputs(processor: Any, clips: Sequence[Mapping[str, torch.Tensor]]) 
 def remove_question(
     processor: Any, inputs: Mapping[str, torch.Tensor], prompt: Prompt, videos: int, slots: dict[str, float]
 ) -> dict[str, torch.Tensor]:
-    """Prepared inputs up to the end of the last video; `append_question` is the inverse.
+    """Prepared inputs up to the end of the last video or image; `append_question` is the inverse.
 
     For families with a patch grid. A batch of several clips needs a question without slots.
     """
@@ -148,11 +160,12 @@ def append_tokens(
 
 
 def question_tokens(processor: Any, prompt: Prompt, videos: int, slots: dict[str, float]) -> list[int]:
-    """Token ids of everything after the last video.
+    """Token ids of everything after the last video or image.
 
-    They do not depend on what comes before: the video placeholder is a special token, at which tokenizers always split.
+    They do not depend on what comes before: its placeholder is a special token, at which tokenizers always split.
     """
-    text = prompt_text(processor, prompt, videos, slots).rpartition(processor.video_token)[2]
+    placeholder = processor.video_token if prompt.frames == "video" else processor.image_token
+    text = prompt_text(processor, prompt, videos, slots).rpartition(placeholder)[2]
     return list(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -178,7 +191,11 @@ def vision_features(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str,
         `tokens`: (N, width) vision tokens of all views, in order. `deepstack`: (layers, N, width), if the tower feeds
         several layers of the language model (Qwen3-VL).
     """
-    output = model.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True)
+    if "pixel_values" in inputs:
+        output = model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True)
+    else:
+        pixels, grid = inputs["pixel_values_videos"], inputs["video_grid_thw"]
+        output = model.model.get_video_features(pixels, grid, return_dict=True)
     features = {"tokens": torch.cat(tuple(output.pooler_output))}
     if layers := getattr(output, "deepstack_features", None):
         features["deepstack"] = torch.stack([torch.cat(tuple(layer)) for layer in layers])

@@ -15,6 +15,8 @@ from lmm_qa.model.inputs import ClipInput, decode_continuation, prepare_inputs, 
 from lmm_qa.model.levels import LevelLogits
 from lmm_qa.model.prompt import Prompt
 
+ANY_PROMPT = Prompt(question="?", stem="?")
+
 
 class SharedPrefill:
     """The KV cache of clips up to the end of their videos, from which every question continues.
@@ -23,15 +25,15 @@ class SharedPrefill:
     processes the clips again, with the same results.
     """
 
-    def __init__(self, backbone: Backbone, clips: Sequence[ClipInput], system: str | None = None) -> None:
+    def __init__(self, backbone: Backbone, clips: Sequence[ClipInput], prompt: Prompt = ANY_PROMPT) -> None:
         """
         Args:
-            system: system message of all questions; it comes before the videos.
+            prompt: has what all questions must share, because it comes before them: `Prompt.before_question`.
         """
         self.backbone = backbone
         self.clips = clips
-        self.system = system
-        any_prompt = Prompt(system=system, question="?", stem="?")
+        self.before_question = prompt.before_question
+        any_prompt = ANY_PROMPT.model_copy(update=self.before_question)
         self._prefixes: list[tuple[list[int], CachedPrefix]] = []
         for indices, inputs in backbone.prepare_batches(clips, any_prompt) if backbone.can_share_prefill else ():
             videos = remove_question(backbone.processor, inputs, any_prompt, len(clips[0].views), {})
@@ -44,10 +46,10 @@ class SharedPrefill:
             For each clip one `LevelLogits` per prompt, equal to those of `Backbone.level_logits`.
 
         Raises:
-            ConfigError: a prompt has a system message other than that of this prefill.
+            ConfigError: a prompt differs from this prefill's before the question.
             ModelError: see `Backbone.level_logits`.
         """
-        self._check_system(prompts)
+        self._check_prompts(prompts)
         if self._prefixes:
             questions = [[self._question_tokens(clip, prompt) for prompt in prompts] for clip in self.clips]
             batches = (
@@ -77,7 +79,7 @@ class SharedPrefill:
         Raises:
             ConfigError: see `level_logits`.
         """
-        self._check_system(prompts)
+        self._check_prompts(prompts)
         started = self._ask_each(list(zip(self.clips, prompts, strict=True)))
         answers = in_clip_order(
             (indices, self._decode_greedily(prefix, logits, max_new_tokens)) for indices, prefix, logits in started
@@ -119,10 +121,11 @@ class SharedPrefill:
     def _question_tokens(self, clip: ClipInput, prompt: Prompt) -> list[int]:
         return question_tokens(self.backbone.processor, prompt, len(clip.views), clip.slots)
 
-    def _check_system(self, prompts: Sequence[Prompt]) -> None:
+    def _check_prompts(self, prompts: Sequence[Prompt]) -> None:
         for prompt in prompts:
-            if prompt.system != self.system:
-                raise ConfigError(
-                    f"the question {prompt.question!r} has the system message {prompt.system!r}, but this prefill was "
-                    f"made with {self.system!r}: make another one for it"
-                )
+            for option, value in prompt.before_question.items():
+                if value != self.before_question[option]:
+                    raise ConfigError(
+                        f"the question {prompt.question!r} has {option} {value!r}, but this prefill was made with "
+                        f"{self.before_question[option]!r}: make another one for it"
+                    )

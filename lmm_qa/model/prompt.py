@@ -1,6 +1,6 @@
 """Prompts: a question about a clip, and the beginning of an answer whose next word is the level.
 
-A prompt is a YAML file in `prompts/`. The videos come first, then the question, then the stem, which is
+A prompt is a YAML file in `prompts/`. The frames come first, then the question, then the stem, which is
 the beginning of the assistant's answer. The level word follows it. Knows nothing of tokenizers or models.
 """
 
@@ -10,7 +10,7 @@ import re
 import string
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -32,6 +32,8 @@ OTHER_FILES = ("defects", "explanation")
 """Files in `prompts/` that do not ask for a level."""
 
 
+Frames = Literal["video", "images"]
+
 Text = Annotated[str, Field(max_length=32_768)]
 """Option type of a text that the model reads; the context of most models is shorter."""
 
@@ -43,12 +45,19 @@ class Prompt(Settings):
     """For people; the model never sees it."""
     system: Text | None = None
     """System message; without one, the model's chat template decides."""
+    frames: Frames = "video"
+    """How the model gets the frames of a view: as one `video`, or as separate `images`. A vision tower of the Qwen
+    family merges two frames of a video into one row of tokens, and gives every image its own."""
+    view_labels: tuple[Text, ...] = Field((), max_length=16)
+    """A text before each view, such as "A part of the picture at native resolution:"; none by default. Otherwise the
+    model is not told how views differ."""
     question: Text
     """The user's message after the video(s). May use the slots in `SLOTS`, as in `{seconds:.1f}`."""
     paraphrases: tuple[Text, ...] = Field((), max_length=1000)
     """The same question in other words, for training only, so that a rater does not depend on the wording."""
     stem: Text
-    """The beginning of the assistant's answer; the next word is the level."""
+    """The beginning of the assistant's answer; the next word is the level. It may start with a space, for models that
+    were tuned so."""
     levels: tuple[Annotated[str, Field(max_length=100)], ...] = Field(LEVELS, max_length=100)
     """Level words, worst first. Each must be a single token after the stem."""
 
@@ -56,9 +65,10 @@ class Prompt(Settings):
     def _check_words(self) -> Self:
         if not self.stem.strip():
             raise ValueError("stem is empty")
-        if self.stem != self.stem.strip():
+        if self.stem.removeprefix(" ") != self.stem.strip():
             raise ValueError(
-                f"stem starts or ends with white space: {self.stem!r}; the space before the level is added"
+                f"stem ends with white space, or starts with more than a space: {self.stem!r}; the space before the "
+                "level is added"
             )
         if len(self.levels) < 2 or len(set(self.levels)) != len(self.levels):
             raise ValueError(f"levels are at least two different words, worst first; received {list(self.levels)}")
@@ -70,24 +80,37 @@ class Prompt(Settings):
         return self
 
     @property
+    def before_question(self) -> dict[str, Any]:
+        """The options that change what comes before the question."""
+        return {"system": self.system, "frames": self.frames, "view_labels": self.view_labels}
+
+    @property
     def slots(self) -> set[str]:
         """Names of the slots that the question uses."""
         return {name for _, name, _, _ in string.Formatter().parse(self.question) if name is not None}
 
-    def messages(self, videos: int, **values: float) -> list[dict[str, Any]]:
+    def messages(self, views: int, images: int = 1, **values: float) -> list[dict[str, Any]]:
         """The chat up to the assistant's turn, in the format of transformers' chat templates.
 
         Args:
-            videos: how many videos (views of the clip) come before the question.
+            views: number of views of the clip that come before the question.
+            images: number of frames of each view; needed only if they are separate images.
             values: a value for each slot of the question; others are ignored.
 
         Raises:
-            ConfigError: a slot has no value.
+            ConfigError: a slot has no value, or the number of labels is not that of the views.
         """
+        if self.view_labels and len(self.view_labels) != views:
+            raise ConfigError(f"the prompt has {len(self.view_labels)} view_labels, but the clip has {views} views")
         if missing := sorted(self.slots - values.keys()):
             raise ConfigError(f"the prompt's question needs a value for {missing}: {self.question!r}")
         text = self.question.format(**values)
-        content = [*({"type": "video"} for _ in range(videos)), {"type": "text", "text": text}]
+        kind, number = ("video", 1) if self.frames == "video" else ("image", images)
+        content = []
+        for label in self.view_labels or [None] * views:
+            content += [{"type": "text", "text": label}] if label else []
+            content += [{"type": kind} for _ in range(number)]
+        content.append({"type": "text", "text": text})
         system = [{"role": "system", "content": [{"type": "text", "text": self.system}]}] if self.system else []
         return [*system, {"role": "user", "content": content}]
 

@@ -56,6 +56,11 @@ class RaterConfig(Settings):
         settings = self.model_dump(mode="json", exclude=WITHOUT_EFFECT)
         for key in ("description", "paraphrases"):
             del settings["prompt"][key]
+        # Ids of raters that were made before these settings existed stay the same.
+        if settings["prompt"]["frames"] == "video":
+            del settings["prompt"]["frames"]
+        if not settings["prompt"]["view_labels"]:
+            del settings["prompt"]["view_labels"]
         return settings
 
     def override(self, **changes: Any) -> Self:

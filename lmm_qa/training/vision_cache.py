@@ -65,7 +65,7 @@ class VisionCache:
     weights: str
     """Fingerprint of the backbone and its number format."""
     settings: RaterConfig
-    """For the views and the prompt's system message."""
+    """For the views, and what the prompt puts before the question."""
 
     def path(self, clip: SampledClip) -> Path:
         """The file of a sampled clip, whether it exists or not."""
@@ -73,7 +73,7 @@ class VisionCache:
             "content": clip.content_id,
             "sampling": clip.sampling.model_dump(),
             "views": [view.model_dump() for view in self.settings.views],
-            "system": self.settings.prompt.system,
+            **self.settings.prompt.before_question,
             "weights": self.weights,
             "made by": [FORMAT, version("transformers")],
         }
@@ -142,7 +142,8 @@ class VisionCache:
             processor, prepare_inputs(processor, [pixels], prompt), prompt, len(pixels.views), pixels.slots
         )
         features = vision_features(backbone.model, {name: value.to(backbone.device) for name, value in inputs.items()})
-        del inputs["pixel_values_videos"]
+        for pixel_values in ("pixel_values", "pixel_values_videos"):
+            inputs.pop(pixel_values, None)
         inputs["slots"] = torch.tensor([pixels.slots[name] for name in SLOTS], dtype=torch.float64)
         tensors = {name: value.cpu().contiguous() for name, value in {**inputs, **features}.items()}
         path = self.path(clip)

@@ -41,7 +41,7 @@ def grouping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     """Clips as a CPU gets them, and as a GPU does."""
     if request.param == "together":
         orders = {1: [[0]], 3: [[2, 0], [1]]}
-        monkeypatch.setattr(Backbone, "batches", lambda self, clips: orders[len(clips)])
+        monkeypatch.setattr(Backbone, "batches", lambda self, clips, frames="video": orders[len(clips)])
 
 
 def different_clips(backbone: Backbone) -> list[ClipInput]:
@@ -60,7 +60,7 @@ def generated(backbone: Backbone, one: ClipInput, prompt: Prompt, **options: Any
 def test_a_shared_prefill_equals_separate_ones(backbone: Backbone) -> None:
     clips = different_clips(backbone)
     for system, prompts in {None: QUESTIONS, SLOTS.system: (SLOTS, ONE_SYSTEM)}.items():
-        prefill = SharedPrefill(backbone, clips, system)
+        prefill = SharedPrefill(backbone, clips, Prompt(question="?", stem="?", system=system))
         answers = prefill.level_logits(prompts)
         assert [len(row) for row in answers] == [len(prompts)] * 3
         for number, prompt in enumerate(prompts):
@@ -106,7 +106,7 @@ def test_generation_stops_at_the_end_token(
 ) -> None:
     backbone = load("qwen2_vl")
     clips = different_clips(backbone)
-    monkeypatch.setattr(Backbone, "batches", lambda self, clips: [[2, 1, 0]])
+    monkeypatch.setattr(Backbone, "batches", lambda self, clips, frames="video": [[2, 1, 0]])
     prefill, tokenizer = SharedPrefill(backbone, clips), backbone.processor.tokenizer
     answers = [generated(backbone, one, PROMPT, max_new_tokens=10) for one in clips]
     stop = next(token for token in answers[0][1:] if token not in answers[1] + answers[2])
@@ -123,10 +123,8 @@ def test_generation_stops_at_the_end_token(
 
 
 def test_a_question_with_another_system_message_is_an_error(load: Callable[[str], Backbone]) -> None:
-    prefill = SharedPrefill(load("qwen2_vl"), [random_clip(load("qwen2_vl"), (2, 2))], SLOTS.system)
-    message = (
-        r"'Is the picture blurred\?' has the system message None, but this prefill was made with 'You are strict.'"
-    )
+    prefill = SharedPrefill(load("qwen2_vl"), [random_clip(load("qwen2_vl"), (2, 2))], SLOTS)
+    message = r"'Is the picture blurred\?' has system None, but this prefill was made with 'You are strict.'"
     with pytest.raises(ConfigError, match=message):
         prefill.level_logits([SLOTS, CLOSED])
     with pytest.raises(ConfigError, match=message):

@@ -87,7 +87,7 @@ def test_a_question_that_cannot_be_filled_in_is_refused_at_once(question: str, c
     [
         ({"question": " "}, "question is empty"),
         ({"stem": ""}, "stem is empty"),
-        ({"stem": "It is "}, "stem starts or ends with white space: 'It is '"),
+        ({"stem": "It is "}, "stem ends with white space, or starts with more than a space: 'It is '"),
         ({"levels": ["good"]}, "at least two different words, worst first; received ['good']"),
         ({"levels": ["good", "good"]}, "at least two different words, worst first; received ['good', 'good']"),
         ({"levels": ["", "good"]}, "a level is a word without surrounding white space; received ['', 'good']"),
