@@ -178,7 +178,7 @@ def choose_dtype(device: str, dtype: Dtype | None = None) -> Choice:
     if dtype is not None:
         return Choice(dtype, "requested")
     if device.startswith("cuda"):
-        if torch.cuda.get_device_capability(device)[0] >= 8:
+        if is_ampere_or_newer(device):
             return Choice("bfloat16", "Ampere GPU or newer")
         return Choice("float16", "GPU older than Ampere: no bfloat16")
     return Choice("float32", f"exact, and reliable on {device}")
@@ -194,7 +194,14 @@ def choose_attention(device: str, dtype: str) -> Choice:
         return Choice("sdpa", "flash-attn is not installed")
     if dtype == "float32":
         return Choice("sdpa", "flash-attn does not support float32")
+    if not is_ampere_or_newer(device):
+        return Choice("sdpa", "flash-attn needs an Ampere GPU or newer")
     return Choice("flash_attention_2", "flash-attn is installed")
+
+
+def is_ampere_or_newer(device: str) -> bool:
+    """Whether a CUDA device has compute capability 8.0: it computes in bfloat16, and FlashAttention-2 runs on it."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @dataclass(frozen=True)

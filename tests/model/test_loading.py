@@ -95,3 +95,17 @@ def test_choices_state_their_reason() -> None:
     assert str(choose_dtype("cpu", "bfloat16")) == "bfloat16 (requested)"
     assert str(choose_attention("cpu", "float32")) == "sdpa (on cpu)"
     assert choose_attention("cuda", "float32").value == "sdpa"  # flash-attn or not
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "attention"),
+    [((7, 5), "float16", "sdpa"), ((8, 0), "bfloat16", "flash_attention_2"), ((12, 0), "bfloat16", "flash_attention_2")],
+)
+def test_flash_attention_and_bfloat16_need_an_ampere_gpu(
+    capability: tuple[int, int], dtype: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("transformers.utils.import_utils.is_flash_attn_2_available", lambda: True)
+    assert choose_dtype("cuda:1").value == dtype
+    assert choose_attention("cuda:1", dtype).value == attention
+    assert choose_attention("cuda:1", "float32").value == "sdpa"
