@@ -33,21 +33,30 @@ def trained_components(tuning: TuningConfig) -> set[str]:
 
 def trainable_model(model: Any, config: TrainingConfig) -> Any:
     """The model with its trainable weights set up: a PEFT model for `lora`, the same model for `full`."""
-    tuning, components = config.tuning, trained_components(config.tuning)
-    if config.training.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    if tuning.method == "full":
+    components = trained_components(config.tuning)
+    if config.tuning.method == "full":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_((component(name) or "language") in components)
-        return model
-    # Without peft.prepare_model_for_kbit_training, which casts everything that is not quantized to float32.
+    else:
+        model = _with_adapters(model, config, components)
+    if config.training.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        # It makes the outputs of all input embeddings require gradients, those of the vision tower included: even a
+        # frozen tower would then keep its activations and get a backward pass. Only reentrant checkpointing needs that.
+        model.disable_input_require_grads()
+    return model
+
+
+def _with_adapters(model: Any, config: TrainingConfig, components: set[str]) -> Any:
+    # Without peft.prepare_model_for_kbit_training, which casts everything that is not quantized to float32. Before
+    # activation checkpointing is enabled: PEFT would make input embeddings require gradients once more.
     from peft import LoraConfig, get_peft_model
 
     with compat.ignore_peft_deprecation():
         lora = LoraConfig(
-            r=tuning.r,
-            lora_alpha=tuning.lora_alpha,
-            lora_dropout=tuning.lora_dropout,
+            r=config.tuning.r,
+            lora_alpha=config.tuning.lora_alpha,
+            lora_dropout=config.tuning.lora_dropout,
             target_modules=lora_targets(model, components),
             task_type="CAUSAL_LM",
             revision=config.model.revision,

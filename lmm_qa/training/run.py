@@ -68,7 +68,8 @@ RESERVED_ARGUMENTS = {
     *("num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"),
     *("warmup_steps", "weight_decay", "max_grad_norm", "logging_steps", "logging_strategy", "save_strategy"),
     *("save_steps", "eval_strategy", "eval_steps", "load_best_model_at_end", "metric_for_best_model"),
-    *("dataloader_num_workers", "dataloader_drop_last"),
+    *("dataloader_num_workers", "dataloader_drop_last", "activation_checkpointing", "gradient_checkpointing"),
+    *("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
 }
 """`TrainingArguments` that have a key of their own in the configuration, or that this module relies on."""
 
