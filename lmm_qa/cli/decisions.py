@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lmm_qa.cli.options import DEFAULT_WORKERS, Model, Timeout, Workers
+from lmm_qa.cli.options import DEFAULT_WORKERS, Model, Timeout, Workers, with_rater_options
 from lmm_qa.cli.terminal import (
     GATE_FAILED,
     SOME_CLIPS_FAILED,
@@ -49,9 +49,11 @@ Group = Annotated[
 ]
 
 
+@with_rater_options
 def compare(
     old: Annotated[Path, typer.Argument(help=RATED_OR_CLIPS, show_default=False)],
     new: Annotated[list[Path], typer.Argument(help="The same, of one or more others.", show_default=False)],
+    rater_options: dict[str, Any],
     output: Annotated[
         Path | None,
         typer.Option(
@@ -106,7 +108,7 @@ def compare(
         check_output(report)
     if clips and len(clips) not in (1, 1 + len(new)):
         raise UsageError(f"--clips is given once for all sets, or once for each of the {1 + len(new)}")
-    sets = _read_sets([old, *new], model, workers, timeout)
+    sets = _read_sets([old, *new], model, rater_options, workers, timeout)
     with make_console().status("resampling the pairs"):
         found = job.compare(sets[0], sets[1:], by=pair, group=group, tie=tie)
     job.render(found, make_console(stderr=False))
@@ -119,8 +121,10 @@ def compare(
         raise typer.Exit(SOME_CLIPS_FAILED)
 
 
+@with_rater_options
 def gate(
     new: Annotated[Path, typer.Argument(help=RATED_OR_CLIPS, show_default=False)],
+    rater_options: dict[str, Any],
     against: Annotated[
         Path | None, typer.Option(help="The same, of the old version; for --max-drop.", show_default=False)
     ] = None,
@@ -193,7 +197,7 @@ def gate(
     defects = read.get("max_defect", {}) | _shares(max_defect or [])
     limits = job.Limits.parse({**read, **given, "max_defect": defects}, "the limits")
     limits.check(against is not None)
-    sets = _read_sets([new] if against is None else [against, new], model, workers, timeout)
+    sets = _read_sets([new] if against is None else [against, new], model, rater_options, workers, timeout)
     comparison = None
     if against is not None:
         with make_console().status("resampling the pairs"):
@@ -224,7 +228,9 @@ def _shares(texts: Sequence[str]) -> dict[str, str]:
 # --- sets of clips ---------------------------------------------------------------------------------------------------
 
 
-def _read_sets(paths: Sequence[Path], model: str | None, workers: int, timeout: float) -> list[RatingSet]:
+def _read_sets(
+    paths: Sequence[Path], model: str | None, rater_options: dict[str, Any], workers: int, timeout: float
+) -> list[RatingSet]:
     """Read the ratings of each path; folders are rated first."""
     from lmm_qa.evaluation.pairing import RatingSet
 
@@ -234,14 +240,16 @@ def _read_sets(paths: Sequence[Path], model: str | None, workers: int, timeout: 
     sets = []
     for path, name in zip(paths, names, strict=True):
         if path.is_dir():
-            ratings, clips = _rate(path, model, workers, timeout)
+            ratings, clips = _rate(path, model, rater_options, workers, timeout)
             sets.append(RatingSet.read(ratings, name, clips))
         else:
             sets.append(RatingSet.read(path, name))
     return sets
 
 
-def _rate(folder: Path, model: str | None, workers: int, timeout: float) -> tuple[Path, frozenset[str]]:
+def _rate(
+    folder: Path, model: str | None, rater_options: dict[str, Any], workers: int, timeout: float
+) -> tuple[Path, frozenset[str]]:
     """Rate the clips of a folder that are not rated yet. Returns the file of ratings and the names of the clips."""
     from lmm_qa.manifest import expand
 
@@ -255,7 +263,7 @@ def _rate(folder: Path, model: str | None, workers: int, timeout: float) -> tupl
     ranks = Ranks.from_environment()
     if ranks.world > 1:
         raise UsageError("folders are rated in one process; with several, use lmm-qa rate --defects -o ratings.jsonl")
-    plan = plan_rater(model)
+    plan = plan_rater(model, **rater_options)
     place = folder.resolve()
     ratings = place.with_name(f"{place.name}.{plan.rater_id}.jsonl")
     message(f"{folder}: ratings in {ratings}")

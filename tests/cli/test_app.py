@@ -576,7 +576,11 @@ def test_commands_that_load_a_model_have_the_same_options() -> None:
 
     shared = options("explain")
     assert {"--dtype", "--quantization", "--revision", "--trust-remote-code", "--prompt", "--sampling"} <= set(shared)
-    assert shared.items() <= options("rate").items()
+    loading = [name for name in commands if "--model" in {opt for each in commands[name].params for opt in each.opts}]
+    assert {"rate", "explain", "compare", "gate"} <= set(loading)
+    settings = {name: text for name, text in shared.items() if name not in ("--answers-from", "--batch-size", "--root")}
+    for name in loading:
+        assert settings.items() <= options(name).items(), name
 
 
 def test_explain_uses_the_model_options(command: Command, folder: Path, model: Path) -> None:

@@ -102,6 +102,9 @@ def test_folders_are_rated_once(folder: Path, command: Command, family_dir: Call
     code, out, err = command(*arguments)
     assert "on 2 pairs" in out.splitlines()[0]  # the row of the clip that is gone does not count
     assert err.count("nothing to do") == 2
+    code, out, err = command(*arguments, "--dtype", "bfloat16", "--sampling", "uniform:2")
+    assert code == 0 and "dtype bfloat16" in err
+    assert len(list(folder.glob("one.*.jsonl"))) == 2  # another rater, another file
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
