@@ -136,8 +136,9 @@ FPS_FRAMES = 32
 class Sampling(Settings):
     """Which frames of a clip the model sees."""
 
-    strategy: Literal["uniform", "fps", "pairs"] = "uniform"
+    strategy: Literal["uniform", "linspace", "fps", "pairs"] = "uniform"
     """`uniform`: `frames` frames, one in each of as many equal parts of the clip's duration.
+    `linspace`: `frames` frames from the first to the last one of the clip, as Q-Align's successors take them.
     `fps`: `fps` frames per second, at most `frames`.
     `pairs`: `frames // 2` pairs of frames spread uniformly, the two frames of a pair `gap` seconds apart. A temporal
     patch of a Qwen-style vision tower covers two frames, so it sees whether anything moves."""
@@ -149,11 +150,11 @@ class Sampling(Settings):
     """Seconds between the two frames of a pair, for `pairs` only."""
     phase: float = Field(0.5, ge=0, lt=1)
     """Position of each frame, or pair, within its part of the clip (for `fps`: within its step): 0 at the start, 0.5 in
-    the middle. Training varies it, so that a clip is seen with different frames."""
+    the middle. Training varies it, so that a clip is seen with different frames. Not for `linspace`."""
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        """Read `uniform:8`, `pairs:12`, or `fps:2` (at most 32 frames; `fps:2:64` for another limit).
+        """Read `uniform:8`, `linspace:8`, `pairs:12`, or `fps:2` (at most 32 frames; `fps:2:64` for another limit).
 
         Raises:
             ConfigError: it is none of these.
@@ -165,7 +166,7 @@ class Sampling(Settings):
                 return cls.parse({"strategy": "fps", "fps": fps, "frames": frames}, f"sampling {text!r}")
             case [strategy, frames]:
                 return cls.parse({"strategy": strategy, "frames": frames}, f"sampling {text!r}")
-        raise ConfigError(f"sampling {text!r} is not of the form uniform:8, pairs:12 or fps:2")
+        raise ConfigError(f"sampling {text!r} is not of the form uniform:8, linspace:8, pairs:12 or fps:2")
 
     @model_validator(mode="before")
     @classmethod
@@ -184,8 +185,10 @@ class Sampling(Settings):
 class View(Settings):
     """How the sampled frames are shown to the model. Each view is a video of its own; there can be several."""
 
-    kind: Literal["whole", "crop", "face"] = "whole"
+    kind: Literal["whole", "fit", "crop", "face"] = "whole"
     """`whole`: the whole picture, resized to fit the pixel budget.
+    `fit`: the whole picture, its long side reduced to at most `size`; then both sides are rounded to the patch grid by a
+    second resize. The way of Q-ReAlign; `whole` does both at once.
     `crop`: a window of the picture at native resolution, never resized, so that compression artefacts and blur remain
     visible.
     `face`: a square around the face, resized to `size`, so that the mouth is visible even if the face is small."""
@@ -193,20 +196,24 @@ class View(Settings):
     """`whole`: maximum area of a frame in pixels; larger frames are shrunk, smaller ones keep their size (rounded to
     the vision tower's patch grid)."""
     size: int = Field(224, ge=28, le=4096)
-    """`crop`: side of the square window in pixels, clipped to the picture. `face`: side of the resized square."""
+    """`crop`: side of the square window in pixels, clipped to the picture. `face`: side of the resized square. `fit`:
+    longest side of a frame in pixels."""
     center: tuple[float, float] = (0.5, 0.42)
     """`crop`: center of the window as fractions of width and height; heads are slightly above the middle."""
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        """Read `whole:448` (the area of a square of that side), `crop:336` or `face:224` (the side of the square).
+        """Read `whole:448` (the area of a square of that side), `fit:448` (the longest side), `crop:336` or `face:224`
+        (the side of the square).
 
         Raises:
             ConfigError: it is none of these.
         """
         kind, _, side = text.partition(":")
-        if not side.isdecimal() or len(side) > 9 or kind not in {"whole", "crop", "face"}:
-            raise ConfigError(f"view {text!r} is not of the form whole:448, crop:336 or face:224 (sides in pixels)")
+        if not side.isdecimal() or len(side) > 9 or kind not in {"whole", "fit", "crop", "face"}:
+            raise ConfigError(
+                f"view {text!r} is not of the form whole:448, fit:448, crop:336 or face:224 (sides in pixels)"
+            )
         size = {"max_pixels": int(side) ** 2} if kind == "whole" else {"size": int(side)}
         return cls.parse({"kind": kind, **size}, f"view {text!r}")
 

@@ -34,6 +34,7 @@ from lmm_qa.cli.options import (
     Workers,
     with_rater_options,
 )
+from lmm_qa.cli.raters import raters
 from lmm_qa.cli.select import select
 from lmm_qa.cli.terminal import (
     FAILED,
@@ -388,6 +389,7 @@ def report(
 app.command()(compare)
 app.command()(gate)
 app.command()(select)
+app.command()(raters)
 
 
 @app.command()

@@ -56,7 +56,8 @@ Model = Annotated[
     typer.Option(
         "-m",
         "--model",
-        help="Rater directory, PEFT adapter, model directory, or an id on the Hugging Face hub.",
+        help="Name of a published rater (see lmm-qa raters), rater directory, PEFT adapter, model directory, or an id "
+        "on the Hugging Face hub.",
         show_default="the embedded model",
     ),
 ]
@@ -113,7 +114,8 @@ def rater_options(
     sampling: Annotated[
         str | None,
         typer.Option(
-            help="Which frames the model sees: uniform:8 | pairs:12 (6 pairs of nearby frames) | "
+            help="Which frames the model sees: uniform:8 | linspace:8 (with the first and the last one) | "
+            "pairs:12 (6 pairs of nearby frames) | "
             "fps:2 (at most 32 frames; fps:2:64 for another limit).",
             show_default="the model's",
         ),
@@ -121,8 +123,9 @@ def rater_options(
     view: Annotated[
         list[str] | None,
         typer.Option(
-            help="How frames are shown to the model: whole:448 (shrunk to the area of 448 x 448) | crop:336 (window at "
-            "native resolution) | face:224 (a square around the face, resized). Repeat it for several views.",
+            help="How frames are shown to the model: whole:448 (shrunk to the area of 448 x 448) | fit:448 (long side "
+            "at most 448) | crop:336 (window at native resolution) | face:224 (a square around the face, resized). "
+            "Repeat it for several views.",
             show_default="the model's",
         ),
     ] = None,

@@ -3,18 +3,22 @@
 None, "embedded"                     the rater that ships with the package
 a directory                          rater.json with or without an adapter; a PEFT adapter; a transformers model
 an id on the Hugging Face hub        of any of these
+a name in `configs/raters/`          a published rater: its weights on the hub, and how they are to be asked
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from lmm_qa.errors import ModelError, UsageError
 from lmm_qa.model.hub import HubModel, find_model
+from lmm_qa.model.presets import find_preset
 from lmm_qa.model.rater_config import CALIBRATION_NAME, DEFECTS_NAME, EMBEDDED_NAME, FILE_NAME, RaterConfig
 from lmm_qa.model.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_files, is_identity
 
@@ -79,10 +83,15 @@ def resolve_model(model: str | Path | None = None, revision: str | None = None) 
         if revision:
             raise UsageError(f"only a model on the hub has revisions; {path} is a directory (received {revision!r})")
         return _from_directory(path, EMBEDDED_NAME if embedded else str(model))
+    if found := find_preset(str(model)):
+        name, preset = found
+        hub = find_model(preset.model, revision or preset.revision)
+        return ModelSource(name, preset.model, hub.commit, None, preset.settings(), None)
     if path.exists() or _looks_like_a_path(str(model)):
         raise UsageError(
             f"there is no model directory at {str(model)!r}: give a directory that contains rater.json, "
-            "adapter_config.json or config.json, or an id on the hub such as Qwen/Qwen2-VL-7B-Instruct"
+            "adapter_config.json or config.json, an id on the hub such as Qwen/Qwen2-VL-7B-Instruct, or a name that "
+            "lmm-qa raters lists"
         )
     return _from_hub(find_model(str(model), revision))
 
@@ -130,8 +139,10 @@ def _from_directory(folder: Path, name: str) -> ModelSource:
         raise _no_adapter(str(folder), backbone)
     if backbone is None and adapter:
         backbone, revision = read_adapter_base(adapter)
-    backbone = _local_backbone(folder, backbone or str(folder))
-    if Path(backbone).is_dir():
+    places = _backbone_places(folder, backbone, settings.backbone_relative)
+    local = next((place for place in places if place.is_dir()), None)
+    backbone = os.path.abspath(local) if local else _backbone_on_hub(folder, str(backbone), places)
+    if local:
         revision = None
         check_files(Path(backbone))
         if settings.backbone_weights and settings.backbone_weights != weights_fingerprint(Path(backbone)):
@@ -139,7 +150,10 @@ def _from_directory(folder: Path, name: str) -> ModelSource:
                 f"{folder} was trained on other weights than those in {backbone}: restore them, or train again"
             )
     else:
-        revision = find_model(backbone, revision).commit
+        try:
+            revision = find_model(backbone, revision).commit
+        except ModelError as error:
+            raise ModelError(f"the backbone of {folder} is not available: {error}. {_tried(places)}") from None
     files = (folder / CALIBRATION_NAME, folder / DEFECTS_NAME)
     calibration, defects = (file if file.is_file() else None for file in files)
     if adapter and is_identity(adapter):
@@ -157,15 +171,47 @@ def _no_adapter(name: str, backbone: str | None) -> ModelError:
     )
 
 
-def _local_backbone(folder: Path, backbone: str) -> str:
-    """The directory that a rater's backbone names, or its hub id."""
+def backbone_location(backbone: str, folder: Path) -> dict[str, str | None]:
+    """Settings of the rater.json in `folder` that name a backbone.
+
+    A directory is named by its absolute path, and by its path from the folder: a rater is found from anywhere, and also
+    after it was moved together with its backbone.
+    """
+    if backbone == EMBEDDED_NAME or not Path(backbone).is_dir():
+        return {"backbone": backbone, "backbone_relative": None}
+    place = os.path.abspath(backbone)
+    try:
+        relative = Path(os.path.relpath(place, folder)).as_posix()
+    except ValueError:  # another drive of Windows
+        relative = None
+    return {"backbone": place, "backbone_relative": relative}
+
+
+def _backbone_places(folder: Path, backbone: str | None, relative: str | None) -> list[Path]:
+    """Directories in which the backbone of a rater may be, the most likely one first.
+
+    Raters of earlier versions have a path from the folder or from the working directory of their training.
+    """
+    if backbone is None:
+        return [folder]
     if backbone == EMBEDDED_NAME:
-        return str(EMBEDDED.parent / "base")
-    if (folder / backbone).is_dir():
-        return str((folder / backbone).resolve())
-    if _looks_like_a_path(backbone) and not Path(backbone).is_dir():
-        raise ModelError(f"the backbone of {folder}, {backbone!r}, does not exist: correct it in {FILE_NAME}")
+        return [EMBEDDED.parent / "base"]
+    named = Path(backbone).expanduser()
+    return [*([folder / relative] if relative else []), folder / named, named]
+
+
+def _backbone_on_hub(folder: Path, backbone: str, places: Sequence[Path]) -> str:
+    """The hub id that a rater names as its backbone, if it is no directory."""
+    if _looks_like_a_path(backbone):
+        raise ModelError(
+            f"the backbone of {folder}, {backbone!r}, does not exist. {_tried(places)}: move it there, or correct "
+            f"`backbone` in {FILE_NAME} (base_model_name_or_path in {ADAPTER_CONFIG})"
+        )
     return backbone
+
+
+def _tried(places: Sequence[Path]) -> str:
+    return f"There is no directory {' or '.join(dict.fromkeys(map(os.path.abspath, places)))}"
 
 
 def read_adapter_base(adapter: Path) -> tuple[str, str | None]:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from statistics import median
 
+import numpy as np
+
 from lmm_qa.config import Sampling
 from lmm_qa.video.temporal import Span
 
@@ -30,6 +32,8 @@ def sample_indices(seconds: Sequence[float], sampling: Sampling) -> list[int]:
         of them, except for `fps`: one per step of 1/fps seconds, or `sampling.frames` at uniform distances if there
         are more steps than that.
     """
+    if sampling.strategy == "linspace":
+        return [round(place) for place in np.linspace(0, len(seconds) - 1, sampling.frames).tolist()]
     if sampling.strategy == "pairs":
         first_frames = _uniform_indices(seconds, sampling.frames // 2, sampling.phase)
         return [index for first in first_frames for index in _pair(seconds, first, sampling.gap)]

@@ -19,9 +19,9 @@ FACE_SEARCH_FRAMES = 3
 def view_size(height: int, width: int, view: View, factor: int) -> tuple[int, int]:
     """Size of the frames of a view.
 
-    `face` is a square. `whole` is rounded like Qwen's `smart_resize`: both sides to the nearest multiple of `factor`;
-    if the area exceeds `view.max_pixels`, both are shrunk by the same ratio and rounded down; at least one `factor` a
-    side.
+    `face` is a square. `fit` is `fitted_size`, rounded to the nearest multiples of `factor`. `whole` is rounded like
+    Qwen's `smart_resize`: both sides to the nearest multiple of `factor`; if the area exceeds `view.max_pixels`, both
+    are shrunk by the same ratio and rounded down; at least one `factor` a side.
 
     Args:
         height: of the displayed picture, pixels, at least 1.
@@ -37,8 +37,10 @@ def view_size(height: int, width: int, view: View, factor: int) -> tuple[int, in
         return _round_down(min(view.size, height), factor), _round_down(min(view.size, width), factor)
     if view.kind == "face":
         return (_round_down(view.size, factor),) * 2
-    rounded = round(height / factor) * factor, round(width / factor) * factor
-    if rounded[0] * rounded[1] <= view.max_pixels:
+    if view.kind == "fit":
+        height, width = fitted_size(height, width, view)
+    rounded = max(round(height / factor), 1) * factor, max(round(width / factor), 1) * factor
+    if view.kind == "fit" or rounded[0] * rounded[1] <= view.max_pixels:
         return rounded
     ratio = (height * width / view.max_pixels) ** 0.5
     shrunk = _round_down(height / ratio, factor), _round_down(width / ratio, factor)
@@ -47,6 +49,12 @@ def view_size(height: int, width: int, view: View, factor: int) -> tuple[int, in
         min(shrunk[0], _round_down(view.max_pixels / shrunk[1], factor)),
         min(shrunk[1], _round_down(view.max_pixels / shrunk[0], factor)),
     )
+
+
+def fitted_size(height: int, width: int, view: View) -> tuple[int, int]:
+    """Size of a picture of the view `fit` after its long side was reduced: rounded down, at least a pixel."""
+    ratio = min(1.0, view.size / max(height, width))
+    return max(1, int(height * ratio)), max(1, int(width * ratio))
 
 
 def pad_to_minimum(picture: Picture, side: int) -> Picture:
@@ -102,10 +110,14 @@ class ViewRenderer:
 
 def on_screen(picture: Picture, pixel_shape: tuple[float, float]) -> Picture:
     """A picture resized so that its pixels are square."""
-    height, width = displayed_size(picture.shape[:2], pixel_shape)
-    if (height, width) == picture.shape[:2]:
+    return _resize(picture, displayed_size(picture.shape[:2], pixel_shape))
+
+
+def _resize(picture: Picture, size: tuple[int, int]) -> Picture:
+    """A picture in another (height, width)."""
+    if size == picture.shape[:2]:
         return picture
-    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
+    return np.asarray(Image.fromarray(picture).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
 def _render(
@@ -118,6 +130,10 @@ def _render(
         top = _window_start(height, rows, view.center[1])
         left = _window_start(width, columns, view.center[0])
         return picture[top : top + rows, left : left + columns]
+    if view.kind == "fit":
+        picture = on_screen(picture, pixel_shape)
+        size = view_size(*picture.shape[:2], view, factor)
+        return _resize(_resize(picture, fitted_size(*picture.shape[:2], view)), size)
     rows, columns = view_size(*displayed_size((height, width), pixel_shape), view, factor)
     x, y, side = face
     down, right = pixel_shape

@@ -52,6 +52,13 @@ def test_uniform_takes_the_middle_of_equal_parts() -> None:
     assert sample_indices([index / 25 for index in range(250)], Sampling(frames=5)) == [25, 75, 125, 175, 225]
 
 
+@given(st.integers(1, 500), st.integers(1, 40))
+def test_linspace_takes_the_frames_that_numpy_rounds_to(clip: int, frames: int) -> None:
+    sampling = Sampling(strategy="linspace", frames=frames)
+    expected = [round(place) for place in np.linspace(0, clip - 1, frames)]
+    assert sample_indices([index / 25 for index in range(clip)], sampling) == expected
+
+
 def test_frames_of_a_short_clip_are_repeated() -> None:
     assert sample_indices([0.0, 0.04], Sampling(frames=4)) == [0, 0, 1, 1]
 

@@ -47,9 +47,10 @@ def test_crops_fit_the_patch_grid_and_the_picture(height: int, width: int, size:
         assert cropped > min(size, side) - factor
 
 
-@given(
-    st.integers(1, 90), st.integers(1, 90), st.sampled_from(["whole", "crop", "face"]), st.floats(0, 1), st.floats(0, 1)
-)
+KINDS = st.sampled_from(["whole", "fit", "crop", "face"])
+
+
+@given(st.integers(1, 90), st.integers(1, 90), KINDS, st.floats(0, 1), st.floats(0, 1))
 def test_rendered_pictures_have_the_predicted_size(height: int, width: int, kind: str, x: float, y: float) -> None:
     view = View(kind=kind, size=56, max_pixels=56 * 56, center=(x, y))
     renderer = ViewRenderer([view], 28)
@@ -57,6 +58,21 @@ def test_rendered_pictures_have_the_predicted_size(height: int, width: int, kind
         renderer.add(index, np.zeros((height, width, 3), np.uint8))
     (pictures,) = renderer.stack([4, 0, 0])
     assert pictures.shape == (3, *view_size(height, width, view, 28), 3)
+
+
+@pytest.mark.parametrize(("height", "width"), [(720, 1280), (1080, 607), (256, 256), (450, 130), (40, 64)])
+def test_fit_reduces_the_long_side_and_then_rounds_to_the_grid(height: int, width: int) -> None:
+    smart_resize = pytest.importorskip("transformers.models.qwen2_vl.image_processing_qwen2_vl").smart_resize
+    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    renderer = ViewRenderer([View(kind="fit", size=448)], 32)
+    renderer.add(0, picture)
+    image = Image.fromarray(picture)
+    if max(height, width) > 448:
+        ratio = 448 / max(height, width)
+        image = image.resize((max(1, int(width * ratio)), max(1, int(height * ratio))))
+    rows, columns = smart_resize(image.height, image.width, factor=32, min_pixels=32 * 32, max_pixels=16384 * 32 * 32)
+    expected = np.asarray(image.resize((columns, rows)))
+    assert np.array_equal(renderer.stack([0])[0][0], expected)
 
 
 def test_a_crop_has_the_decoded_pixels(clips_dir: Path) -> None:
