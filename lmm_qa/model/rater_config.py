@@ -22,7 +22,7 @@ EMBEDDED_NAME = "embedded"
 
 ExplanationCheck = Literal["facts", "grammar"]
 
-WITHOUT_EFFECT = {"training", "backbone", "revision", "backbone_weights", "explanation_check"}
+WITHOUT_EFFECT = {"training", "backbone", "backbone_relative", "revision", "backbone_weights", "explanation_check"}
 """Settings that do not change a score. (Weights do, and are identified by their content.)"""
 
 
@@ -32,6 +32,8 @@ class RaterConfig(Settings):
     backbone: str | None = Field(None, max_length=4096)
     """Directory or hub id of the base model; a relative path that exists is relative to this file; `embedded` for the
     base of the rater that ships with the package. None: the model in the same directory."""
+    backbone_relative: str | None = Field(None, max_length=4096)
+    """Path of a local backbone from the directory of this file, tried before `backbone`."""
     revision: str | None = Field(None, max_length=200)
     """Branch, tag or commit of the backbone on the hub."""
     backbone_weights: str | None = Field(None, max_length=200)

@@ -149,7 +149,9 @@ def merge(rater: Path, folder: Path) -> None:
     merged = backbone.model.merge_and_unload()
     merged.save_pretrained(folder)
     backbone.processor.save_pretrained(folder)
-    settings = source.settings.model_copy(update={"backbone": None, "revision": None, "backbone_weights": None})
+    settings = source.settings.model_copy(
+        update={"backbone": None, "backbone_relative": None, "revision": None, "backbone_weights": None}
+    )
     (folder / FILE_NAME).write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
     if (rater / "README.md").is_file():
         _, front, body = (rater / "README.md").read_text(encoding="utf-8").split("---\n", 2)

@@ -17,15 +17,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import parse_flag_from_env
 from filelock import FileLock, Timeout
 from transformers import AutoConfig, PrinterCallback, TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
@@ -42,7 +40,7 @@ from lmm_qa.model.levels import LevelReading, read_levels
 from lmm_qa.model.loading import choose_dtype, load_processor
 from lmm_qa.model.rater_config import EMBEDDED_NAME, FILE_NAME, RaterConfig
 from lmm_qa.model.rater_plan import plan_rater
-from lmm_qa.model.source import weights_fingerprint
+from lmm_qa.model.source import backbone_location, weights_fingerprint
 from lmm_qa.training.adapters import trainable_model
 from lmm_qa.training.collate import (
     TOO_LONG_ADVICE,
@@ -55,6 +53,7 @@ from lmm_qa.training.collate import (
 from lmm_qa.training.config import AuxiliaryConfig, TrainingConfig
 from lmm_qa.training.dataset import CheckedClip, DatasetCheck, Splits, check, load
 from lmm_qa.training.export import model_card
+from lmm_qa.training.processes import gather_prepared, start_processes
 from lmm_qa.training.trainer import BEST_METRIC, GracefulStop, Log, MetricsLogger, RatingTrainer, write_text
 from lmm_qa.training.vision_cache import VisionCache
 
@@ -100,7 +99,7 @@ def train(config: TrainingConfig, log: Log = print) -> TrainingResult:
         ModelError: the backbone cannot be loaded, or does not fit the prompt.
         TrainingError: clips are missing or too long, or the loss is not finite.
     """
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=12))
+    state = start_processes()
     run = TrainingRun.prepare(config, log if state.is_main_process else lambda _: None, state)
     with run_directory_lock(run.output_dir, state):
         if state.is_main_process:
@@ -227,7 +226,7 @@ class TrainingRun:
         share = cache.missing(needed[self.state.process_index :: self.state.num_processes])
         progress = _Progress(f"vision features, cached in {folder}", self.log)
         cache.fill(share, backbone, self.config.training.num_workers, progress)
-        self.state.wait_for_everyone()
+        gather_prepared([], self.state)
         return cache
 
     def build_trainer(self, model: Any, backbone: Backbone, vision_cache: VisionCache | None) -> RatingTrainer:
@@ -329,11 +328,11 @@ class TrainingRun:
         folder, config, record = self.output_dir, self.config, {**self.record, "metrics": metrics}
         summary = {name: record[name] for name in ("clips", "groups", "data", "versions", "metrics")}
         base = Path(str(self.settings.backbone))
-        where: dict[str, Any] = {"backbone": None, "revision": None}
+        where: dict[str, Any] = {"backbone": None, "backbone_relative": None, "revision": None}
         if config.tuning.method == "lora":
             name = EMBEDDED_NAME if config.model.backbone == EMBEDDED_NAME else self.settings.backbone
             weights = weights_fingerprint(base) if base.is_dir() else None
-            where = {"backbone": name, "backbone_weights": weights}
+            where = {**backbone_location(str(name), folder), "backbone_weights": weights}
         rater = self.settings.model_copy(update={"training": summary, **where})
         write_text(folder / FILE_NAME, rater.model_dump_json(indent=2))
         calibration = self._calibrate(calibrating) if calibrating else None
@@ -365,13 +364,18 @@ class TrainingRun:
 
 
 def _check_arguments(config: TrainingConfig) -> None:
-    """Refuse further `TrainingArguments` and loggers that cannot be used."""
+    """Refuse further `TrainingArguments`, loggers and launchers that cannot be used."""
     training = config.training
     given, known = training.arguments.keys(), {field.name for field in fields(TrainingArguments)}
     if wrong := sorted(given & RESERVED_ARGUMENTS | given - known):
         raise ConfigError(
             f"training.arguments: {', '.join(wrong)} cannot be set: not one of TrainingArguments, or set by a key of "
             "its own"
+        )
+    if config.model.quantization and (training.arguments.get("fsdp") or parse_flag_from_env("ACCELERATE_USE_FSDP")):
+        raise ConfigError(
+            f"FSDP cannot shard weights in {config.model.quantization} (model.quantization): leave the key out, or "
+            "give each GPU the whole model with configs/accelerate/one_machine.yaml"
         )
     available: Any = get_available_reporting_integrations
     if missing := set(training.report_to) - set(available()):
@@ -399,7 +403,7 @@ def _check_clips(
         workers=training.num_workers,
         progress=_Progress("checking clips", log),
     )
-    known = dict(gather_object(list(zip(share, checked.outcomes, strict=True))))
+    known = dict(gather_prepared(list(zip(share, checked.outcomes, strict=True)), state))
     parts = {"train": splits.train, "validation": splits.validation, "calibration": splits.calibration}
     checks = {name: DatasetCheck(part, tuple(known[example] for example in part), 0) for name, part in parts.items()}
     failed = [checked for checked in checks.values() if checked.failed]

@@ -99,7 +99,11 @@ def test_choices_state_their_reason() -> None:
 
 @pytest.mark.parametrize(
     ("capability", "dtype", "attention"),
-    [((7, 5), "float16", "sdpa"), ((8, 0), "bfloat16", "flash_attention_2"), ((12, 0), "bfloat16", "flash_attention_2")],
+    [
+        ((7, 5), "float16", "sdpa"),
+        ((8, 0), "bfloat16", "flash_attention_2"),
+        ((12, 0), "bfloat16", "flash_attention_2"),
+    ],
 )
 def test_flash_attention_and_bfloat16_need_an_ampere_gpu(
     capability: tuple[int, int], dtype: str, attention: str, monkeypatch: pytest.MonkeyPatch

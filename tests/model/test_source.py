@@ -16,7 +16,7 @@ from lmm_qa.config import Sampling, View
 from lmm_qa.errors import ConfigError, ModelError, UsageError
 from lmm_qa.model.prompt import load_prompt
 from lmm_qa.model.rater_config import CALIBRATION_NAME, FILE_NAME, RaterConfig
-from lmm_qa.model.source import compute_rater_id, resolve_model, weights_fingerprint
+from lmm_qa.model.source import backbone_location, compute_rater_id, resolve_model, weights_fingerprint
 
 
 def write_model(folder: Path, seed: int = 0) -> Path:
@@ -81,6 +81,53 @@ def test_a_rater_directory_can_be_moved_with_its_base(tmp_path: Path) -> None:
     moved = resolve_model(tmp_path / "there" / "adapter")
     assert moved.backbone == str(tmp_path / "there" / "base")
     assert moved.settings.views == (View(kind="crop"),)
+
+
+def test_a_rater_and_its_backbone_are_found_from_anywhere_and_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model and the run were named by relative paths."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write_model(Path("models/base"))
+    backbone = resolve_model("models/base").backbone
+    assert backbone == str(tmp_path / "here" / "models" / "base")
+    adapter = write_adapter(Path("runs/one"), backbone)
+    stored = backbone_location("models/base", Path("runs/one"))
+    assert stored == {"backbone": backbone, "backbone_relative": "../../models/base"}
+    write_rater(adapter, **stored)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    first = resolve_model("../here/runs/one")
+    assert first.backbone == backbone
+    fingerprint = first.fingerprint
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    moved = resolve_model("../there/runs/one")
+    assert moved.backbone == str(tmp_path / "there" / "models" / "base")
+    assert moved.fingerprint == fingerprint
+    shutil.move(tmp_path / "there" / "runs", tmp_path / "alone")
+    with pytest.raises(ModelError) as caught:
+        resolve_model(tmp_path / "alone" / "one")
+    for place in (tmp_path / "models" / "base", tmp_path / "here" / "models" / "base"):
+        assert str(place) in str(caught.value)
+    assert backbone_location("some/base", tmp_path) == {"backbone": "some/base", "backbone_relative": None}
+    assert backbone_location("embedded", tmp_path) == {"backbone": "embedded", "backbone_relative": None}
+
+
+def test_a_backbone_named_from_another_working_directory(
+    tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier versions stored the path as it was typed, which looks like a hub id."""
+    monkeypatch.chdir(tmp_path)
+    write_model(Path("models/base"))
+    adapter = write_adapter(tmp_path / "adapter", "models/base")
+    write_rater(adapter, backbone="models/base")
+    assert resolve_model(adapter).backbone == str(tmp_path / "models" / "base")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    places = " or ".join(str(place / "models" / "base") for place in (adapter, tmp_path / "elsewhere"))
+    with pytest.raises(ModelError, match=f"the backbone of .*adapter is not .* There is no directory {places}"):
+        resolve_model(adapter)
 
 
 @pytest.mark.parametrize("name", ["./gone", "/gone/model", "~/gone", "a/b/c"])
