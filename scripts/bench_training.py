@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from bench_rating import now, random_rater
 from corpus import SAMPLES
 
@@ -91,7 +92,7 @@ def stepper(model: Any, config: TrainingConfig, backbone: Backbone) -> Callable[
 
     def step(batch: Batch) -> float:
         for part in (batch["inputs"], batch["vision_features"]):
-            part |= {name: value.to(backbone.device, non_blocking=True) for name, value in part.items()}
+            part |= send_to_device(part, backbone.device, non_blocking=True)
         with autocast:
             logits = level_logits(model, batch, tokens)
         labels = (torch.tensor(batch[name], device=backbone.device) for name in ("mos", "std"))

@@ -115,11 +115,12 @@ class Batch(TypedDict):
     """B samples."""
 
     names: list[str]
-    inputs: Tensors
+    inputs: dict[str, Any]
+    """Tensors, and `second_per_grid_ts` of Qwen2.5-VL as a list."""
     vision_features: Tensors
     mos: list[float]
     std: list[float]
-    """Lists, because DeepSpeed casts every floating-point tensor of a batch to half precision."""
+    """Lists, because FSDP2 and DeepSpeed cast every floating-point tensor of a batch to half precision."""
     auxiliary: AuxiliaryBatch | None
     """None if no clip has auxiliary examples."""
 
@@ -332,12 +333,13 @@ class RatingCollator:
         inputs = collate_inputs(self.processor, [row["inputs"] for row in rows])
         if any_auxiliary:
             inputs, auxiliary = (_shared_rows if self.share_prefix else _separate_rows)(inputs, samples)
+        times = inputs.pop("second_per_grid_ts", None)
         features: Tensors = {}
         for name in samples[0]["vision_features"]:
             features[name] = torch.cat([row["vision_features"][name] for row in rows], dim=-2)
         return Batch(
             names=[sample["name"] for sample in samples],
-            inputs=inputs,
+            inputs=inputs if times is None else {**inputs, "second_per_grid_ts": times.tolist()},
             vision_features=features,
             mos=[sample["mos"] for sample in samples],
             std=[sample["std"] for sample in samples],

@@ -104,7 +104,7 @@ def preview(config: TrainingConfig) -> str:
             f"disk        about {_gigabytes(disk)} of vision features in {folder}, where {_gigabytes(free)} are free"
         )
     batch = first_batch(config, settings, processor, present, Backbone(model, processor, {}).can_share_prefill)
-    shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch["inputs"].items())
+    shapes = ", ".join(f"{name} {tuple(torch.as_tensor(value).shape)}" for name, value in batch["inputs"].items())
     mos = ", ".join(f"{value:.2f}" for value in batch["mos"])
     lines.append(f"first batch {', '.join(batch['names'])}\n            MOS {mos}\n            {shapes}")
     return "\n".join(lines)

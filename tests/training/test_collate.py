@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed.utils import _apply_to_tensors
 
 from lmm_qa.config import Sampling, View
 from lmm_qa.defects.explanation import Finding, explanation_prompt, mentioned_defects, opening
@@ -27,6 +28,7 @@ from lmm_qa.model.inputs import (
     collate_inputs,
     patch_factor,
     prepare_inputs,
+    question_tokens,
     remove_question,
     vision_features,
 )
@@ -39,6 +41,7 @@ from lmm_qa.training.collate import (
     LabelledClip,
     RatingCollator,
     RatingDataset,
+    Sample,
     explanation_target,
     random_explanation,
     sample_defect_questions,
@@ -344,3 +347,23 @@ def test_a_clip_with_too_many_auxiliary_tokens_is_refused(described: RatingDatas
     described[0, 1]
     with pytest.raises(TrainingError, match=r"takes \d+ tokens, the model's context is"):
         described[0, 0]
+
+
+def test_times_of_frames_are_not_rounded_by_mixed_precision(family_dir: Callable[[str], Path]) -> None:
+    """FSDP2 and DeepSpeed cast all floating-point tensors of a batch; the positions of Qwen2.5-VL depend on times."""
+    backbone = Backbone.load(str(family_dir("qwen2_5_vl")), device="cpu")
+    processor = backbone.processor
+    pixels = replace(clip(0, 28, (2,)), duration=12.999)
+    inputs = dict(prepare_inputs(processor, [pixels], PROMPT))
+    prefix_length = inputs["input_ids"].shape[1] - len(question_tokens(processor, PROMPT, 1, SLOTS))
+    sample = Sample(name="a", inputs=inputs, prefix_length=prefix_length, vision_features={}, mos=3.0, std=math.nan,
+                    auxiliary=[])  # fmt: skip
+    batch = RatingCollator(processor)([sample, sample])
+    half = _apply_to_tensors(
+        lambda tensor: tensor.bfloat16() if tensor.is_floating_point() else tensor, batch["inputs"]
+    )
+    assert half["pixel_values_videos"].dtype == torch.bfloat16
+    expected = compat.position_ids(backbone.model, inputs)
+    assert torch.equal(compat.position_ids(backbone.model, half), expected.repeat(1, 2, 1))
+    rounded = inputs | {"second_per_grid_ts": inputs["second_per_grid_ts"].bfloat16()}
+    assert not torch.equal(compat.position_ids(backbone.model, rounded), expected), "the times matter"

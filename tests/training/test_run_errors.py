@@ -142,6 +142,20 @@ def test_a_missing_logger_is_refused_before_any_work(make_config: MakeConfig) ->
     assert not make_config().training.output_dir.exists()
 
 
+@pytest.mark.parametrize("by", ["launcher", "argument"])
+def test_fsdp_with_quantized_weights_is_refused(
+    make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    config = make_config(model__quantization="4bit")
+    if by == "launcher":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    else:
+        config = with_training(config, arguments={"fsdp": "full_shard"})
+    with pytest.raises(ConfigError, match=r"FSDP cannot shard weights in 4bit \(model\.quantization\)"):
+        train(config, quiet)
+    assert not config.training.output_dir.exists()
+
+
 def test_clips_longer_than_the_context_are_refused(make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_module, "context_length", lambda *_: 20)
     with pytest.raises(TrainingError, match=r"a clip takes \d+ tokens, the model's context is 20: use fewer frames"):
