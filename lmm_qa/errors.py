@@ -10,6 +10,7 @@
     |-- TrainingError         a training run cannot start or continue: unreadable clips, a loss that is not finite, ...
     |-- ResultsError          ratings cannot be written or read back
     |-- RankLost              another process of a distributed run has died or cannot be reached
+    |-- ServerLost            a served model does not answer any more
     |-- ScoresError           scores cannot be evaluated, calibrated or submitted: too few, constant, missing, ...
     `-- ClipError             one clip cannot be rated; becomes that clip's error row, never ends a run
         |-- ClipNotFound      the file does not exist
@@ -17,6 +18,7 @@
         |-- ClipTruncated     the stream ends early: the message says how many of how many frames were read
         |-- ClipTimeout       decoding took longer than the time limit
         |-- DecoderCrashed    the decoding process died (a segmentation fault, out of memory)
+        |-- ServerError       a served model cannot rate the clip; the message has the server's answer
         `-- InternalError     a bug in lmm_qa showed while the clip was read; the message asks for a report
 
 Messages say what is wrong, where, the value received, and what to do.
@@ -71,6 +73,10 @@ class RankLost(LmmQaError):
     """Another process of a distributed run has died or cannot be reached."""
 
 
+class ServerLost(LmmQaError):
+    """A served model does not answer any more."""
+
+
 class ScoresError(LmmQaError):
     """Scores cannot be evaluated, calibrated or submitted."""
 
@@ -97,6 +103,10 @@ class ClipTimeout(ClipError):
 
 class DecoderCrashed(ClipError):
     """The decoding process died."""
+
+
+class ServerError(ClipError):
+    """A served model cannot rate the clip."""
 
 
 class InternalError(ClipError):

@@ -34,10 +34,8 @@ from lmm_qa.defects.features import FeatureExtractor
 from lmm_qa.defects.profile import AnswerSource, Profile
 from lmm_qa.errors import ClipError, UsageError
 from lmm_qa.manifest import Clip, content_id
-from lmm_qa.model.backbone import Backbone
 from lmm_qa.model.inputs import ClipInput, patch_factor
 from lmm_qa.model.levels import LevelReading, read_levels
-from lmm_qa.model.prefill import SharedPrefill
 from lmm_qa.model.rater_plan import RaterOptions, RaterPlan, plan_rater
 from lmm_qa.ratings.rows import STEP, WINDOW, CalibrationUse, Details, Failure, Rating, Timeline, read_timeline
 from lmm_qa.video.decode import Frames, Windows, read_frames, read_windows
@@ -45,14 +43,11 @@ from lmm_qa.video.decoder_pool import DecoderPool
 from lmm_qa.video.frame_array import FrameArray, read_batch
 
 if TYPE_CHECKING:
+    from lmm_qa.model.backbone import Backbone
+    from lmm_qa.model.served import ServedBackbone
     from lmm_qa.video.frame_array import FramesInMemory
 
 SCORE_ONLY = Details()
-
-GPU_BATCH_SIZE = 64
-
-CPU_THREADS = 4
-"""Maximum number of clips that a CPU rates in parallel, each in one thread with its share of the cores."""
 
 WINDOWS_PER_PREFILL = 8
 """Number of windows of a timeline in one prefill."""
@@ -73,7 +68,7 @@ class DecodedClip:
 class Rater:
     """A loaded model with its prompt, scale, sampling and calibration. Make one with `Rater.from_pretrained`."""
 
-    def __init__(self, backbone: Backbone, plan: RaterPlan) -> None:
+    def __init__(self, backbone: Backbone | ServedBackbone, plan: RaterPlan) -> None:
         """
         Raises:
             LevelTokenError: a level word is not a single token for this model.
@@ -146,6 +141,7 @@ class Rater:
         Raises:
             UsageError: shape, dtype, values or fps differ from that; the message says what was received.
             ModelError: the model returns numbers that are not finite.
+            ServerError, ServerLost: a served model cannot rate a clip, or does not answer any more.
         """
         clips, batched = read_batch(frames, fps)
         ratings = self._rate_arrays(clips, details)
@@ -172,7 +168,12 @@ class Rater:
         clips = (self._sampled_clip(array, name, details) for array, name in zip(arrays, names, strict=True))
         if len(arrays) == 1:
             return self._rate_batch(list(clips), details)
-        return [rating for rating in self._rate_decoded(clips, details) if isinstance(rating, Rating)]
+        ratings = []
+        for result in self._rate_decoded(clips, details):
+            if isinstance(result, Failure):
+                raise result.error
+            ratings.append(result)
+        return ratings
 
     def _sampled_clip(self, array: FrameArray, name: str, details: Details) -> DecodedClip:
         how = (self.settings.sampling, self.settings.views, self.factor)
@@ -208,6 +209,7 @@ class Rater:
         Raises:
             UsageError: batch_size, workers or timeout is not positive.
             ModelError: the model returns numbers that are not finite.
+            ServerLost: a served model does not answer any more.
         """
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"batch_size must be positive, received {batch_size}")
@@ -219,7 +221,7 @@ class Rater:
     ) -> Iterator[Rating | Failure]:
         """Rate decoded clips in batches, while the next ones are decoded; one result per clip, in order."""
         if batch_size is None:
-            batch_size = 1 if self.backbone.device.type == "cpu" else GPU_BATCH_SIZE
+            batch_size = self.backbone.batch_size
         with self._thread_pool(details) as (threads, parallel):
             pending: deque[Future[list[Rating | Failure]]] = deque()
             for batch in _batches(clips, batch_size):
@@ -259,24 +261,31 @@ class Rater:
 
     @contextmanager
     def _thread_pool(self, details: Details) -> Iterator[tuple[ThreadPoolExecutor, int]]:
-        """Threads that rate batches, and their number.
+        """Threads that rate batches, and their number; see `Backbone.parallel_batches`.
 
-        On a CPU, several threads that each run a whole model on a share of the cores are faster than one model whose
-        layers use all cores, because they never wait for each other. A GPU runs one batch at a time. So does a model
-        whose adapter is disabled for the answers, because that affects all threads.
+        A model whose adapter is disabled for the answers rates one batch at a time, because that affects all threads.
         """
         cores = torch.get_num_threads()
-        one_at_a_time = self.backbone.device.type != "cpu" or details.answers_from == "base"
-        parallel = 1 if one_at_a_time else min(CPU_THREADS, cores)
+        parallel = 1 if details.answers_from == "base" else self.backbone.parallel_batches
+        share = max(1, cores // parallel)
         try:
-            with ThreadPoolExecutor(parallel, initializer=torch.set_num_threads, initargs=(cores // parallel,)) as pool:
+            with ThreadPoolExecutor(parallel, initializer=torch.set_num_threads, initargs=(share,)) as pool:
                 yield pool, parallel
         finally:
             torch.set_num_threads(cores)
 
     def _rate_or_fail(self, batch: Sequence[DecodedClip | Failure], details: Details) -> list[Rating | Failure]:
-        ratings = iter(self._rate_batch([clip for clip in batch if isinstance(clip, DecodedClip)], details))
-        return [next(ratings) if isinstance(clip, DecodedClip) else clip for clip in batch]
+        decoded = [clip for clip in batch if isinstance(clip, DecodedClip)]
+        results: Iterator[Rating | Failure]
+        try:
+            results = iter(self._rate_batch(decoded, details))
+        except ClipError as error:
+            if len(decoded) > 1:  # only one of them may be at fault
+                return [result for clip in batch for result in self._rate_or_fail([clip], details)]
+            results = (
+                Failure(clip.clip.name, clip.content_id, error, self.source.name, self.rater_id) for clip in decoded
+            )
+        return [next(results) if isinstance(clip, DecodedClip) else clip for clip in batch]
 
     def _rate_batch(self, clips: Sequence[DecodedClip], details: Details) -> list[Rating]:
         """Rate decoded clips with one prefill per clip (more with a timeline)."""
@@ -325,7 +334,7 @@ class Rater:
         base = details.answers_from == "base" and self.source.adapter is not None
         readings = self._read_levels(inputs) if base else None
         with self.backbone.without_adapter() if base else nullcontext():
-            prefill = SharedPrefill(self.backbone, inputs, prompt)
+            prefill = self.backbone.share_prefill(inputs, prompt)
             calibration = UNCALIBRATED if base else self.defect_calibration
             profiles, logits = ask_profiles(prefill, prompt, calibration, [clip.frames for clip in clips])
             readings = readings or [read_levels(each.logits, each.log_normalizer, scale) for each in logits]

@@ -128,10 +128,8 @@ def _is_rated(writer: RatingsWriter, clip: Clip) -> bool:
 def _describe(rater: Rater) -> None:
     """Report what was chosen at run time, and why."""
     choices = ", ".join(f"{name} {choice}" for name, choice in rater.backbone.choices.items())
-    model = rater.backbone.model.get_base_model() if rater.source.adapter else rater.backbone.model
-    adapter = " + adapter" if rater.source.adapter else ""
     calibration = f"; calibrated ({rater.calibration.mapping.kind})" if rater.calibration else ""
-    message(f"model {rater.source.name} ({type(model).__name__}{adapter}); {choices}{calibration}")
+    message(f"model {rater.source.name} ({rater.backbone.description}); {choices}{calibration}")
 
 
 def _warn_about_answers(rows: Sequence[Row]) -> None:

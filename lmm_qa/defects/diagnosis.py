@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,11 +20,14 @@ from lmm_qa.defects.explanation import explain, explanation_prompt, opening
 from lmm_qa.defects.profile import AnswerSource, Profile, read_profile
 from lmm_qa.defects.questions import questions
 from lmm_qa.model.levels import LevelLogits
-from lmm_qa.model.prefill import SharedPrefill
 from lmm_qa.model.prompt import Prompt
 from lmm_qa.model.rater_config import ExplanationCheck
 from lmm_qa.model.source import ModelSource
 from lmm_qa.video.decode import Frames
+
+if TYPE_CHECKING:
+    from lmm_qa.model.prefill import SharedPrefill
+    from lmm_qa.model.served import ServedClips
 
 MAX_TOKENS = 96
 """Length limit of an explanation: about three clauses and a positive remark in the embedded model's vocabulary."""
@@ -42,7 +46,10 @@ class Explanation:
 
 
 def ask_profiles(
-    prefill: SharedPrefill, prompt: Prompt, calibration: DefectCalibration, frames: Sequence[Frames]
+    prefill: SharedPrefill | ServedClips,
+    prompt: Prompt,
+    calibration: DefectCalibration,
+    frames: Sequence[Frames],
 ) -> tuple[list[Profile], list[LevelLogits]]:
     """Ask all closed questions and the rating prompt about each clip.
 
@@ -77,7 +84,7 @@ def _yes_log_odds(answer: LevelLogits) -> tuple[float, float]:
 
 
 def write_explanations(
-    prefill: SharedPrefill,
+    prefill: SharedPrefill | ServedClips,
     prompt: Prompt,
     levels: Sequence[str],
     profiles: Sequence[Profile],

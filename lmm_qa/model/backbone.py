@@ -6,12 +6,12 @@ grid (Qwen-VL) keep their own sizes and can share a prefill between questions (`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import Any, Unpack
 
 import torch
 from torch.nn import functional
@@ -22,9 +22,13 @@ from lmm_qa.model.inputs import ClipInput, append_tokens, level_tokens, patch_fa
 from lmm_qa.model.levels import LevelLogits
 from lmm_qa.model.loading import Choice, LoadOptions, load_model
 from lmm_qa.model.onednn import OneDNNLinear
+from lmm_qa.model.prefill import SharedPrefill, in_clip_order
 from lmm_qa.model.prompt import Frames, Prompt
 
-T = TypeVar("T")
+GPU_BATCH_SIZE = 64
+
+CPU_THREADS = 4
+"""Maximum number of clips that a CPU rates in parallel, each in one thread with its share of the cores."""
 
 MAX_BATCH_TOKENS = 16_384
 """Tokens in one batch on a GPU, padding included: 24 clips of the embedded model, or 12 of 1,319 tokens. A longer clip
@@ -64,6 +68,27 @@ class Backbone:
     def device(self) -> torch.device:
         """Device of the inputs."""
         return torch.device(self.model.device)
+
+    @property
+    def description(self) -> str:
+        """Class of the model, and whether it has an adapter."""
+        has_adapter = hasattr(self.model, "get_base_model")
+        model = self.model.get_base_model() if has_adapter else self.model
+        return f"{type(model).__name__}{' + adapter' if has_adapter else ''}"
+
+    @property
+    def batch_size(self) -> int:
+        """Default number of clips to hand over at a time."""
+        return 1 if self.device.type == "cpu" else GPU_BATCH_SIZE
+
+    @property
+    def parallel_batches(self) -> int:
+        """Number of threads that should hand over clips at the same time.
+
+        On a CPU, several threads that each run a whole model on a share of the cores are faster than one model whose
+        layers use all cores, because they never wait for each other. A GPU runs one batch at a time.
+        """
+        return min(CPU_THREADS, torch.get_num_threads()) if self.device.type == "cpu" else 1
 
     def level_tokens(self, prompt: Prompt, videos: int) -> tuple[int, ...]:
         """Token ids of the prompt's level words, worst first; see `lmm_qa.model.inputs.level_tokens`."""
@@ -162,6 +187,10 @@ class Backbone:
         disabled: AbstractContextManager[None] = getattr(self.model, "disable_adapter", nullcontext)()
         return disabled
 
+    def share_prefill(self, clips: Sequence[ClipInput], prompt: Prompt) -> SharedPrefill:
+        """Process clips once for several questions; `prompt` has what the questions share, see `SharedPrefill`."""
+        return SharedPrefill(self, clips, prompt)
+
     @property
     def can_share_prefill(self) -> bool:
         """Whether several questions can continue the KV cache of one video: the family has a patch grid, and its cache
@@ -255,9 +284,3 @@ def _pad_left(
     ]
     offsets, ids = torch.tensor(rows, device=device).unbind(-1)
     return ids, offsets
-
-
-def in_clip_order(batches: Iterable[tuple[Sequence[int], Iterable[T]]]) -> list[T]:
-    """Flatten the results of batches, each with the indices of its clips, into the order of the clips."""
-    results = {index: result for indices, batch in batches for index, result in zip(indices, batch, strict=True)}
-    return [results[index] for index in range(len(results))]

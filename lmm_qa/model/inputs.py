@@ -71,24 +71,24 @@ def prompt_text(processor: Any, prompt: Prompt, views: int, slots: dict[str, flo
 def prepare_inputs(processor: Any, clips: Sequence[ClipInput], prompt: Prompt) -> Any:
     """Model inputs of a batch, padded on the left, as a transformers `BatchFeature` on the CPU.
 
-    Frames are not sampled again and, on a patch grid, not resized: the model sees the views as they are.
+    Frames are not sampled again and, on a patch grid, not resized: the model sees the views as they are. Without a
+    patch grid the processor resizes each frame to one fixed size.
     """
     texts = [prompt_text(processor, prompt, len(clip.views), clip.slots, len(clip.seconds)) for clip in clips]
     views = [[torch.from_numpy(view).permute(0, 3, 1, 2) for view in clip.views] for clip in clips]
     kwargs: dict[str, Any] = {"text": texts, "padding": True, "return_tensors": "pt"}
-    if patch_factor(processor) is not None:
-        kwargs |= compat.no_resize_kwargs(processor, prompt.frames)
+    kwargs |= compat.frame_kwargs(processor, prompt.frames, resize=patch_factor(processor) is None)
     if prompt.frames == "images":
         return processor(images=[[frame for view in clip for frame in view] for clip in views], **kwargs)
     return processor(
         videos=[view for clip in views for view in clip],
-        video_metadata=[_metadata(clip, view) for clip in clips for view in clip.views],
+        video_metadata=[video_metadata(clip, view) for clip in clips for view in clip.views],
         do_sample_frames=False,
         **kwargs,
     )
 
 
-def _metadata(clip: ClipInput, view: Pixels) -> VideoMetadata:
+def video_metadata(clip: ClipInput, view: Pixels) -> VideoMetadata:
     """Frame times, for processors that write them into the prompt (Qwen3-VL) or the positions (Qwen2.5-VL)."""
     from transformers.video_utils import VideoMetadata
 

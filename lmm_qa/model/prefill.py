@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from lmm_qa.errors import ConfigError
-from lmm_qa.model.backbone import Backbone, CachedPrefix, in_clip_order
 from lmm_qa.model.inputs import ClipInput, decode_continuation, prepare_inputs, question_tokens, remove_question
 from lmm_qa.model.levels import LevelLogits
 from lmm_qa.model.prompt import Prompt
+
+if TYPE_CHECKING:
+    from lmm_qa.model.backbone import Backbone, CachedPrefix
+
+T = TypeVar("T")
 
 ANY_PROMPT = Prompt(question="?", stem="?")
 
@@ -129,3 +133,9 @@ class SharedPrefill:
                         f"the question {prompt.question!r} has {option} {value!r}, but this prefill was made with "
                         f"{self.before_question[option]!r}: make another one for it"
                     )
+
+
+def in_clip_order(batches: Iterable[tuple[Sequence[int], Iterable[T]]]) -> list[T]:
+    """Flatten the results of batches, each with the indices of its clips, into the order of the clips."""
+    results = {index: result for indices, batch in batches for index, result in zip(indices, batch, strict=True)}
+    return [results[index] for index in range(len(results))]
