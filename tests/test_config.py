@@ -49,7 +49,7 @@ def test_view_from_text() -> None:
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("uniform", "'uniform' is not of the form uniform:8, pairs:12 or fps:2"),
+        ("uniform", "'uniform' is not of the form uniform:8, linspace:8, pairs:12 or fps:2"),
         ("uniform:8:9", "'uniform:8:9' is not of the form"),
         ("", "'' is not of the form"),
         ("random:8", "strategy: Input should be 'uniform', 'fps' or 'pairs' (received 'random')"),
@@ -72,7 +72,7 @@ def test_invalid_sampling_is_refused_and_quoted(text: str, complaint: str) -> No
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("whole", "is not of the form whole:448, crop:336 or face:224"),
+        ("whole", "is not of the form whole:448, fit:448, crop:336 or face:224"),
         ("part:448", "is not of the form"),
         ("whole:-448", "is not of the form"),
         ("whole:10", "max_pixels: Input should be greater than or equal to 784 (received 100)"),

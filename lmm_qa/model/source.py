@@ -4,6 +4,7 @@ None, "embedded"                     the rater that ships with the package
 a directory                          rater.json with or without an adapter; a PEFT adapter; a transformers model
 an id on the Hugging Face hub        of any of these
 a name in `configs/raters/`          a published rater: its weights on the hub, and how they are to be asked
+the address of a server              one of its models: see `lmm_qa.model.served`
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lmm_qa.errors import ModelError, UsageError
 from lmm_qa.model.hub import HubModel, find_model
@@ -22,8 +24,16 @@ from lmm_qa.model.presets import find_preset
 from lmm_qa.model.rater_config import CALIBRATION_NAME, DEFECTS_NAME, EMBEDDED_NAME, FILE_NAME, RaterConfig
 from lmm_qa.model.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_files, is_identity
 
+if TYPE_CHECKING:
+    from lmm_qa.model.served import ServedModel
+
 EMBEDDED = Path(__file__).parent / "embedded" / "adapter"
 """The rater that ships with the package."""
+
+EMBEDDED_NOTE = (
+    "the embedded rater scores damage to the signal (blur, compression, noise, stalls), not what people think of a "
+    "generated head: lmm-qa raters lists models tuned on human scores"
+)
 
 CHUNK_BYTES = 1 << 16
 
@@ -51,26 +61,34 @@ class ModelSource:
     """PEFT adapter directory."""
     settings: RaterConfig
     note: str | None
-    """Message for the user if defaults were assumed."""
+    """Message for the user: what was assumed, or what the rater is not made for."""
     calibration: Path | None = None
     """calibration.json, if the rater has one."""
     defects: Path | None = None
     """defects.json, if the rater has one: see `lmm_qa.defects.calibration.DefectCalibration`."""
+    served: ServedModel | None = None
+    """The model on a server that answers; `backbone` is then only where its processor is."""
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
-        """Identity of the weights: a hash of their content if they are local, else hub id and commit."""
+        """Identity of the weights: a hash of their content if they are local, else hub id and commit.
+
+        Of a served model it is what the server says of it.
+        """
+        if self.served:
+            return {"backbone": self.served.identity, "adapter": ""}
         local = Path(self.backbone)
         base = weights_fingerprint(local) if local.is_dir() else f"{self.backbone}@{self.revision}"
         return {"backbone": base, "adapter": weights_fingerprint(self.adapter) if self.adapter else ""}
 
 
-def resolve_model(model: str | Path | None = None, revision: str | None = None) -> ModelSource:
+def resolve_model(model: str | Path | None = None, revision: str | None = None, weights: bool = True) -> ModelSource:
     """Find the files and settings of a rater. Fetches small files from the hub, but no weights other than adapters.
 
     Args:
         model: see the module's docstring.
         revision: branch, tag or commit of a hub id.
+        weights: whether a directory must contain weights.
 
     Raises:
         UsageError: `model` is a path without a directory, or a directory with a revision.
@@ -82,7 +100,9 @@ def resolve_model(model: str | Path | None = None, revision: str | None = None) 
     if path.is_dir() or embedded:
         if revision:
             raise UsageError(f"only a model on the hub has revisions; {path} is a directory (received {revision!r})")
-        return _from_directory(path, EMBEDDED_NAME if embedded else str(model))
+        if embedded:
+            return replace(_from_directory(path, EMBEDDED_NAME), note=EMBEDDED_NOTE)
+        return _from_directory(path, str(model), weights)
     if found := find_preset(str(model)):
         name, preset = found
         hub = find_model(preset.model, revision or preset.revision)
@@ -118,7 +138,7 @@ def _from_hub(model: HubModel) -> ModelSource:
     )
 
 
-def _from_directory(folder: Path, name: str) -> ModelSource:
+def _from_directory(folder: Path, name: str, weights: bool = True) -> ModelSource:
     check_files(folder)
     adapter = folder if (folder / ADAPTER_CONFIG).is_file() else None
     is_rater = (folder / FILE_NAME).is_file()
@@ -135,7 +155,8 @@ def _from_directory(folder: Path, name: str) -> ModelSource:
             f"(found: {found})"
         )
     backbone, revision = settings.backbone, settings.revision
-    if is_rater and adapter is None and (backbone or not any(folder.glob("*.safetensors"))):
+    is_complete = not weights or any(folder.glob("*.safetensors"))
+    if is_rater and adapter is None and (backbone or not is_complete):
         raise _no_adapter(str(folder), backbone)
     if backbone is None and adapter:
         backbone, revision = read_adapter_base(adapter)

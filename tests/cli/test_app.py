@@ -447,8 +447,8 @@ def test_the_environment(command: Command) -> None:
     ("arguments", "complaint"),
     [
         (["clips", "--sampling", "some:8"], "sampling 'some:8' cannot be used"),
-        (["clips", "--sampling", "8"], "sampling '8' is not of the form uniform:8, pairs:12 or fps:2"),
-        (["clips", "--view", "whole"], "view 'whole' is not of the form whole:448, crop:336 or face:224"),
+        (["clips", "--sampling", "8"], "sampling '8' is not of the form uniform:8, linspace:8, pairs:12 or fps:2"),
+        (["clips", "--view", "whole"], "view 'whole' is not of the form whole:448, fit:448, crop:336 or face:224"),
         (["clips", "--prompt", "shout"], "no prompt 'shout'; give one of "),
         (["clips", "--scale", "5", "1"], "low must be below high, received [5.0, 1.0]"),
         (["clips", "-o", "ratings.xlsx"], ".xlsx"),
