@@ -56,13 +56,16 @@ def check_chat_template(processor: Any, model: str) -> None:
     Raises:
         ModelError: it exceeds a limit, or cannot be rendered.
     """
-    template = processor.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
+    template = _template(processor)
     if template == _known_template():
         return
-    tokens = getattr(processor.tokenizer, "special_tokens_map", {})
-    arguments = {"conversations": [MESSAGES], "chat_template": template, "add_generation_prompt": True, **tokens}
+    arguments = {
+        "conversations": [MESSAGES],
+        "chat_template": template,
+        "add_generation_prompt": True,
+        **getattr(processor.tokenizer, "special_tokens_map", {}),
+        **_no_thinking(processor),
+    }
     try:
         done = subprocess.run(
             [sys.executable, "-c", RENDER, *map(str, (CPU_SECONDS, MEMORY, MAX_CHARACTERS))],
@@ -81,18 +84,32 @@ def check_chat_template(processor: Any, model: str) -> None:
 
 
 def render_chat(processor: Any, messages: list[dict[str, Any]]) -> str:
-    """The chat up to the beginning of the assistant's turn.
+    """The chat up to the beginning of the assistant's answer, which is after its thoughts for a model that thinks.
 
     Raises:
         ModelError: the template fails, or its text is too long.
     """
+    options = {"tokenize": False, "add_generation_prompt": True, **_no_thinking(processor)}
     try:
-        text = str(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        text = str(processor.apply_chat_template(messages, **options))
     except Exception as error:  # whatever a template raises
         raise ModelError(f"the chat template of the model cannot be rendered: {first_line(error)}") from error
     if len(text) > MAX_CHARACTERS:
         raise ModelError(f"the chat template of the model gives {len(text):,} characters, more than {MAX_CHARACTERS:,}")
     return text
+
+
+def _template(processor: Any) -> str | None:
+    template = processor.chat_template
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def _no_thinking(processor: Any) -> dict[str, bool]:
+    """The variable by which the templates of Qwen3.5 leave out the thoughts, which most of its sizes write by default.
+
+    transformers warns about variables that a template does not use.
+    """
+    return {"enable_thinking": False} if "enable_thinking" in (_template(processor) or "") else {}
 
 
 @cache

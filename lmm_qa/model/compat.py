@@ -26,13 +26,20 @@ def ignore_peft_deprecation() -> Iterator[None]:
         yield
 
 
-def no_resize_kwargs(processor: Any, frames: str) -> dict[str, Any]:
-    """Arguments that keep a processor with a patch grid from resizing a `video`, or `images`."""
-    kwargs = {"do_resize": False}
+def frame_kwargs(processor: Any, frames: str, resize: bool) -> dict[str, Any]:
+    """Arguments by which a processor makes one input of each frame of a `video`, or of `images`: no tiles.
+
+    Args:
+        resize: whether the processor resizes the frames.
+    """
+    kwargs = {} if resize else {"do_resize": False}
     # The Qwen-VL processors warn unless this is set, even if they do not resize:
     # https://github.com/huggingface/transformers/pull/48071
-    if frames == "video" and hasattr(processor.video_processor, "cap_pixels_per_frame"):
+    if frames == "video" and not resize and hasattr(processor.video_processor, "cap_pixels_per_frame"):
         kwargs["cap_pixels_per_frame"] = False
+    # InternVL's processor cuts images into up to 12 tiles unless it is told not to, whatever its configuration says.
+    if frames == "images" and hasattr(processor.image_processor, "crop_to_patches"):
+        kwargs["crop_to_patches"] = False
     return kwargs
 
 
@@ -49,14 +56,18 @@ def published_placeholders(processor: Any, text: str) -> str:
     return text.replace(f"{start}{processor.video_token}{end}", processor.video_token)
 
 
-def vision_kwargs(features: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+def vision_kwargs(features: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Arguments that pass precomputed `lmm_qa.model.inputs.vision_features` to a model's forward, instead of pixels.
 
     They are shaped like the output of `get_video_features`: https://github.com/huggingface/transformers/pull/45783
+
+    Args:
+        features: of all clips of a batch.
+        inputs: the other inputs of the batch.
     """
     layers = [(layer,) for layer in features["deepstack"]] if "deepstack" in features else None
-    video = SimpleNamespace(pooler_output=(features["tokens"],), deepstack_features=layers)
-    return {"mm_encoder_outputs": {"video": video}}
+    output = SimpleNamespace(pooler_output=(features["tokens"],), deepstack_features=layers)
+    return {"mm_encoder_outputs": {"image" if "image_grid_thw" in inputs else "video": output}}
 
 
 def position_ids(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -158,14 +158,14 @@ def _labels(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
 def next_token_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Logits over the vocabulary, float32: (B, vocabulary) after the rating prompt, and (n, vocabulary) where the
     tokens of auxiliary answers are predicted."""
-    features: dict[str, Any] = compat.vision_kwargs(batch["vision_features"]) if batch["vision_features"] else {}
-    inputs, auxiliary = batch["inputs"], batch["auxiliary"]
+    inputs, auxiliary, features = batch["inputs"], batch["auxiliary"], batch["vision_features"]
+    vision: dict[str, Any] = compat.vision_kwargs(features, inputs) if features else {}
     if auxiliary is None:
-        logits = model(**inputs, **features, logits_to_keep=1, use_cache=False).logits[:, 0].float()
+        logits = model(**inputs, **vision, logits_to_keep=1, use_cache=False).logits[:, 0].float()
         return logits, logits[:0]
     if auxiliary["segment_ids"] is not None:
         inputs = _prefix_sharing_inputs(model, inputs, auxiliary)
-    logits = model(**inputs, **features, logits_to_keep=auxiliary["columns"], use_cache=False).logits
+    logits = model(**inputs, **vision, logits_to_keep=auxiliary["columns"], use_cache=False).logits
     row, column = auxiliary["positions"].unbind(-1)
     return logits[: len(batch["names"]), 0].float(), logits[row, column].float()
 
