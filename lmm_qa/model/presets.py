@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import resources
+from typing import Literal
 
 from pydantic import Field
 
@@ -41,6 +42,9 @@ class Preset(Settings):
     tuned_on: str | None = None
     """Human scores that it was tuned on; None: it was not, and rates zero-shot."""
     published: tuple[PublishedFigure, ...] = ()
+    checked: Literal["weights", "inputs"] = "inputs"
+    """How we have checked it. `weights`: run with its published weights. `inputs`: token ids, patch grid and pixels
+    equal those of an independent reference, and logits do with small random weights of its family."""
     prompt: str = DEFAULT_PROMPT
     """Name of the prompt in `prompts/`."""
     scale: ScaleEnds = (1.0, 5.0)
