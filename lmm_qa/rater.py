@@ -268,10 +268,11 @@ class Rater:
         cores = torch.get_num_threads()
         parallel = 1 if details.answers_from == "base" else self.backbone.parallel_batches
         share = max(1, cores // parallel)
+        pool = ThreadPoolExecutor(parallel, initializer=torch.set_num_threads, initargs=(share,))
         try:
-            with ThreadPoolExecutor(parallel, initializer=torch.set_num_threads, initargs=(share,)) as pool:
-                yield pool, parallel
+            yield pool, parallel
         finally:
+            pool.shutdown(cancel_futures=True)
             torch.set_num_threads(cores)
 
     def _rate_or_fail(self, batch: Sequence[DecodedClip | Failure], details: Details) -> list[Rating | Failure]:

@@ -48,7 +48,7 @@ from lmm_qa.cli.terminal import (
     progress,
     quiet_libraries,
 )
-from lmm_qa.errors import LmmQaError, UsageError, plural
+from lmm_qa.errors import LmmQaError, UsageError, address_in, plural
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -135,6 +135,8 @@ def rate(
 
     `lmm-qa rate clips/ -m Qwen/Qwen2-VL-7B-Instruct --quantization 4bit -o ratings.jsonl`
 
+    `lmm-qa rate clips/ -m http://127.0.0.1:8000/v1 --defects -o ratings.jsonl` (a model served by vLLM)
+
     `accelerate launch --multi_gpu --num_processes 4 -m lmm_qa rate clips/ -o ratings.jsonl`
     """
     from lmm_qa.cli.console import render_table
@@ -157,7 +159,11 @@ def rate(
         raise UsageError("several processes return rows in no particular order and need a file: -o ratings.jsonl")
     if ranks.world > 1 and engine is Engine.RAY:
         raise UsageError("--engine ray starts its own processes: run it without accelerate launch or torchrun")
-    rater_options["device"] = ranks.device(rater_options["device"])
+    if address_in(model or ""):
+        if engine is Engine.RAY:
+            raise UsageError("--engine ray loads models on a cluster; a served model is used from this process")
+    else:
+        rater_options["device"] = ranks.device(rater_options["device"])
     plan = plan_rater(model, **rater_options)
     if ranks.rank == 0:
         for note in plan.notes:

@@ -49,13 +49,18 @@ def print_rating_plan(plan: RaterPlan, clips: Sequence[Clip], workers: int) -> N
     if not console.is_terminal:
         console.width = 1000  # do not wrap lines in a file
     console.print(table)
-    memory = estimate_memory(plan.source.backbone, most, **options)
-    message(
+    summary = (
         f"{plural(len(clips) - failed)} would be rated"
         + (f", {failed} could not" if failed else "")
-        + f"; at most {most} tokens per clip; {memory.parameters / 1e6:,.1f} M parameters; memory: about "
-        f"{memory.weights / 2**30:.2f} GiB for the weights and {memory.clip / 2**30:.3f} GiB for each clip of a batch"
+        + f"; at most {most} tokens per clip"
     )
+    if not plan.source.served:
+        memory = estimate_memory(plan.source.backbone, most, **options)
+        summary += (
+            f"; {memory.parameters / 1e6:,.1f} M parameters; memory: about {memory.weights / 2**30:.2f} GiB for the "
+            f"weights and {memory.clip / 2**30:.3f} GiB for each clip of a batch"
+        )
+    message(summary)
 
 
 def _probe(clip: Clip) -> ClipInfo | ClipError:

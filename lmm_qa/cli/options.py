@@ -56,8 +56,9 @@ Model = Annotated[
     typer.Option(
         "-m",
         "--model",
-        help="Name of a published rater (see lmm-qa raters), rater directory, PEFT adapter, model directory, or an id "
-        "on the Hugging Face hub.",
+        help="Name of a published rater (see lmm-qa raters), rater directory, PEFT adapter, model directory, id on the "
+        "Hugging Face hub, or the address of a vLLM server, such as http://127.0.0.1:8000/v1 (API key: environment "
+        "variable LMM_QA_API_KEY).",
         show_default="the embedded model",
     ),
 ]
@@ -103,6 +104,12 @@ MODEL_PANEL = "Model and settings"
 
 
 def rater_options(
+    served_model: Annotated[
+        str | None,
+        typer.Option(
+            help="Which model of the server, if --model is an address.", show_default="the only one that it serves"
+        ),
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option(help="Name of a prompt (talking_head, qalign) or a YAML file.", show_default="the model's"),
@@ -147,6 +154,7 @@ def rater_options(
     from lmm_qa.config import Sampling, View
 
     return {
+        "served_model": served_model,
         "prompt": prompt,
         "scale": scale,
         "sampling": Sampling.from_text(sampling) if sampling else None,

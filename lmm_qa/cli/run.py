@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lmm_qa.cli.console import render_table
 from lmm_qa.cli.terminal import make_console, message, progress
 from lmm_qa.defects.diagnosis import profile_id
-from lmm_qa.errors import ClipError, plural
+from lmm_qa.errors import ClipError, UsageError, plural
 from lmm_qa.manifest import content_id
 from lmm_qa.rater import Rater
 from lmm_qa.ratings.io import print_row
@@ -45,7 +45,12 @@ class RatingRun:
             ranks: the processes of this run.
             raters: on a Ray cluster; None: rate in this process.
             options: batch_size, workers and timeout of `lmm_qa.rater.Rater.rate_all`.
+
+        Raises:
+            UsageError: a served model cannot answer without its adapter.
         """
+        if plan.source.served and details.answers_from == "base":
+            raise UsageError("--answers-from base cannot be used with a served model: serve the base model instead")
         self.plan = plan
         self.details = details
         self.ranks = ranks
