@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from backbones import conversation_inputs
 from paths import ROOT
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+from transformers.video_utils import VideoMetadata
 
 from lmm_qa.config import Sampling, View
 from lmm_qa.errors import ConfigError, UsageError
 from lmm_qa.model import source
 from lmm_qa.model.hub import HubModel
+from lmm_qa.model.inputs import level_tokens, patch_factor, prepare_inputs
+from lmm_qa.model.loading import load_processor
 from lmm_qa.model.presets import find_preset, get_preset, presets
 from lmm_qa.model.prompt import load_prompt
 from lmm_qa.model.rater_config import RaterConfig
 from lmm_qa.model.source import resolve_model
+from lmm_qa.rater import clip_input
+from lmm_qa.video.frame_array import FrameArray
 
 
 def test_every_file_is_a_preset_with_a_source_for_each_figure() -> None:
@@ -72,3 +84,61 @@ def test_a_name_stands_for_weights_at_the_known_revision(name: str, monkeypatch:
 def test_a_path_that_does_not_exist_is_answered_with_all_that_could_be_meant() -> None:
     with pytest.raises(UsageError, match="or a name that lmm-qa raters lists"):
         resolve_model("./qrealign-mini")
+
+
+# The inputs of each preset against a reference that shares no code with them but the words of the prompt
+
+FAMILY = {"q-future/Q-ReAlign": "qwen3_5", "Qwen/Qwen3.5": "qwen3_5", "Qwen/Qwen3-VL": "qwen3_vl",
+          "OpenGVLab/InternVL3": "internvl"}  # fmt: skip
+FPS = 25
+CLIP = np.random.default_rng(0).integers(0, 256, (37, 300, 500, 3), np.uint8)
+"""Larger than 448 x 448 pixels, and its sides are no multiples of 32."""
+
+
+@pytest.mark.parametrize("name", presets())
+def test_inputs_equal_an_independent_reference(name: str, family_dir: Callable[[str], Path]) -> None:
+    preset = presets()[name]
+    (family,) = {each for start, each in FAMILY.items() if preset.model.startswith(start)}
+    processor, settings = load_processor(str(family_dir(family))), preset.settings()
+    frames = FrameArray(CLIP, FPS).read_frames(settings.sampling, settings.views, patch_factor(processor) or 1)
+    ours = prepare_inputs(processor, [clip_input(frames)], settings.prompt)
+    theirs = qrealign_inputs(processor) if preset.prompt == "qrealign" else zero_shot_inputs(processor)
+    assert set(ours) == set(theirs)
+    for key in theirs:
+        assert torch.equal(ours[key], theirs[key]), key
+    words = [processor.tokenizer(f" {word}").input_ids for word in ("bad", "poor", "fair", "good", "excellent")]
+    assert [[token] for token in level_tokens(processor, settings.prompt, 1)] == words
+
+
+def qrealign_inputs(processor: Any) -> Any:
+    """As the public code of Q-ReAlign makes them from a video: frames, template and stem."""
+    images = []
+    for index in [int(np.round(place)) for place in np.linspace(0, len(CLIP) - 1, 8)]:
+        image = Image.fromarray(CLIP[index])
+        image = image.resize((int(image.width * 448 / 500), int(image.height * 448 / 500)))
+        rows, columns = smart_resize(image.height, image.width, factor=32, min_pixels=4 * 32**2, max_pixels=2**24)
+        images.append(image.resize((columns, rows)))
+    text = (
+        "<|im_start|>user\n" + "<|vision_start|><|image_pad|><|vision_end|>" * 8 + "How would you rate the quality of "
+        "this video?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
+    inputs = processor(text=[text], images=images, do_resize=False, return_tensors="pt")
+    stem = torch.tensor([processor.tokenizer(" The quality of the video is").input_ids])
+    for key, added in (
+        ("input_ids", stem),
+        ("attention_mask", torch.ones_like(stem)),
+        ("mm_token_type_ids", torch.zeros_like(stem)),
+    ):
+        inputs[key] = torch.cat((inputs[key], added), dim=1)
+    return inputs
+
+
+def zero_shot_inputs(processor: Any) -> Any:
+    """Eight frames from the middle of as many equal parts, whole, in at most 448 x 448 pixels."""
+    factor = getattr(processor.video_processor, "patch_size", None)
+    factor = factor * processor.video_processor.merge_size if isinstance(factor, int) else 1
+    rows, columns = smart_resize(*CLIP.shape[1:3], factor=factor, min_pixels=factor**2, max_pixels=448**2)
+    indices = [int((part + 0.5) * len(CLIP) / 8) for part in range(8)]
+    frames = np.stack([np.asarray(Image.fromarray(CLIP[index]).resize((columns, rows))) for index in indices])
+    metadata = VideoMetadata(total_num_frames=len(CLIP), fps=FPS, duration=len(CLIP) / FPS, frames_indices=indices)
+    return conversation_inputs(processor, load_prompt("talking_head"), {}, [frames], metadata)
