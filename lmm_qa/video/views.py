@@ -132,8 +132,8 @@ def _render(
         return picture[top : top + rows, left : left + columns]
     if view.kind == "fit":
         picture = on_screen(picture, pixel_shape)
-        size = view_size(*picture.shape[:2], view, factor)
-        return _resize(_resize(picture, fitted_size(*picture.shape[:2], view)), size)
+        height, width = picture.shape[:2]
+        return _resize(_resize(picture, fitted_size(height, width, view)), view_size(height, width, view, factor))
     rows, columns = view_size(*displayed_size((height, width), pixel_shape), view, factor)
     x, y, side = face
     down, right = pixel_shape

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +96,16 @@ CLIP = np.random.default_rng(0).integers(0, 256, (37, 300, 500, 3), np.uint8)
 """Larger than 448 x 448 pixels, and its sides are no multiples of 32."""
 
 
+@cache
+def cached_processor(folder: Path) -> Any:
+    return load_processor(str(folder))
+
+
 @pytest.mark.parametrize("name", presets())
 def test_inputs_equal_an_independent_reference(name: str, family_dir: Callable[[str], Path]) -> None:
     preset = presets()[name]
     (family,) = {each for start, each in FAMILY.items() if preset.model.startswith(start)}
-    processor, settings = load_processor(str(family_dir(family))), preset.settings()
+    processor, settings = cached_processor(family_dir(family)), preset.settings()
     frames = FrameArray(CLIP, FPS).read_frames(settings.sampling, settings.views, patch_factor(processor) or 1)
     ours = prepare_inputs(processor, [clip_input(frames)], settings.prompt)
     theirs = qrealign_inputs(processor) if preset.prompt == "qrealign" else zero_shot_inputs(processor)
@@ -137,7 +143,8 @@ def zero_shot_inputs(processor: Any) -> Any:
     """Eight frames from the middle of as many equal parts, whole, in at most 448 x 448 pixels."""
     factor = getattr(processor.video_processor, "patch_size", None)
     factor = factor * processor.video_processor.merge_size if isinstance(factor, int) else 1
-    rows, columns = smart_resize(*CLIP.shape[1:3], factor=factor, min_pixels=factor**2, max_pixels=448**2)
+    _, height, width, _ = CLIP.shape
+    rows, columns = smart_resize(height, width, factor=factor, min_pixels=factor**2, max_pixels=448**2)
     indices = [int((part + 0.5) * len(CLIP) / 8) for part in range(8)]
     frames = np.stack([np.asarray(Image.fromarray(CLIP[index]).resize((columns, rows))) for index in indices])
     metadata = VideoMetadata(total_num_frames=len(CLIP), fps=FPS, duration=len(CLIP) / FPS, frames_indices=indices)
