@@ -313,11 +313,11 @@ def random_rater(config: Path, device: str | None, sampling: Sampling | None, vi
     """A rater with the architecture of a config.json and random weights."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    plan = plan_rater(config, device=device, sampling=sampling, views=views)
-    plan = replace(plan, source=replace(plan.source, backbone="random weights", name=f"{config.name}, random weights"))
     where = choose_device(device)
     dtype = choose_dtype(where.value)
     attention = choose_attention(where.value, dtype.value)
+    plan = plan_rater(config, device=device, dtype=dtype.value, sampling=sampling, views=views)
+    plan = replace(plan, source=replace(plan.source, backbone="random weights", name=f"{config.name}, random weights"))
     torch.manual_seed(0)
     with torch.device(where.value):
         model = AutoModelForImageTextToText.from_config(

@@ -34,7 +34,7 @@ from lmm_qa.training.vision_cache import VisionCache
 
 
 def bench(config: TrainingConfig, backbone: Backbone, clips: list[Path], steps: int) -> dict[str, Any]:
-    """Seconds per step of both variants, and peak memory on a GPU."""
+    """Seconds per step of each variant, and peak memory on a GPU. A tower that is trained has no cached features."""
     settings, processor = config.rater_config(), backbone.processor
     with tempfile.TemporaryDirectory() as folder:
         cache = VisionCache(Path(folder), "bench", settings)
@@ -46,8 +46,11 @@ def bench(config: TrainingConfig, backbone: Backbone, clips: list[Path], steps: 
             "pixels": RatingDataset(examples, settings, processor, 1 << 31, None),
             "cached": RatingDataset(examples, settings, processor, 1 << 31, cache),
         }
+        if not config.uses_vision_cache(True):
+            del variants["cached"]
         start = now()
-        cache.fill(variants["cached"].sampled_clips(), backbone, 2, lambda *_: None)
+        if "cached" in variants:
+            cache.fill(variants["cached"].sampled_clips(), backbone, 2, lambda *_: None)
         per_clip = (now() - start) / len(clips)
         model = trainable_model(backbone.model, config)
         step = stepper(model, config, backbone)
@@ -75,7 +78,8 @@ def bench(config: TrainingConfig, backbone: Backbone, clips: list[Path], steps: 
         variant: {part: statistics.median(values[part]) for part in ("samples", "step")}
         for variant, values in report.items()
     }
-    gain = statistics.median(a / b for a, b in zip(report["pixels"]["step"], report["cached"]["step"], strict=True))
+    pixels, cached = (report.get(variant, report["pixels"])["step"] for variant in ("pixels", "cached"))
+    gain = statistics.median(a / b for a, b in zip(pixels, cached, strict=True))
     return {"tokens": tokens, "batch": config.training.batch_size, "seconds_per_cached_clip": per_clip,
             "seconds": medians, "gain": gain, "runs": report}  # fmt: skip
 
