@@ -19,6 +19,7 @@ from lmm_qa.model.backbone import Backbone
 from lmm_qa.model.inputs import count_tokens, patch_factor
 from lmm_qa.model.loading import LoadOptions, choose_device, choose_dtype, empty_model, estimate_memory, load_processor
 from lmm_qa.model.rater_config import RaterConfig
+from lmm_qa.training.activation_memory import PATCHES_PER_TOKEN, step_memory
 from lmm_qa.training.adapters import component, trainable_model
 from lmm_qa.training.collate import Batch, EpochSampler, LabelledClip, RatingCollator, RatingDataset
 from lmm_qa.training.config import TrainingConfig
@@ -67,17 +68,27 @@ def preview(config: TrainingConfig) -> str:
     device = choose_device()
     dtype = config.model.dtype or choose_dtype(device.value).value
     empty = empty_model(backbone, **options)
+    full = config.tuning.method == "full"
     with torch.device("meta"):
-        model = trainable_model(empty, config)
+        model = trainable_model(empty.to(torch.float32 if full else getattr(torch, dtype)), config)
     lines += _parameter_lines(model)
     cached = config.uses_vision_cache(factor is not None)
-    operations, activations = _step_cost(model, config, int(median(tokens)), dtype, cached)
+    operations = _step_operations(model, config, int(median(tokens)), cached)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = estimate_memory(backbone, 1, **options).weights
     state = 16 * trainable  # float32 weights, gradients and both moments of AdamW
-    if config.tuning.method == "full":
+    if full:
         weights = 4 * (sum(p.numel() for p in model.parameters()) - trainable)
-    activations *= training.batch_size
+    can_share_prefill = Backbone(model, processor, {}).can_share_prefill
+    activations = step_memory(
+        model,
+        training.batch_size,
+        int(median(tokens)),
+        getattr(torch, dtype),
+        checkpointing=training.gradient_checkpointing,
+        vision=config.tuning.vision,
+        fused_dropout=device.value != "cpu",
+    )
     lines.append(
         f"memory      about {_gigabytes(weights + state + activations)} on each device: frozen weights "
         f"{_gigabytes(weights)}, trained ones with gradients and optimizer {_gigabytes(state)}, "
@@ -103,7 +114,7 @@ def preview(config: TrainingConfig) -> str:
         lines.append(
             f"disk        about {_gigabytes(disk)} of vision features in {folder}, where {_gigabytes(free)} are free"
         )
-    batch = first_batch(config, settings, processor, present, Backbone(model, processor, {}).can_share_prefill)
+    batch = first_batch(config, settings, processor, present, can_share_prefill)
     shapes = ", ".join(f"{name} {tuple(torch.as_tensor(value).shape)}" for name, value in batch["inputs"].items())
     mos = ", ".join(f"{value:.2f}" for value in batch["mos"])
     lines.append(f"first batch {', '.join(batch['names'])}\n            MOS {mos}\n            {shapes}")
@@ -167,13 +178,12 @@ def _parameter_lines(model: Any) -> list[str]:
     return lines
 
 
-def _step_cost(model: Any, config: TrainingConfig, tokens: int, dtype: str, cached: bool) -> tuple[float, float]:
-    """Estimates per clip and training step: floating-point operations, and bytes of activations.
+def _step_operations(model: Any, config: TrainingConfig, tokens: int, cached: bool) -> float:
+    """Estimated floating-point operations per clip and training step.
 
     Two operations per weight and token forward, two for the gradient of the input, two for the gradient of the weights,
     and two to recompute activations.
     """
-    text = model.config.get_text_config()
     weights = Counter[str | None]()
     for name, parameter in model.named_parameters():
         if "embed_tokens" not in name:
@@ -182,12 +192,9 @@ def _step_cost(model: Any, config: TrainingConfig, tokens: int, dtype: str, cach
     per_weight = 4 + 2 * (config.tuning.method == "full") + 2 * recompute
     operations = float(per_weight * tokens * weights["language"])
     if not cached:
-        patches = 4 * tokens
+        patches = PATCHES_PER_TOKEN * tokens
         operations += (per_weight if config.tuning.vision else 2) * patches * weights["vision"]
-    size = torch.empty((), dtype=getattr(torch, dtype)).element_size()
-    layer = tokens * size * (10 * text.hidden_size + 5 * text.intermediate_size)
-    all_layers = text.num_hidden_layers * (tokens * size * text.hidden_size if recompute else layer)
-    return operations, float(all_layers + layer)
+    return operations
 
 
 def _matmul_speed(device: str, dtype: str) -> float:
