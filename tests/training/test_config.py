@@ -149,9 +149,9 @@ def test_one_file_lists_every_key() -> None:
 
 
 def test_each_backbone_has_a_configuration_for_each_setup() -> None:
-    cards = {"qlora": "4bit", "lora": None, "fsdp": None}
+    cards = {"qlora": "4bit", "lora": None, "fsdp": None, "vision": None}
     named = {f"thqa_{backbone}_{card}" for backbone in HUB for card in cards}
-    bases = {"thqa", "thqa_qlora", "thqa_fsdp", "konvid", "embedded_lora"}
+    bases = {"thqa", "thqa_qlora", "thqa_fsdp", "thqa_vision", "konvid", "embedded_lora"}
     assert {path.stem for path in TRAINING_CONFIGS} == named | bases
     for backbone, hub in HUB.items():
         for card, quantization in cards.items():
@@ -159,6 +159,8 @@ def test_each_backbone_has_a_configuration_for_each_setup() -> None:
             assert (config.model.backbone, config.model.quantization) == (hub, quantization)
             assert config.training.output_dir == Path(f"runs/thqa_{backbone}_{card}")
             assert config.scale == (0, 5)
+            assert config.tuning.vision == config.tuning.merger == (card == "vision")
+            assert config.training.gradient_checkpointing
             processes = 4 if card == "fsdp" else 1
             assert config.training.batch_size * config.training.gradient_accumulation_steps * processes == 16
 
