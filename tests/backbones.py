@@ -2,13 +2,15 @@
 
 `build` makes a directory that `--model` takes. Its tokenizer is trained here, on a few sentences, and splits
 text as Qwen's does. With `published=True` tokenizer, chat template, processor settings and configuration are the
-published files of Qwen2.5-VL and Qwen3-VL, where LMM_QA_SHARED/backbones has them, with smaller widths and depths.
+published files of Qwen2.5-VL and Qwen3-VL, where LMM_QA_SHARED/backbones has them, with smaller widths and depths;
+there are none of Qwen3.5 and InternVL3.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -18,12 +20,13 @@ from typing import Any
 import pytest
 import torch
 from paths import EMBEDDED, SHARED
+from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 from transformers.video_utils import VideoMetadata
 
 from lmm_qa.model.prompt import Prompt
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl", "llava_onevision")
 PUBLISHED = SHARED / "backbones"
 
 WEIGHT_SCALE = 4
@@ -51,6 +54,8 @@ def build(family: str, out: Path, *, published: bool = False) -> Path:
         "qwen2_vl": _qwen2_vl,
         "qwen2_5_vl": _qwen2_5_vl,
         "qwen3_vl": _qwen3_vl,
+        "qwen3_5": _qwen3_5,
+        "internvl": _internvl,
         "llava_onevision": _llava_onevision,
     }
     from_published: dict[str, Callable[[Path], Any]] = {
@@ -59,6 +64,8 @@ def build(family: str, out: Path, *, published: bool = False) -> Path:
         "qwen3_vl": _published_qwen3_vl,
         "llava_onevision": _published_llava_onevision,
     }
+    if published and family not in from_published:
+        pytest.skip(f"no published files of {family}")
     out.mkdir(parents=True, exist_ok=True)
     config = (from_published if published else own)[family](out)
     torch.manual_seed(0)
@@ -77,7 +84,7 @@ def add_adapter(model: Path, out: Path, **options: Any) -> Path:
 
     torch.manual_seed(1)
     base = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
-    targets = r".*language_model.*\.(q_proj|v_proj|up_proj)"
+    targets = r".*language_model.*\.(q_proj|v_proj|in_proj_qkv|up_proj)"
     config = LoraConfig(**{"r": 4, "lora_alpha": 64, "target_modules": targets, "init_lora_weights": False} | options)
     get_peft_model(base, config).save_pretrained(out)
     return out
@@ -88,16 +95,21 @@ def conversation_inputs(
 ) -> Any:
     """A model's inputs as transformers makes them from one conversation that holds the frames: none of our code but
     the words of the prompt."""
-    messages = prompt.messages(len(views), **slots)
-    videos = (part for part in messages[-1]["content"] if part["type"] == "video")
-    for part, view in zip(videos, views, strict=True):
-        part["video"] = view
-    messages.append({"role": "assistant", "content": [{"type": "text", "text": prompt.stem}]})
+    messages = prompt.messages(len(views), len(views[0]), **slots)
+    kind, media = "video", [*views]
     options: dict[str, Any] = {"do_sample_frames": False, "video_metadata": [metadata] * len(views)}
+    if prompt.frames == "images":
+        kind, media, options = "image", [Image.fromarray(frame) for view in views for frame in view], {}
+    parts = (part for part in messages[-1]["content"] if part["type"] == kind)
+    for part, medium in zip(parts, media, strict=True):
+        part[kind] = medium
+    messages.append({"role": "assistant", "content": [{"type": "text", "text": prompt.stem}]})
     if hasattr(processor.video_processor, "merge_size"):
         options["do_resize"] = False
-    if hasattr(processor.video_processor, "cap_pixels_per_frame"):
+    if hasattr(processor.video_processor, "cap_pixels_per_frame") and kind == "video":
         options["cap_pixels_per_frame"] = False
+    if hasattr(processor.image_processor, "crop_to_patches") and kind == "image":
+        options["crop_to_patches"] = False
     inputs = processor.apply_chat_template(
         messages,
         tokenize=True,
@@ -106,21 +118,16 @@ def conversation_inputs(
         continue_final_message=True,
         processor_kwargs=options,
     )
-    return _without_outer_tokens(processor, inputs)
+    return _published_form(processor, inputs) if kind == "video" else inputs
 
 
-def _without_outer_tokens(processor: Any, inputs: Any) -> Any:
+def _published_form(processor: Any, inputs: Any) -> Any:
     """Inputs of Qwen3-VL as its release makes them: only frames are between vision tokens, not the video as well."""
-    names = ["<|vision_start|>", "<|vision_end|>", "<|video_pad|>"]
-    start, end, video = processor.tokenizer.convert_tokens_to_ids(names)
-    (ids,) = inputs["input_ids"].tolist()
-    following, preceding = [*ids[1:], None], [None, *ids[:-1]]
-    outer = [
-        (token == start and after != video) or (token == end and before != video)
-        for token, before, after in zip(ids, preceding, following, strict=True)
-    ]
-    keep = ~torch.tensor(outer)
-    return inputs | {name: value[:, keep] for name, value in inputs.items() if value.shape == inputs["input_ids"].shape}
+    text = processor.tokenizer.decode(inputs["input_ids"][0])
+    outer = r"<\|vision_start\|>(?=<[\d.]+ seconds>)|(?<=<\|vision_end\|>)<\|vision_end\|>"
+    ids = processor.tokenizer(re.sub(outer, "", text), add_special_tokens=False, return_tensors="pt")
+    types = torch.tensor(processor.create_mm_token_type_ids(ids["input_ids"].tolist()))
+    return inputs | ids | ({"mm_token_type_ids": types} if "mm_token_type_ids" in inputs else {})
 
 
 # With a tokenizer that is trained here
@@ -234,8 +241,9 @@ def _qwen2_5_vl(out: Path) -> Any:
     return Qwen2_5_VLConfig(text_config=_text(tokenizer, rope), vision_config=tower, **_special_tokens(tokenizer))
 
 
-def _qwen3_vl(out: Path) -> Any:
-    from transformers import Qwen2VLImageProcessor, Qwen3VLConfig, Qwen3VLProcessor, Qwen3VLVideoProcessor
+def _qwen3_processor(out: Path, chat_template: str) -> Any:
+    """Write the processor of Qwen3-VL and Qwen3.5; returns its tokenizer."""
+    from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
     tokenizer = _qwen_tokenizer()
     size = {"shortest_edge": 64 * 64, "longest_edge": 1280 * 1024}
@@ -243,13 +251,78 @@ def _qwen3_vl(out: Path) -> Any:
         Qwen2VLImageProcessor(patch_size=16, size=size),
         tokenizer,
         Qwen3VLVideoProcessor(),
-        chat_template=_chat_template(),
+        chat_template=chat_template,
     ).save_pretrained(out)
-    rope = {"rope_type": "default", "mrope_interleaved": True, **MROPE}
-    tower = {**TOWER, "deepstack_visual_indexes": [0], "patch_size": 16, "num_position_embeddings": 2304}
-    return Qwen3VLConfig(
-        text_config=_text(tokenizer, rope, head_dim=16), vision_config=tower, **_special_tokens(tokenizer)
+    return tokenizer
+
+
+QWEN3_ROPE: dict[str, Any] = {"rope_type": "default", "mrope_interleaved": True, **MROPE}
+QWEN3_TOWER: dict[str, Any] = {**TOWER, "patch_size": 16, "num_position_embeddings": 2304}
+
+
+def _qwen3_vl(out: Path) -> Any:
+    from transformers import Qwen3VLConfig
+
+    tokenizer = _qwen3_processor(out, _chat_template())
+    tower = {**QWEN3_TOWER, "deepstack_visual_indexes": [0]}
+    text = _text(tokenizer, QWEN3_ROPE, head_dim=16)
+    return Qwen3VLConfig(text_config=text, vision_config=tower, **_special_tokens(tokenizer))
+
+
+THINKING_TEMPLATE = (
+    "{%- for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{%- if message.role == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{%- for part in message.content %}"
+    "{%- if part.type == 'text' %}{{ part.text }}{%- else %}"
+    "{{ '<|vision_start|><|' + part.type + '_pad|><|vision_end|>' }}{%- endif %}{%- endfor %}{{ '<|im_end|>\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}"
+    "{%- else %}{{ '<think>\n' }}{%- endif %}{%- endif %}"
+)
+"""As that of the larger models of Qwen3.5, which think unless they are told not to."""
+
+
+def _qwen3_5(out: Path) -> Any:
+    from transformers import Qwen3_5Config
+
+    tokenizer = _qwen3_processor(out, THINKING_TEMPLATE)
+    hybrid = {"head_dim": 64, "layer_types": ["linear_attention", "full_attention"], "linear_key_head_dim": 16,
+              "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4}  # fmt: skip
+    text = _text(tokenizer, QWEN3_ROPE, **hybrid)
+    return Qwen3_5Config(text_config=text, vision_config=QWEN3_TOWER, **_special_tokens(tokenizer))
+
+
+INTERNVL_TOKENS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
+                   "video_token": "<video>"}  # fmt: skip
+
+
+def _internvl(out: Path) -> Any:
+    """Every frame is resized to one fixed size, and a video is one image per frame for the model."""
+    from transformers import GotOcr2ImageProcessor, InternVLConfig, InternVLProcessor, InternVLVideoProcessor
+
+    tokenizer = _tokenizer(**INTERNVL_TOKENS)
+    template = (
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}<IMG_CONTEXT>\n{% elif part['type'] == 'video' %}<video>\n"
+        "{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
+    size = {"height": 56, "width": 56}
+    InternVLProcessor(
+        image_processor=GotOcr2ImageProcessor(size=size),
+        tokenizer=tokenizer,
+        video_processor=InternVLVideoProcessor(size=size),
+        image_seq_length=4,
+        chat_template=template,
+    ).save_pretrained(out)
+    return InternVLConfig(
+        vision_config={"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+                       "image_size": [56, 56], "patch_size": [14, 14]},
+        text_config={"model_type": "qwen2", "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id,
+                     "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None, **TEXT},
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )  # fmt: skip
 
 
 def _llava_onevision(out: Path) -> Any:
@@ -264,8 +337,8 @@ def _llava(out: Path, tokenizer: Any, vocabulary: int) -> Any:
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<video>"]})
     template = (
         "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
-        "{% if part['type'] == 'video' %}<video>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<{{ part['type'] }}>\n{% endif %}{% endfor %}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     tokenizer.chat_template = template
     size = {"height": 56, "width": 56}

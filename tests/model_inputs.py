@@ -14,9 +14,19 @@ from lmm_qa.model.inputs import ClipInput, patch_factor
 from lmm_qa.model.prompt import Prompt, load_prompt
 
 QWEN = tuple(family for family in FAMILIES if family.startswith("qwen"))
+"""Families with a patch grid."""
+
+HYBRID = ("qwen3_5",)
+"""Families with layers whose state is recurrent: questions cannot share a prefill."""
+
+NO_THOUGHTS = "<think>\n\n</think>\n\n"
+"""How the answer of a model of `HYBRID` begins if it does not think."""
 
 
 PROMPT = load_prompt("talking_head")
+
+
+IMAGES = PROMPT.model_copy(update={"frames": "images", "view_labels": ("The whole picture:", "A part of it:")})
 
 
 SLOTS = Prompt(question="{frames:.0f} frames of {seconds:.2f} s:", stem="The quality is", system="You are strict.")

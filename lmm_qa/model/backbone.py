@@ -1,7 +1,8 @@
 """The forward path of a loaded model: batches of clips in, logits of the level words out, in one prefill.
 
 Works with every image-text-to-text model of transformers whose processor accepts videos. Clips of families with a patch
-grid (Qwen-VL) keep their own sizes and can share a prefill between questions (`lmm_qa.model.prefill`).
+grid (Qwen-VL) keep their own sizes. Questions about a clip share its prefill (`lmm_qa.model.prefill`), except in families
+with layers that have a recurrent state (Qwen3.5) or a sliding window.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ CPU_THREADS = 4
 MAX_BATCH_TOKENS = 16_384
 """Tokens in one batch on a GPU, padding included: 24 clips of the embedded model, or 12 of 1,319 tokens. A longer clip
 is a batch by itself."""
+
+FIXED_SIZE_FAMILIES = {"internvl", "llava_onevision"}
+"""Families without a patch grid that are known to take a shared prefill."""
 
 PROMPT_TOKENS = 64
 """Estimated number of text tokens per clip, for forming batches."""
@@ -193,9 +197,10 @@ class Backbone:
 
     @property
     def can_share_prefill(self) -> bool:
-        """Whether several questions can continue the KV cache of one video: the family has a patch grid, and its cache
-        holds every token."""
-        return patch_factor(self.processor) is not None and compat.caches_every_token(self.model.config)
+        """Whether several questions can continue the KV cache of one video: it holds every token, and the family is one
+        for which this has been checked."""
+        checked = patch_factor(self.processor) is not None or self.model.config.model_type in FIXED_SIZE_FAMILIES
+        return checked and compat.caches_every_token(self.model.config)
 
     @torch.inference_mode()
     def prefill(self, inputs: Mapping[str, torch.Tensor]) -> tuple[CachedPrefix, torch.Tensor]:

@@ -125,7 +125,7 @@ def remove_question(
 ) -> dict[str, torch.Tensor]:
     """Prepared inputs up to the end of the last video or image; `append_question` is the inverse.
 
-    For families with a patch grid. A batch of several clips needs a question without slots.
+    A batch of several clips needs a question without slots.
     """
     length = len(question_tokens(processor, prompt, videos, slots))
     return {name: value[:, :-length] if name in TOKEN_INPUTS else value for name, value in inputs.items()}

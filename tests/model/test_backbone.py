@@ -13,6 +13,7 @@ import scipy.special
 import torch
 from backbones import FAMILIES
 from model_inputs import (
+    IMAGES,
     PROMPT,
     QWEN,
     assert_equal_logits,
@@ -32,13 +33,14 @@ def test_level_logits_equal_a_plain_forward_pass(
 ) -> None:
     family = request.node.callspec.params["backbone"]
     one = random_clip(backbone, (2, 3), (4, 2), frames=5)
-    (reading,) = backbone.level_logits([one], PROMPT)
     plain = AutoModelForImageTextToText.from_pretrained(family_dir(family), dtype=torch.float32).eval()
-    with torch.no_grad():
-        logits = plain(**chat_template_inputs(backbone.processor, one, PROMPT)).logits[0, -1].double().numpy()
     words = [backbone.processor.tokenizer.encode(f" {word}", add_special_tokens=False) for word in PROMPT.levels]
-    assert reading.logits == pytest.approx(logits[[word for (word,) in words]], abs=1e-4)
-    assert reading.log_normalizer == pytest.approx(scipy.special.logsumexp(logits), abs=1e-4)
+    for prompt in (PROMPT, IMAGES):
+        (reading,) = backbone.level_logits([one], prompt)
+        with torch.no_grad():
+            logits = plain(**chat_template_inputs(backbone.processor, one, prompt)).logits[0, -1].double().numpy()
+        assert reading.logits == pytest.approx(logits[[word for (word,) in words]], abs=1e-4)
+        assert reading.log_normalizer == pytest.approx(scipy.special.logsumexp(logits), abs=1e-4)
 
 
 def test_level_logits_do_not_depend_on_the_batch(backbone: Backbone) -> None:
@@ -60,12 +62,13 @@ def test_padding_does_not_change_logits(backbone: Backbone) -> None:
     clips = [
         random_clip(backbone, *views, seed=seed) for seed, views in enumerate([((2, 2), (2, 2)), ((6, 5), (4, 4))])
     ]
-    together = backbone.next_token_logits(prepare_inputs(backbone.processor, clips, PROMPT))
     tokens = list(backbone.level_tokens(PROMPT, 2))
-    for one, logits in zip(clips, together, strict=True):
-        (reading,) = backbone.level_logits([one], PROMPT)
-        assert logits[tokens].tolist() == pytest.approx(reading.logits, abs=1e-4)
-        assert torch.logsumexp(logits, 0).item() == pytest.approx(reading.log_normalizer, abs=1e-4)
+    for prompt in (PROMPT, IMAGES):
+        together = backbone.next_token_logits(prepare_inputs(backbone.processor, clips, prompt))
+        for one, logits in zip(clips, together, strict=True):
+            (reading,) = backbone.level_logits([one], prompt)
+            assert logits[tokens].tolist() == pytest.approx(reading.logits, abs=1e-4)
+            assert torch.logsumexp(logits, 0).item() == pytest.approx(reading.log_normalizer, abs=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

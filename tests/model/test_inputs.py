@@ -10,6 +10,9 @@ import pytest
 import torch
 from model_inputs import (
     FPS,
+    HYBRID,
+    IMAGES,
+    NO_THOUGHTS,
     PROMPT,
     QWEN,
     SLOTS,
@@ -22,11 +25,17 @@ from lmm_qa.model.backbone import Backbone
 from lmm_qa.model.inputs import count_tokens, decode_continuation, level_tokens, prepare_inputs
 from lmm_qa.model.prompt import Prompt, load_prompt
 
+LABELS = Prompt(**PROMPT.model_dump() | {"view_labels": IMAGES.view_labels})
 
-@pytest.mark.parametrize("prompt", [PROMPT, SLOTS], ids=["talking_head", "with slots and system"])
+
+@pytest.mark.parametrize("prompt", [PROMPT, SLOTS, LABELS, IMAGES], ids=["plain", "slots, system", "labels", "images"])
 @pytest.mark.parametrize("frames", [1, 4, 5])
-def test_inputs_equal_those_of_the_chat_template(backbone: Backbone, frames: int, prompt: Prompt) -> None:
-    for one in (random_clip(backbone, (2, 3), frames=frames), random_clip(backbone, (2, 3), (4, 2), frames=frames)):
+def test_inputs_equal_those_of_the_chat_template(
+    backbone: Backbone, frames: int, prompt: Prompt, request: pytest.FixtureRequest
+) -> None:
+    thoughts = NO_THOUGHTS if request.node.callspec.params["backbone"] in HYBRID else ""
+    for views in [((2, 3),), ((2, 3), (4, 2))][1 if prompt.view_labels else 0 :]:
+        one = random_clip(backbone, *views, frames=frames)
         ours = prepare_inputs(backbone.processor, [one], prompt)
         theirs = chat_template_inputs(backbone.processor, one, prompt)
         assert ours.keys() == theirs.keys()
@@ -34,7 +43,7 @@ def test_inputs_equal_those_of_the_chat_template(backbone: Backbone, frames: int
             assert torch.as_tensor(ours[key]).shape == torch.as_tensor(value).shape, key
             assert torch.allclose(torch.as_tensor(ours[key]), torch.as_tensor(value), rtol=1e-6, atol=0), key
         text = backbone.processor.tokenizer.decode(ours["input_ids"][0])
-        assert text.endswith(f"assistant\n{prompt.stem}")
+        assert text.endswith(f"assistant\n{thoughts}{prompt.stem}")
 
 
 def test_patches_contain_the_pixels(load: Callable[[str], Backbone]) -> None:

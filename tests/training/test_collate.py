@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from backbones import FAMILIES
+from model_inputs import HYBRID, QWEN
 from torch.distributed.utils import _apply_to_tensors
 
 from lmm_qa.config import Sampling, View
@@ -52,7 +54,6 @@ from lmm_qa.training.trainer import next_token_logits
 from lmm_qa.training.vision_cache import SampledClip, VisionCache
 from lmm_qa.video.decode import read_frames
 
-QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 PROMPT = Prompt(question="How good is it?", paraphrases=("Good?", "Is it {seconds:.1f} s of quality?"), stem="It is")
 SLOTS = {"seconds": 2.0, "fps": 25.0, "frames": 4.0, "width": 96.0, "height": 64.0}
 
@@ -70,40 +71,50 @@ def equal(one: Any, two: Any) -> None:
         assert torch.equal(one[name], two[name]), name
 
 
-@pytest.mark.parametrize("family", QWEN)
-def test_another_question_reuses_the_processed_pixels(family: str, family_dir: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("frames", ["video", "images"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_question_reuses_the_processed_pixels(
+    family: str, frames: str, family_dir: Callable[[str], Path]
+) -> None:
     processor = load_processor(str(family_dir(family)))
-    pixels = clip(0, patch_factor(processor) or 1)
-    first = remove_question(processor, prepare_inputs(processor, [pixels], PROMPT), PROMPT, 2, SLOTS)
+    pixels = clip(0, patch_factor(processor) or 14)
+    prompt = PROMPT.model_copy(update={"frames": frames, "view_labels": ("All of it:", "A part of it:")})
+    first = remove_question(processor, prepare_inputs(processor, [pixels], prompt), prompt, 2, SLOTS)
     for question in (PROMPT.question, *PROMPT.paraphrases):
-        other = PROMPT.model_copy(update={"question": question})
+        other = prompt.model_copy(update={"question": question})
         equal(append_question(processor, first, other, 2, SLOTS), dict(prepare_inputs(processor, [pixels], other)))
 
 
-@pytest.mark.parametrize("family", [*QWEN, "llava_onevision"])
-def test_collated_clips_equal_a_batch_of_the_processor(family: str, family_dir: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("frames", ["video", "images"])
+def test_collated_clips_equal_a_batch_of_the_processor(
+    family: str, frames: str, family_dir: Callable[[str], Path]
+) -> None:
+    prompt = PROMPT.model_copy(update={"frames": frames})
     processor = load_processor(str(family_dir(family)))
     factor = patch_factor(processor)
     clips = [clip(0, factor or 14), clip(1, factor or 14, (4, 2))]
-    single = [dict(prepare_inputs(processor, [one], PROMPT)) for one in clips]
-    equal(collate_inputs(processor, single), dict(prepare_inputs(processor, clips, PROMPT)))
+    single = [dict(prepare_inputs(processor, [one], prompt)) for one in clips]
+    equal(collate_inputs(processor, single), dict(prepare_inputs(processor, clips, prompt)))
 
 
+@pytest.mark.parametrize("frames", ["video", "images"])
 @pytest.mark.parametrize("family", QWEN)
-def test_vision_features_replace_the_pixels(family: str, family_dir: Callable[[str], Path]) -> None:
+def test_vision_features_replace_the_pixels(family: str, frames: str, family_dir: Callable[[str], Path]) -> None:
+    prompt = PROMPT.model_copy(update={"frames": frames})
     backbone = Backbone.load(str(family_dir(family)), device="cpu")
     clips = [clip(0, patch_factor(backbone.processor) or 1), clip(1, patch_factor(backbone.processor) or 1, (4, 2))]
-    single = [dict(prepare_inputs(backbone.processor, [one], PROMPT)) for one in clips]
+    single = [dict(prepare_inputs(backbone.processor, [one], prompt)) for one in clips]
     with torch.no_grad():
         expected = backbone.model(**collate_inputs(backbone.processor, single), logits_to_keep=1).logits
         features = [vision_features(backbone.model, inputs) for inputs in single]
         joined = {name: torch.cat([each[name] for each in features], dim=-2) for name in features[0]}
         for inputs in single:
-            del inputs["pixel_values_videos"]
+            del inputs["pixel_values_videos" if frames == "video" else "pixel_values"]
         batch = collate_inputs(backbone.processor, single)
-        given = backbone.model(**batch, **compat.vision_kwargs(joined), logits_to_keep=1).logits
+        given = backbone.model(**batch, **compat.vision_kwargs(joined, batch), logits_to_keep=1).logits
         swapped = {name: value.flip(-2) for name, value in joined.items()}
-        wrong = backbone.model(**batch, **compat.vision_kwargs(swapped), logits_to_keep=1).logits
+        wrong = backbone.model(**batch, **compat.vision_kwargs(swapped, batch), logits_to_keep=1).logits
     assert ("deepstack" in joined) == (family == "qwen3_vl")
     torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-4)
     assert (wrong - expected).abs().max() > 1e-2, "the model depends on the features"
@@ -239,7 +250,7 @@ def reference_logits(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", [*QWEN, "llava_onevision"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_auxiliary_examples_do_not_see_each_other(
     family: str, family_dir: Callable[[str], Path], described: RatingDataset
 ) -> None:
@@ -258,7 +269,7 @@ def test_auxiliary_examples_do_not_see_each_other(
             tokens += tokenizer(" yes" if present else " no")["input_ids"]
     ratings = torch.cat([reference_logits(backbone, described, index, PROMPT, []) for index in range(3)])
     wanted = torch.cat(logits)
-    assert backbone.can_share_prefill == (family != "llava_onevision")
+    assert backbone.can_share_prefill == (family not in HYBRID)
     for shares in {False, backbone.can_share_prefill}:
         batch = RatingCollator(backbone.processor, shares)([described[0, index] for index in range(3)])
         found, answers = next_token_logits(backbone.model, batch)
