@@ -277,16 +277,16 @@ class Rater:
 
     def _rate_or_fail(self, batch: Sequence[DecodedClip | Failure], details: Details) -> list[Rating | Failure]:
         decoded = [clip for clip in batch if isinstance(clip, DecodedClip)]
-        results: Iterator[Rating | Failure]
+        results: Sequence[Rating | Failure]
         try:
-            results = iter(self._rate_batch(decoded, details))
+            results = self._rate_batch(decoded, details)
         except ClipError as error:
             if len(decoded) > 1:  # only one of them may be at fault
                 return [result for clip in batch for result in self._rate_or_fail([clip], details)]
-            results = (
-                Failure(clip.clip.name, clip.content_id, error, self.source.name, self.rater_id) for clip in decoded
-            )
-        return [next(results) if isinstance(clip, DecodedClip) else clip for clip in batch]
+            names = (self.source.name, self.rater_id)
+            results = [Failure(clip.clip.name, clip.content_id, error, *names) for clip in decoded]
+        ordered = iter(results)
+        return [next(ordered) if isinstance(clip, DecodedClip) else clip for clip in batch]
 
     def _rate_batch(self, clips: Sequence[DecodedClip], details: Details) -> list[Rating]:
         """Rate decoded clips with one prefill per clip (more with a timeline)."""
@@ -375,7 +375,7 @@ class Rater:
             frames=replace(decoded.frames, views=(), dynamics=None, features=None),
             model=self.source.name,
             adapter=str(self.source.adapter) if self.source.adapter else None,
-            prompt=f"{prompt.question} {prompt.stem}",
+            prompt=f"{prompt.question} {prompt.stem.lstrip()}",
             rater_id=self.rater_id,
             seconds=seconds,
         )

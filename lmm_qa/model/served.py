@@ -195,7 +195,7 @@ class ServedBackbone:
             raise ServerError(f"{self._server.url} answered without the probabilities of tokens") from None
         found = [next((listed[name] for name in self._names(token) if name in listed), None) for token in tokens]
         if not self._exact:
-            return LevelLogits(_bounded(found, listed, prompt), 0.0)
+            return LevelLogits(bounded_logs(found, listed, prompt), 0.0)
         if None in found:
             missing = [word for word, value in zip(prompt.levels, found, strict=True) if value is None]
             raise ServerError(f"{self._server.url} answered without the probabilities of {', '.join(missing)}")
@@ -377,7 +377,7 @@ def _listed(answer: Any) -> dict[str, float]:
     return listed
 
 
-def _bounded(found: Sequence[float | None], listed: dict[str, float], prompt: Prompt) -> np.ndarray[Any, Any]:
+def bounded_logs(found: Sequence[float | None], listed: dict[str, float], prompt: Prompt) -> np.ndarray[Any, Any]:
     """Log-probabilities of the levels; those that are not listed are at most the smallest listed one, and set to it.
 
     Raises:

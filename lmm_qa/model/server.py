@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import time
+import weakref
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -65,6 +66,7 @@ class Server:
         limits = httpx2.Limits(max_connections=MAX_REQUESTS)
         timeout = httpx2.Timeout(REQUEST_SECONDS, connect=CONNECT_SECONDS, pool=None)
         self._client = httpx2.Client(base_url=_checked_url(self.url), headers=headers, limits=limits, timeout=timeout)
+        weakref.finalize(self, self._client.close)
 
     def get(self, path: str) -> Any:
         """JSON at a path relative to the URL. Asked once, to find out what the server is.
