@@ -13,6 +13,7 @@ from lmm_qa.cli.terminal import make_console, message, progress
 from lmm_qa.defects.diagnosis import profile_id
 from lmm_qa.errors import ClipError, UsageError, plural
 from lmm_qa.manifest import content_id
+from lmm_qa.model.backbone import Backbone
 from lmm_qa.rater import Rater
 from lmm_qa.ratings.io import print_row
 
@@ -102,7 +103,7 @@ class RatingRun:
             return self.raters.rate(clips, **options)
         rater = Rater.from_plan(self.plan)
         if self.ranks.rank == 0:
-            _describe(rater)
+            _describe(rater, self.details)
         return rater.rate_all(clips, **options)
 
     def _progress(self, results: Iterable[T], total: int, verb: str) -> Iterable[T]:
@@ -130,11 +131,13 @@ def _is_rated(writer: RatingsWriter, clip: Clip) -> bool:
         return False  # the run writes its error row
 
 
-def _describe(rater: Rater) -> None:
+def _describe(rater: Rater, details: Details) -> None:
     """Report what was chosen at run time, and why."""
     choices = ", ".join(f"{name} {choice}" for name, choice in rater.backbone.choices.items())
     calibration = f"; calibrated ({rater.calibration.mapping.kind})" if rater.calibration else ""
     message(f"model {rater.source.name} ({rater.backbone.description}); {choices}{calibration}")
+    if details.profile and isinstance(rater.backbone, Backbone) and not rater.backbone.can_share_prefill:
+        message("note: each question about defects reads the clip again: the cache of this model cannot be shared")
 
 
 def _warn_about_answers(rows: Sequence[Row]) -> None:

@@ -472,11 +472,12 @@ def explain(
         text: the model's continuation of `start`; None if the model was not asked.
         level, levels, found, absent, check: see `objection`.
         seed: chooses the template text; the same for the same clip.
-        start: first words of the explanation, see `opening`.
+        start: first words of the explanation, see `opening`; a space before them is not shown.
 
     Returns:
         the text, and the objection to the model's own if it was replaced.
     """
+    start = start.lstrip()
     reason: str | None = "the model was not asked"
     if text is not None and (reason := objection(start + text, level, levels, found, absent, check)) is None:
         return start + text, None
