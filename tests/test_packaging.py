@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -151,6 +152,22 @@ def test_the_ranges_of_the_project_admit_the_pins() -> None:
         if requirement.name != PROJECT["name"]:
             assert requirement.specifier, f"{requirement.name} has no range"
             assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, str(requirement)
+
+
+def test_libraries_whose_interfaces_change_have_an_upper_bound() -> None:
+    """`lmm_qa.model.compat` is written for these versions."""
+    for name in ("transformers", "peft", "accelerate", "bitsandbytes"):
+        (requirement,) = (each for each in requirements() if each.name == name)
+        following = pins()[name].major + 1
+        assert Version(f"{following}.0") not in requirement.specifier, str(requirement)
+
+
+def test_the_newest_versions_are_tested_without_pins() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "newest.yml").read_text(encoding="utf-8"))
+    commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    assert not any("constraints" in command for command in commands)
+    fast = re.search(r"^test-fast:.*\n\t\$\(BIN\)/(.*)$", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert fast is not None and commands[-1] == fast[1]
 
 
 def test_this_python_is_one_that_the_project_supports() -> None:

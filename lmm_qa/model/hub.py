@@ -28,6 +28,13 @@ class HubModel:
     commit: str
     unreachable: str | None
     """Why the hub could not be reached, if the commit was read from the local cache."""
+    parameters: int | None = None
+    """Number of weights in its safetensors files, as the hub counts them; None if it does not say."""
+
+    @property
+    def cached_folder(self) -> Path:
+        """Where the local cache has the files of this commit; need not exist."""
+        return _cache(self.name) / "snapshots" / self.commit
 
     def file(self, name: str) -> Path | None:
         """Fetch a file.
@@ -89,11 +96,12 @@ def find_model(name: str, revision: str | None = None) -> HubModel:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     try:
-        commit = HfApi().model_info(name, revision=revision, timeout=TIMEOUT).sha
+        info = HfApi().model_info(name, revision=revision, timeout=TIMEOUT)
+        commit = info.sha
         assert commit is not None
         if not (revision and COMMIT.fullmatch(revision)):
             _remember_commit(name, revision, commit)
-        return HubModel(name, commit, None)
+        return HubModel(name, commit, None, getattr(getattr(info, "safetensors", None), "total", None))
     except HFValidationError as error:
         raise ModelError(f"{name!r} is neither a directory nor a hub id: {first_line(error)}") from None
     except RepositoryNotFoundError as error:
@@ -125,7 +133,7 @@ def is_offline() -> bool:
 
 def _cached_commit(name: str, revision: str | None) -> str | None:
     if revision and COMMIT.fullmatch(revision):
-        return revision if (_cache(name) / "snapshots" / revision).is_dir() else None
+        return revision if HubModel(name, revision, None).cached_folder.is_dir() else None
     ref = _cache(name) / "refs" / (revision or "main")
     return ref.read_text().strip() if ref.is_file() else None
 

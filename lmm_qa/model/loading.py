@@ -12,11 +12,13 @@ from lmm_qa.errors import ModelError, first_line
 from lmm_qa.model import compat
 from lmm_qa.model.chat_template import check_chat_template
 from lmm_qa.model.hub import find_model
+from lmm_qa.model.memory import free_memory
 from lmm_qa.model.weights import (
     DOWNLOAD_AGAIN,
     check_checkpoint,
     check_files,
     check_loaded,
+    count_stored_parameters,
     load_adapter,
     stored_quantization,
 )
@@ -24,6 +26,12 @@ from lmm_qa.model.weights import (
 Quantization = Literal["4bit", "8bit"]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+
+MAX_FLOAT32_PARAMETERS = 500_000_000
+"""A CPU computes in float32 up to this size, and in bfloat16 above it: 2 GB of weights."""
+
+MARGIN = 1.05
+"""Memory for loading a model, relative to its weights."""
 
 UNQUANTIZED = ("visual", "vision_tower", "multi_modal_projector", "lm_head")
 """Modules that are never quantized: small compared with the language model, and sensitive because pixels pass through
@@ -80,8 +88,9 @@ def load_model(model: str, adapter: Path | None = None, **options: Unpack[LoadOp
     """
     from transformers import AutoModelForImageTextToText
 
+    processor = load_processor(model, **options)  # first, because it is fast and the weights are not
     device = choose_device(options.get("device"))
-    dtype = choose_dtype(device.value, options.get("dtype"))
+    dtype = choose_model_dtype(model, **options)
     attention = choose_attention(device.value, dtype.value)
     quantization = options.get("quantization")
     choices = {"device": device, "dtype": dtype, "attention": attention}
@@ -91,7 +100,7 @@ def load_model(model: str, adapter: Path | None = None, **options: Unpack[LoadOp
             raise ModelError(f"{model!r} is quantized already ({method}): load it without --quantization")
         choices["quantization"] = Choice(quantization, "requested")
         kwargs["quantization_config"] = _bitsandbytes_config(quantization, getattr(torch, dtype.value))
-    processor = load_processor(model, **options)  # first, because it is fast and the weights are not
+    check_memory(model, **options)
     try:
         load: Any = AutoModelForImageTextToText.from_pretrained
         loaded, info = load(
@@ -173,15 +182,48 @@ def choose_device(device: str | None = None) -> Choice:
     return Choice("cpu", "no GPU found")
 
 
-def choose_dtype(device: str, dtype: Dtype | None = None) -> Choice:
-    """The requested dtype, or else the one that suits the device."""
+def choose_dtype(device: str, dtype: Dtype | None = None, parameters: int = 0) -> Choice:
+    """The requested dtype, or else the one that suits the device.
+
+    Args:
+        parameters: of the model; only asked for on a CPU.
+    """
     if dtype is not None:
         return Choice(dtype, "requested")
     if device.startswith("cuda"):
         if is_ampere_or_newer(device):
             return Choice("bfloat16", "Ampere GPU or newer")
         return Choice("float16", "GPU older than Ampere: no bfloat16")
+    if device.startswith("cpu") and parameters > MAX_FLOAT32_PARAMETERS:
+        return Choice("bfloat16", f"{parameters / 1e9:.1f} billion parameters: half the memory of float32")
     return Choice("float32", f"exact, and reliable on {device}")
+
+
+def choose_model_dtype(model: str, **options: Unpack[LoadOptions]) -> Choice:
+    """The dtype that a model will be loaded in; see `choose_dtype`.
+
+    Raises:
+        ModelError: the device is not available; or the size of the model is needed, and cannot be found out.
+    """
+    device, dtype = choose_device(options.get("device")).value, options.get("dtype")
+    needs_size = dtype is None and device.startswith("cpu")
+    return choose_dtype(device, dtype, count_parameters(model, **options) if needs_size else 0)
+
+
+def count_parameters(model: str, **options: Unpack[LoadOptions]) -> int:
+    """Number of parameters of a checkpoint: from the headers of its weight files, from the hub, or from its config.
+
+    Raises:
+        ModelError: the configuration cannot be loaded, and it is needed.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        found = find_model(model, options.get("revision"))
+        if found.parameters:
+            return found.parameters
+        folder = found.cached_folder
+    stored = count_stored_parameters(folder)
+    return stored or sum(parameter.numel() for parameter in empty_model(model, **options).parameters())
 
 
 def choose_attention(device: str, dtype: str) -> Choice:
@@ -214,6 +256,8 @@ class MemoryEstimate:
     """Bytes of the weights."""
     clip: int
     """Bytes for each clip of a batch during the prefill."""
+    cache: int
+    """Bytes of the KV cache of each clip, which is held while questions about its defects are asked."""
 
 
 def estimate_memory(model: str, tokens: int, **options: Unpack[LoadOptions]) -> MemoryEstimate:
@@ -225,16 +269,17 @@ def estimate_memory(model: str, tokens: int, **options: Unpack[LoadOptions]) -> 
     Args:
         model: directory or hub id.
         tokens: length of one clip's prefill.
-        options: see `LoadOptions`; without a dtype, the one that `choose_dtype` returns.
+        options: see `LoadOptions`; without a dtype, the one that `choose_model_dtype` returns.
 
     Raises:
         ModelError: the configuration cannot be loaded.
     """
     empty = empty_model(model, **options)
-    dtype = options.get("dtype") or choose_dtype(choose_device(options.get("device")).value).value
-    itemsize = getattr(torch, dtype).itemsize
-    # NF4 stores a float32 scale per block of 64 weights.
-    linear_itemsize = {"4bit": 0.5 + 4 / 64, "8bit": 1.0, None: itemsize}[options.get("quantization")]
+    itemsize = getattr(torch, choose_model_dtype(model, **options).value).itemsize
+    quantized = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}  # NF4 stores a float32 scale per block of 64 weights
+    stored = getattr(empty.config, "quantization_config", None)
+    method = options.get("quantization") or (_method(stored) if stored is not None else None)
+    linear_itemsize = quantized.get(method, 1.0) if method else itemsize
     linear = sum(
         module.weight.numel()
         for name, module in empty.named_modules()
@@ -245,7 +290,49 @@ def estimate_memory(model: str, tokens: int, **options: Unpack[LoadOptions]) -> 
     layer = (6 * text.hidden_size + 3 * text.intermediate_size) * itemsize
     pixels = 28 * 28 * 2 * 3 * 4 * 2  # float32 patches of one token, and their copy on the device
     weights = int(linear * linear_itemsize + (parameters - linear) * itemsize)
-    return MemoryEstimate(parameters, weights, tokens * (layer + pixels))
+    return MemoryEstimate(parameters, weights, tokens * (layer + pixels), tokens * cache_bytes(empty.config, itemsize))
+
+
+def cache_bytes(config: Any, itemsize: int) -> int:
+    """Bytes that the KV cache of a model takes for each token.
+
+    Args:
+        config: of a transformers model.
+        itemsize: bytes of a number in the cache.
+    """
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    layers = sum(kind != "linear_attention" for kind in kinds)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * layers * heads * width * itemsize)
+
+
+def check_memory(model: str, **options: Unpack[LoadOptions]) -> None:
+    """Refuse to load a model that does not fit into the memory that is free on its device.
+
+    Raises:
+        ModelError: it does not; the message has both sizes, and what would fit.
+    """
+    device, dtype = choose_device(options.get("device")).value, choose_model_dtype(model, **options).value
+    free = free_memory(device)
+    if MARGIN * count_parameters(model, **options) * getattr(torch, dtype).itemsize <= free:
+        return  # whatever is quantized takes less
+
+    def needed(**changes: Any) -> float:
+        return MARGIN * estimate_memory(model, 0, **{**options, "dtype": dtype, **changes}).weights
+
+    size = needed()
+    if size <= free:
+        return
+    changes = {"--dtype bfloat16": {"dtype": "bfloat16"}, "--quantization 4bit": {"quantization": "4bit"}}
+    sizes = {option: needed(**change) for option, change in changes.items()}
+    smaller = [f"{option} ({bytes_ / 1e9:.1f} GB), " for option, bytes_ in sizes.items() if bytes_ < 0.9 * size]
+    raise ModelError(
+        f"{model!r} does not fit into memory: in {dtype} it needs {size / 1e9:.1f} GB on {device}, where "
+        f"{free / 1e9:.1f} GB are free. Use {''.join(smaller)}a smaller model, or one that is served elsewhere "
+        "(--model http://HOST:PORT/v1)"
+    )
 
 
 def empty_model(model: str, **options: Unpack[LoadOptions]) -> Any:

@@ -6,8 +6,9 @@ so a finished job is recognised at once, and a dry run loads no weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import TypedDict, Unpack, get_args
@@ -15,13 +16,17 @@ from typing import TypedDict, Unpack, get_args
 import torch
 
 from lmm_qa.config import Sampling, View
-from lmm_qa.errors import ConfigError, ModelError, UsageError
+from lmm_qa.errors import ConfigError, ModelError, UsageError, address_in
 from lmm_qa.model.backbone import Backbone
 from lmm_qa.model.calibration import Calibration
-from lmm_qa.model.loading import Dtype, LoadOptions, Quantization, choose_device, choose_dtype
+from lmm_qa.model.loading import Dtype, LoadOptions, Quantization, choose_device, choose_model_dtype, load_processor
 from lmm_qa.model.prompt import Prompt, load_prompt
 from lmm_qa.model.rater_config import RaterConfig
+from lmm_qa.model.served import ServedBackbone, find_served, resolve_served
 from lmm_qa.model.source import ModelSource, compute_rater_id, resolve_model
+
+SERVED = "served"
+"""In the place of a dtype: the server's choice."""
 
 
 class SettingOptions(TypedDict, total=False):
@@ -39,6 +44,9 @@ class SettingOptions(TypedDict, total=False):
 
 class RaterOptions(SettingOptions, LoadOptions, total=False):
     """Everything that can be chosen about a rater besides the model: how it is loaded, and how it rates."""
+
+    served_model: str | None
+    """Name of the model, if `model` is the address of a server that has several."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +74,23 @@ class RaterPlan:
             self.source, self.settings, self.dtype, self.load_options.get("quantization"), calibration
         )
 
-    @property
+    @cached_property
     def dtype(self) -> str:
-        """Dtype that the weights will be loaded in."""
-        device = choose_device(self.load_options.get("device"))
-        return choose_dtype(device.value, self.load_options.get("dtype")).value
+        """Dtype that the weights will be loaded in; `served` if that is up to a server."""
+        if self.source.served:
+            return SERVED
+        options: LoadOptions = {**self.load_options, "revision": self.source.revision}
+        return choose_model_dtype(self.source.backbone, **options).value
 
-    def load_backbone(self) -> Backbone:
-        """Load the weights.
+    def load_backbone(self) -> Backbone | ServedBackbone:
+        """Load the weights, or connect to the server that has them.
 
         Raises:
-            ModelError: they cannot be loaded.
+            ModelError: they cannot be loaded, or the server cannot be used.
         """
+        if self.source.served:
+            processor = load_processor(self.source.backbone, revision=self.source.revision)
+            return ServedBackbone(self.source.served, processor, self.settings.prompt.frames)
         options: LoadOptions = {**self.load_options, "revision": self.source.revision}
         return Backbone.load(self.source.backbone, adapter=self.source.adapter, **options)
 
@@ -87,7 +100,7 @@ def plan_rater(model: str | Path | None = None, **options: Unpack[RaterOptions])
 
     Args:
         model: None for the embedded model; else a rater directory, a PEFT adapter directory, a transformers model
-            directory, or an id on the Hugging Face hub.
+            directory, an id on the Hugging Face hub, or the address of a server (http://HOST:PORT/v1).
         options: see `RaterOptions`. Settings that are not given come from the model's rater.json; without one: prompt
             `talking_head`, scale [1, 5], 8 uniform frames, the whole picture in at most 448 x 448 pixels.
 
@@ -103,7 +116,13 @@ def plan_rater(model: str | Path | None = None, **options: Unpack[RaterOptions])
         "dtype": options.get("dtype"),
         "trust_remote_code": options.get("trust_remote_code", False),
     }
-    source = resolve_model(model, options.get("revision"))
+    if url := address_in(str(model)):
+        _refuse_options(options)
+        source = resolve_served(find_served(url, options.get("served_model")))
+    else:
+        if options.get("served_model"):
+            raise UsageError("--served-model needs the address of a server: --model http://HOST:PORT/v1")
+        source = resolve_model(model, options.get("revision"))
     settings = source.settings.override(
         prompt=load_prompt(prompt) if isinstance(prompt, str | Path) else prompt,
         scale=options.get("scale"),
@@ -112,8 +131,16 @@ def plan_rater(model: str | Path | None = None, **options: Unpack[RaterOptions])
     )
     _check_device(load_options["device"])
     calibration, reason = _choose_calibration(source, settings)
-    notes = tuple(note for note in (source.note, reason) if note)
+    sent = f"the sampled frames of each clip are sent to {source.served.url}" if source.served else None
+    notes = tuple(note for note in (source.note, reason, sent) if note)
     return RaterPlan(source, settings, load_options, calibration, notes)
+
+
+def _refuse_options(options: RaterOptions) -> None:
+    """Raise UsageError for options of loading weights, which a server has loaded already."""
+    names = ("revision", "quantization", "device", "dtype", "trust_remote_code")
+    if given := [f"--{name.replace('_', '-')}" for name in names if options.get(name)]:
+        raise UsageError(f"{', '.join(given)} cannot be used with a served model: set it when you start the server")
 
 
 def _check_device(device: str | None) -> None:
@@ -143,7 +170,17 @@ def _choose_calibration(source: ModelSource, settings: RaterConfig) -> tuple[Cal
             f"{path} has the scale {calibration.scale}, the rater {settings.scale}: set the scale of the MOS in "
             "rater.json, then rate and calibrate again; or remove the calibration to get raw scores"
         )
-    formats = product(get_args(Dtype), (None, *get_args(Quantization)))
-    if calibration.rater_id not in (None, *(compute_rater_id(source, settings, *numbers) for numbers in formats)):
+    if calibration.rater_id not in (None, *_rater_ids(source, settings)):
         return None, f"{path} was fitted to other weights or settings: scores are not calibrated; calibrate again"
     return calibration, None
+
+
+def _rater_ids(source: ModelSource, settings: RaterConfig) -> Iterator[str]:
+    """Raw rater ids of these weights in all formats: a calibration that was fitted to one holds for all."""
+    if source.served:
+        yield compute_rater_id(source, settings, SERVED, None)
+        source = replace(source, served=None)  # the server has the weights of its directory here
+        if Path(source.backbone).is_dir() and not any(Path(source.backbone).glob("*.safetensors")):
+            return
+    for dtype, quantization in product(get_args(Dtype), (None, *get_args(Quantization))):
+        yield compute_rater_id(source, settings, dtype, quantization)

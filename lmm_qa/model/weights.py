@@ -7,6 +7,7 @@ would give a score that is not the model's, so both are errors here.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from lmm_qa.model import compat
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
 
 HARMLESS = re.compile(r"rotary_emb\.inv_freq$|\.position_ids$|\.rotary_emb\.(cos|sin)_cached$")
 """Buffers that older versions of transformers stored, and that a model computes itself."""
@@ -160,6 +162,32 @@ def check_files(folder: Path) -> None:
             f"{folder / 'config.json'} declares weights quantized with {method}, but they are not quantized: remove "
             "quantization_config from it, or use the weights that belong to it"
         )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model in a directory: those of its index, one model.safetensors, or else all.
+
+    Some checkpoints come with the same weights in further files, for other libraries.
+    """
+    index = folder / WEIGHTS_INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        return [folder / name for name in names]
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def count_stored_parameters(folder: Path) -> int:
+    """Number of weights in a directory, from the headers of its files; 0 if they are absent or cannot be read."""
+    count = 0
+    try:
+        for file in weight_files(folder):
+            with safe_open(file, "pt") as tensors:
+                names = tensors.keys()
+                count += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
+    except (OSError, ValueError, KeyError, SafetensorError):  # loading it says what is wrong
+        return 0
+    return count
 
 
 def stored_quantization(folder: Path) -> str | None:
