@@ -66,7 +66,7 @@ class AuxiliaryExample(NamedTuple):
     task: int
     """Index into `AUXILIARY_TASKS`."""
     prompt_ids: list[int]
-    """Tokens from the end of the last video up to the answer."""
+    """Tokens from the end of the last video or image up to the answer."""
     answer_ids: list[int]
 
     @property
@@ -81,7 +81,7 @@ class Sample(TypedDict):
     name: str
     inputs: Tensors
     prefix_length: int
-    """Tokens up to the end of the last video."""
+    """Tokens up to the end of the last video or image."""
     vision_features: Tensors
     """Cached output of the vision tower; empty if the inputs contain pixels."""
     mos: float
@@ -235,8 +235,9 @@ class RatingDataset(Dataset[Sample]):
         rng = random.Random(f"words {self.seed} {epoch} {clip.content_id}")
         found = []
         for name, present in sample_defect_questions(clip.example, config.defect_questions, rng).items():
-            answers = level_tokens(self.processor, questions()[name], len(self.settings.views))
-            found.append(AuxiliaryExample(0, self._prompt_ids(questions()[name], slots), [answers[present]]))
+            question = questions()[name].model_copy(update=prompt.before_question)
+            answers = level_tokens(self.processor, question, len(self.settings.views))
+            found.append(AuxiliaryExample(0, self._prompt_ids(question, slots), [answers[present]]))
         if clip.example.explanation is not None and rng.random() < config.explanation_probability:
             if config.random_defects_probability and rng.random() < config.random_defects_probability:
                 question, answer = random_explanation(prompt, rng)
@@ -248,7 +249,7 @@ class RatingDataset(Dataset[Sample]):
         return found
 
     def _prompt_ids(self, prompt: Prompt, slots: dict[str, float]) -> list[int]:
-        """Tokens after the last video."""
+        """Tokens after the last video or image."""
         return question_tokens(self.processor, prompt, len(self.settings.views), slots)
 
 

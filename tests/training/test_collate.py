@@ -250,24 +250,30 @@ def reference_logits(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "frames"),
+    [*((family, "video") for family in FAMILIES), ("qwen2_vl", "images"), ("qwen3_vl", "images")],
+)
 def test_auxiliary_examples_do_not_see_each_other(
-    family: str, family_dir: Callable[[str], Path], described: RatingDataset
+    family: str, frames: str, family_dir: Callable[[str], Path], described: RatingDataset
 ) -> None:
+    prompt = PROMPT.model_copy(update={"frames": frames})
+    described.settings = described.settings.override(prompt=prompt)
     backbone = Backbone.load(str(family_dir(family)), device="cpu")
     described.processor, described.factor = backbone.processor, patch_factor(backbone.processor) or 1
     described.augmentation = AugmentationConfig(paraphrase_probability=0, temporal_offsets=1)
     tokenizer = backbone.processor.tokenizer
-    spoken = explanation_prompt(PROMPT, FOUND).model_copy(update={"stem": opening(PROMPT, "fair")})
+    spoken = explanation_prompt(prompt, FOUND).model_copy(update={"stem": opening(prompt, "fair")})
     tokens = [*tokenizer(": it freezes from 1.2 to 2.0 s.")["input_ids"], tokenizer.eos_token_id]
     logits = [reference_logits(backbone, described, 0, spoken, tokens[:-1])]
     for index in (0, 2):
         for name, present in sample_defect_questions(
             described.clips[index].example, 3, auxiliary_rng(described, index)
         ).items():
-            logits.append(reference_logits(backbone, described, index, questions()[name], []))
+            question = questions()[name].model_copy(update={"frames": frames})
+            logits.append(reference_logits(backbone, described, index, question, []))
             tokens += tokenizer(" yes" if present else " no")["input_ids"]
-    ratings = torch.cat([reference_logits(backbone, described, index, PROMPT, []) for index in range(3)])
+    ratings = torch.cat([reference_logits(backbone, described, index, prompt, []) for index in range(3)])
     wanted = torch.cat(logits)
     assert backbone.can_share_prefill == (family not in HYBRID)
     for shares in {False, backbone.can_share_prefill}:

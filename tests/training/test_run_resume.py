@@ -14,13 +14,18 @@ from lmm_qa.training.run import last_checkpoint, train
 
 
 @pytest.mark.slow
-def test_cached_vision_features_do_not_change_the_loss(make_config: MakeConfig, tmp_path: Path) -> None:
-    cached, uncached, base = tmp_path / "cached", tmp_path / "uncached", make_config(data__train=DESCRIBED)
+@pytest.mark.parametrize(("frames", "epochs", "steps"), [("video", 1.2, 12), ("images", 0.2, 2)])
+def test_cached_vision_features_do_not_change_the_loss(
+    make_config: MakeConfig, tmp_path: Path, frames: str, epochs: float, steps: int
+) -> None:
+    prompt = {"question": "How good is it?", "stem": "The quality is", "frames": frames}
+    base = make_config(data__train=DESCRIBED, rating__prompt=prompt, training__epochs=epochs)
+    cached, uncached = tmp_path / "cached", tmp_path / "uncached"
     train(with_training(base, output_dir=cached), quiet)
     assert list((tmp_path / "cache" / "vision").rglob("*.safetensors"))
     train(with_training(base, output_dir=uncached, cache_vision_features=False), quiet)
     assert curve(cached) == pytest.approx(curve(uncached), abs=1e-5)
-    assert len(curve(cached)) == 12
+    assert len(curve(cached)) == steps
 
 
 @pytest.mark.slow
