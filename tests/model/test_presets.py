@@ -27,6 +27,7 @@ from lmm_qa.model.prompt import load_prompt
 from lmm_qa.model.rater_config import RaterConfig
 from lmm_qa.model.source import resolve_model
 from lmm_qa.rater import clip_input
+from lmm_qa.training.config import TrainingConfig
 from lmm_qa.video.frame_array import FrameArray
 
 
@@ -49,6 +50,13 @@ def test_qrealign_is_asked_as_its_authors_do() -> None:
     assert settings.prompt.levels == ("bad", "poor", "fair", "good", "excellent")
     assert settings.sampling == Sampling(strategy="linspace", frames=8)
     assert settings.views == (View(kind="fit", size=448),)
+
+
+def test_the_recipe_that_goes_on_from_qrealign_asks_it_in_the_same_way() -> None:
+    recipe, preset = TrainingConfig.load(Path("thqa_qrealign")), presets()["qrealign-mini"]
+    assert recipe.model.backbone == preset.model
+    settings = recipe.rating.rater_config(RaterConfig(), recipe.scale)
+    assert settings == preset.settings().override(scale=(0, 5))
 
 
 def test_a_rater_is_found_by_its_name_and_by_its_id_on_the_hub() -> None:

@@ -151,7 +151,7 @@ def test_one_file_lists_every_key() -> None:
 def test_each_backbone_has_a_configuration_for_each_setup() -> None:
     cards = {"qlora": "4bit", "lora": None, "fsdp": None, "vision": None}
     named = {f"thqa_{backbone}_{card}" for backbone in HUB for card in cards}
-    bases = {"thqa", "thqa_qlora", "thqa_fsdp", "thqa_vision", "konvid", "embedded_lora"}
+    bases = {"thqa", "thqa_qlora", "thqa_fsdp", "thqa_vision", "thqa_qrealign", "konvid", "embedded_lora"}
     assert {path.stem for path in TRAINING_CONFIGS} == named | bases
     for backbone, hub in HUB.items():
         for card, quantization in cards.items():
