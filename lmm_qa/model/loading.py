@@ -33,9 +33,10 @@ MAX_FLOAT32_PARAMETERS = 500_000_000
 MARGIN = 1.05
 """Memory for loading a model, relative to its weights."""
 
-UNQUANTIZED = ("visual", "vision_tower", "multi_modal_projector", "lm_head")
+UNQUANTIZED = ("visual", "vision_tower", "multi_modal_projector", "lm_head", "in_proj_a", "in_proj_b")
 """Modules that are never quantized: small compared with the language model, and sensitive because pixels pass through
-them."""
+them. The last two are the gates of Qwen3.5's linear attention, one number per head: on a CPU, bitsandbytes needs a
+multiple of 32 for 4 bit."""
 
 
 class LoadOptions(TypedDict, total=False):

@@ -22,6 +22,9 @@ from lmm_qa.errors import ModelError
 from lmm_qa.model.backbone import Backbone
 from lmm_qa.model.loading import choose_attention, choose_device, choose_dtype, estimate_memory, load_processor
 
+GATES = ("in_proj_a", "in_proj_b")
+"""Layers of Qwen3.5 that are too narrow for 4 bit."""
+
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -33,7 +36,7 @@ def test_quantized_models_are_close_to_float32(
     kind = {"4bit": bnb.Linear4bit, "8bit": bnb.Linear8bitLt}[quantization]
     linear = {name: type(part) for name, part in small.model.named_modules() if isinstance(part, torch.nn.Linear)}
     quantized = {name for name, part in linear.items() if issubclass(part, kind)}
-    assert quantized == {name for name in linear if "language_model" in name}
+    assert quantized == {name for name in linear if "language_model" in name and not name.endswith(GATES)}
     assert {linear[name] for name in linear.keys() - quantized} == {torch.nn.Linear}
     assert any("vis" in name for name in linear.keys() - quantized)
     one = random_clip(exact, (2, 3))
@@ -76,7 +79,8 @@ def test_memory_is_estimated_without_weights(family: str, load: Any, family_dir:
     assert memory.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert memory.weights == 4 * memory.parameters
     in_layers = sum(part.weight.numel() for name, part in model.named_modules()
-                    if isinstance(part, torch.nn.Linear) and "language_model" in name)  # fmt: skip
+                    if isinstance(part, torch.nn.Linear) and "language_model" in name
+                    and not name.endswith(GATES))  # fmt: skip
     assert (
         estimate_memory(str(tmp_path), 1000, dtype="float32", quantization="8bit").weights
         == memory.weights - 3 * in_layers
