@@ -294,10 +294,11 @@ class Rater:
             return []
         start = time.perf_counter()
         inputs = [clip_input(clip.frames) for clip in clips]
+        readings: Sequence[LevelReading]
         profiles: Sequence[Profile | None] = [None] * len(clips)
         explanations: Sequence[Explanation | None] = [None] * len(clips)
         if details.profile:
-            readings, profiles, explanations = self._diagnose(clips, inputs, details)
+            readings, profiles, explanations = zip(*self._diagnose(clips, inputs, details), strict=True)
         else:
             readings = self._read_levels(inputs)
         timelines = [self._timeline(clip.windows) if clip.windows else None for clip in clips]
@@ -326,25 +327,36 @@ class Rater:
 
     def _diagnose(
         self, clips: Sequence[DecodedClip], inputs: Sequence[ClipInput], details: Details
-    ) -> tuple[list[LevelReading], list[Profile], Sequence[Explanation | None]]:
-        """Level, defect profile and explanation of each clip, on one prefill.
+    ) -> list[tuple[LevelReading, Profile, Explanation | None]]:
+        """Level, defect profile and explanation of each clip."""
+
+        def diagnose(group: slice) -> list[tuple[LevelReading, Profile, Explanation | None]]:
+            return self._diagnose_together(clips[group], inputs[group], details)
+
+        return self.backbone.in_cacheable_groups(diagnose, inputs, self.settings.prompt)
+
+    def _diagnose_together(
+        self, clips: Sequence[DecodedClip], inputs: Sequence[ClipInput], details: Details
+    ) -> list[tuple[LevelReading, Profile, Explanation | None]]:
+        """As `_diagnose`, on one prefill.
 
         With answers from the base model there are two: the level is always read with the adapter.
         """
         prompt, scale = self.settings.prompt, self.settings.declared_scale()
         base = details.answers_from == "base" and self.source.adapter is not None
         readings = self._read_levels(inputs) if base else None
+        explanations: Sequence[Explanation | None] = [None] * len(clips)
         with self.backbone.without_adapter() if base else nullcontext():
             prefill = self.backbone.share_prefill(inputs, prompt)
             calibration = UNCALIBRATED if base else self.defect_calibration
             profiles, logits = ask_profiles(prefill, prompt, calibration, [clip.frames for clip in clips])
             readings = readings or [read_levels(each.logits, each.log_normalizer, scale) for each in logits]
-            if not details.explanation:
-                return readings, profiles, [None] * len(clips)
-            levels = [prompt.levels[reading.level] for reading in readings]
-            contents = [clip.content_id for clip in clips]
-            check = self.settings.explanation_check
-            return readings, profiles, write_explanations(prefill, prompt, levels, profiles, contents, check)
+            if details.explanation:
+                levels = [prompt.levels[reading.level] for reading in readings]
+                contents = [clip.content_id for clip in clips]
+                check = self.settings.explanation_check
+                explanations = write_explanations(prefill, prompt, levels, profiles, contents, check)
+        return list(zip(readings, profiles, explanations, strict=True))
 
     def _timeline(self, windows: Windows) -> Timeline:
         """Rate each window as a clip of its own, and calibrate its score as that of a clip."""

@@ -165,15 +165,15 @@ def rate(
     else:
         rater_options["device"] = ranks.device(rater_options["device"])
     plan = plan_rater(model, **rater_options)
+    details = Details(defects or explain, explain, timeline, answers_from.value)
     if ranks.rank == 0:
         for note in plan.notes:
             message(f"note: {note}")
         if dry_run:
-            print_rating_plan(plan, clips, workers)
+            print_rating_plan(plan, clips, workers, details)
     if dry_run:
         return
     raters = RayRaters(plan, workers, message) if engine is Engine.RAY else None
-    details = Details(defects or explain, explain, timeline, answers_from.value)
     options = {"batch_size": batch_size, "workers": workers, "timeout": timeout}
     run = RatingRun(raters.plan if raters else plan, details, ranks, raters, **options)
     failed = run.to_file(clips, output, overwrite, safe_csv) if output else run.to_stdout(clips, render_table)

@@ -19,9 +19,10 @@ from lmm_qa.video.views import view_size
 if TYPE_CHECKING:
     from lmm_qa.manifest import Clip
     from lmm_qa.model.rater_plan import RaterPlan
+    from lmm_qa.ratings.rows import Details
 
 
-def print_rating_plan(plan: RaterPlan, clips: Sequence[Clip], workers: int) -> None:
+def print_rating_plan(plan: RaterPlan, clips: Sequence[Clip], workers: int, details: Details) -> None:
     """Print a table of the clips to stdout, and a summary to stderr."""
     options: LoadOptions = {**plan.load_options, "revision": plan.source.revision}
     processor = load_processor(plan.source.backbone, **options)
@@ -60,6 +61,11 @@ def print_rating_plan(plan: RaterPlan, clips: Sequence[Clip], workers: int) -> N
             f"; {memory.parameters / 1e6:,.1f} M parameters; memory: about {memory.weights / 2**30:.2f} GiB for the "
             f"weights and {memory.clip / 2**30:.3f} GiB for each clip of a batch"
         )
+        if details.profile and memory.cache:
+            summary += (
+                f"; for the defects also {memory.cache / 2**30:.3f} GiB of KV cache for each of the clips that are "
+                "rated together (--batch-size), in at most half of the free memory"
+            )
     message(summary)
 
 

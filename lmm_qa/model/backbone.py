@@ -1,30 +1,35 @@
 """The forward path of a loaded model: batches of clips in, logits of the level words out, in one prefill.
 
 Works with every image-text-to-text model of transformers whose processor accepts videos. Clips of families with a patch
-grid (Qwen-VL) keep their own sizes. Questions about a clip share its prefill (`lmm_qa.model.prefill`), except in families
-with layers that have a recurrent state (Qwen3.5) or a sliding window.
+grid (Qwen-VL) keep their own sizes. Questions about a clip share its prefill (`lmm_qa.model.prefill`), except in
+families with layers that have a recurrent state (Qwen3.5) or a sliding window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, TypeVar, Unpack
 
 import torch
 from torch.nn import functional
 
-from lmm_qa.errors import ModelError
+from lmm_qa.errors import ModelError, first_line
 from lmm_qa.model import compat
 from lmm_qa.model.inputs import ClipInput, append_tokens, level_tokens, patch_factor, prepare_inputs
 from lmm_qa.model.levels import LevelLogits
-from lmm_qa.model.loading import Choice, LoadOptions, load_model
+from lmm_qa.model.loading import Choice, LoadOptions, cache_bytes, load_model
+from lmm_qa.model.memory import free_memory
 from lmm_qa.model.onednn import OneDNNLinear
 from lmm_qa.model.prefill import SharedPrefill, in_clip_order
 from lmm_qa.model.prompt import Frames, Prompt
+
+T = TypeVar("T")
 
 GPU_BATCH_SIZE = 64
 
@@ -37,6 +42,9 @@ is a batch by itself."""
 
 FIXED_SIZE_FAMILIES = {"internvl", "llava_onevision"}
 """Families without a patch grid that are known to take a shared prefill."""
+
+CACHE_SHARE = 0.5
+"""Share of the free memory for KV caches that are held for several questions."""
 
 PROMPT_TOKENS = 64
 """Estimated number of text tokens per clip, for forming batches."""
@@ -61,6 +69,8 @@ class Backbone:
         self.model = model.eval()
         self.processor = processor
         self.choices = choices
+        self._fitting_tokens: float = MAX_BATCH_TOKENS
+        """Tokens in one batch that fit into memory, as far as is known."""
 
     @classmethod
     def load(cls, model: str, adapter: Path | None = None, **options: Unpack[LoadOptions]) -> Backbone:
@@ -103,10 +113,70 @@ class Backbone:
         """Logits of the level words for each clip, in order. They do not depend on the other clips.
 
         Raises:
-            ModelError: logits are not finite, as can happen in float16.
+            ModelError: logits are not finite, as can happen in float16; or a clip alone does not fit into memory.
         """
-        batches = ((indices, self.next_token_logits(inputs)) for indices, inputs in self.prepare_batches(clips, prompt))
-        return self.select_level_logits(torch.stack(in_clip_order(batches)), prompt, len(clips[0].views))
+
+        def run() -> torch.Tensor:
+            prepared = self.prepare_batches(clips, prompt)
+            return torch.stack(in_clip_order((indices, self.next_token_logits(inputs)) for indices, inputs in prepared))
+
+        logits = self.retry_with_smaller_batches(run, clips, prompt)
+        return self.select_level_logits(logits, prompt, len(clips[0].views))
+
+    def retry_with_smaller_batches(self, run: Callable[[], T], clips: Sequence[ClipInput], prompt: Prompt) -> T:
+        """Return the result of a function; whenever it runs out of GPU memory, call it again with smaller batches.
+
+        Args:
+            run: processes the clips in the batches of `prepare_batches`.
+
+        Raises:
+            ModelError: it runs out of memory with one clip at a time.
+        """
+        while True:
+            try:
+                return run()
+            except torch.OutOfMemoryError as error:
+                reason = first_line(error)
+            # After the exception is gone, and with its traceback the tensors of the failed batch.
+            torch.cuda.empty_cache()
+            tried = [batch for batch in self.batches(clips, prompt.frames) if len(batch) > 1]
+            if not tried:
+                raise ModelError(
+                    f"a single clip does not fit into the memory of the GPU ({reason}): use fewer frames (--sampling "
+                    "uniform:4), smaller pictures (--view whole:224), --quantization 4bit, or a smaller model"
+                )
+            lengths = self._lengths(clips, prompt.frames)
+            self._fitting_tokens = max(len(batch) * lengths[batch[-1]] for batch in tried) / 2
+
+    def in_cacheable_groups(
+        self, run: Callable[[slice], list[T]], clips: Sequence[ClipInput], prompt: Prompt
+    ) -> list[T]:
+        """Call a function on groups of clips whose KV caches fit into memory at the same time.
+
+        Args:
+            run: returns a result for each clip of a group; makes a `SharedPrefill` of them.
+
+        Returns:
+            The results, in the order of the clips.
+
+        Raises:
+            ModelError: a clip alone does not fit into memory.
+        """
+        results: list[T] = []
+        while len(results) < len(clips):
+            rest = clips[len(results) :]
+            group = slice(len(results), len(results) + self._cacheable(rest, prompt))
+            results += self.retry_with_smaller_batches(partial(run, group), clips[group], prompt)
+        return results
+
+    def _cacheable(self, clips: Sequence[ClipInput], prompt: Prompt) -> int:
+        """How many of these clips, from the first one on, to process before the caches of all are freed."""
+        if len(clips) == 1 or not self.can_share_prefill:
+            return len(clips)
+        each = cache_bytes(self.model.config, self.model.dtype.itemsize)
+        limit = CACHE_SHARE * free_memory(str(self.device))
+        sizes = accumulate(each * length for length in self._lengths(clips, prompt.frames))
+        return max(1, sum(size <= limit for size in sizes))
 
     def select_level_logits(self, logits: torch.Tensor, prompt: Prompt, videos: int) -> list[LevelLogits]:
         """Pick the level words from (B, vocabulary) float32 logits at the end of the prompt's stem.
@@ -129,25 +199,29 @@ class Backbone:
     def batches(self, clips: Sequence[ClipInput], frames: Frames = "video") -> list[list[int]]:
         """Group clips into batches; each is a list of indices into `clips`.
 
-        A GPU gets batches of similar length with at most `MAX_BATCH_TOKENS`; families without a patch grid stack their
-        videos, so their batches also have equal frame counts. A CPU gets one clip at a time: the activations of a layer
-        then stay in its caches.
+        A GPU gets batches of similar length with at most `MAX_BATCH_TOKENS`, or fewer if those did not fit into memory;
+        families without a patch grid stack their videos, so their batches also have equal frame counts. A CPU gets one
+        clip at a time: the activations of a layer then stay in its caches.
         """
         if self.device.type == "cpu":
             return [[index] for index in range(len(clips))]
-        factor = patch_factor(self.processor)
-        pixels_per_token = (2 if frames == "video" else 1) * (factor or 28) ** 2  # without a patch grid, an estimate
-        lengths = [sum(view[..., 0].size for view in clip.views) // pixels_per_token + PROMPT_TOKENS for clip in clips]
-        frame_counts = [0 if factor else len(clip.seconds) for clip in clips]
+        lengths = self._lengths(clips, frames)
+        frame_counts = [0 if patch_factor(self.processor) else len(clip.seconds) for clip in clips]
+        limit = min(self._fitting_tokens, MAX_BATCH_TOKENS)
         batches: list[list[int]] = []
         for index in sorted(range(len(clips)), key=lambda index: (frame_counts[index], lengths[index])):
             last = batches[-1] if batches else []
-            fits = (len(last) + 1) * lengths[index] <= MAX_BATCH_TOKENS  # the others are padded to this length
+            fits = (len(last) + 1) * lengths[index] <= limit  # the others are padded to this length
             if last and fits and frame_counts[last[0]] == frame_counts[index]:
                 last.append(index)
             else:
                 batches.append([index])
         return batches
+
+    def _lengths(self, clips: Sequence[ClipInput], frames: Frames) -> list[int]:
+        """Estimated number of tokens of each clip."""
+        pixels_per_token = (2 if frames == "video" else 1) * (patch_factor(self.processor) or 28) ** 2
+        return [sum(view[..., 0].size for view in clip.views) // pixels_per_token + PROMPT_TOKENS for clip in clips]
 
     def prepare_batches(self, clips: Sequence[ClipInput], prompt: Prompt) -> Iterator[tuple[list[int], Any]]:
         """Indices of the clips of each batch, and its inputs on the device.

@@ -172,6 +172,12 @@ class ServedBackbone:
         """Clips for several questions; the server keeps them in its prefix cache between these."""
         return ServedClips(self, clips, prompt)
 
+    def in_cacheable_groups(
+        self, run: Callable[[slice], list[T]], clips: Sequence[ClipInput], prompt: Prompt
+    ) -> list[T]:
+        """As of `Backbone`. The server manages its cache: all clips are one group."""
+        return run(slice(0, len(clips)))
+
     def without_adapter(self) -> AbstractContextManager[None]:
         """As of `Backbone`: a served model has none that could be disabled."""
         return nullcontext()

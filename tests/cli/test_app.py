@@ -426,7 +426,8 @@ def test_a_dry_run_loads_no_weights(folder: Path, model: Path, command: Command)
         f"3 clips would be rated, 3 could not; at most {tokens['a.mp4']} tokens per clip; "
         f"{parameters / 1e6:,.1f} M parameters"
     ) in done.err
-    assert "GiB for the weights" in done.err
+    assert "GiB for the weights" in done.err and "KV cache" not in done.err
+    assert "GiB of KV cache for each of the clips" in command(*arguments, "--dry-run", "--defects").err
     assert command(*arguments).code == 1
 
 

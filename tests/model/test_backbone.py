@@ -23,7 +23,7 @@ from model_inputs import (
 from transformers import AutoModelForImageTextToText
 
 from lmm_qa.errors import ModelError
-from lmm_qa.model.backbone import Backbone
+from lmm_qa.model.backbone import MAX_BATCH_TOKENS, Backbone
 from lmm_qa.model.inputs import ClipInput, patch_factor, prepare_inputs
 from lmm_qa.model.prefill import SharedPrefill
 
@@ -111,6 +111,74 @@ def test_the_next_batch_is_prepared_in_a_thread(backbone: Backbone, monkeypatch:
         assert_equal_logits(reading, one)
     for (answer,), one in zip(SharedPrefill(backbone, clips).level_logits([PROMPT]), alone, strict=True):
         assert_equal_logits(answer, one, 2e-5)
+
+
+def refuse_large_batches(backbone: Backbone, most: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The model runs out of memory with more clips than these in a batch. Returns the sizes that were tried, as a list
+    that grows."""
+    tried: list[int] = []
+    original = Backbone._forward
+
+    def forward(self: Backbone, **inputs: Any) -> Any:
+        tried.append(len(inputs["input_ids"]))
+        if tried[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
+        return original(self, **inputs)
+
+    monkeypatch.setattr(Backbone, "_forward", forward)
+    monkeypatch.setattr(Backbone, "device", OtherDevice("cpu"))
+    monkeypatch.setattr(backbone, "_fitting_tokens", MAX_BATCH_TOKENS)
+    return tried
+
+
+def test_batches_that_do_not_fit_are_halved(load: Callable[[str], Backbone], monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = load("qwen2_vl")
+    clips = [random_clip(backbone, (2, 3), frames=2, seed=seed) for seed in range(5)]
+    alone = [backbone.level_logits([one], PROMPT)[0] for one in clips]
+    tried = refuse_large_batches(backbone, 2, monkeypatch)
+    for reading, one in zip(backbone.level_logits(clips, PROMPT), alone, strict=True):
+        assert_equal_logits(reading, one)
+    assert tried == [5, 2, 2, 1]
+    again = len(tried)
+    backbone.level_logits(clips, PROMPT)
+    assert tried[again:] == [2, 2, 1], "the size that fits is remembered"
+    monkeypatch.setattr(backbone, "_fitting_tokens", MAX_BATCH_TOKENS)
+
+    def ask(group: slice) -> list[Any]:
+        return [answer for (answer,) in backbone.share_prefill(clips[group], PROMPT).level_logits([PROMPT])]
+
+    for answer, one in zip(backbone.in_cacheable_groups(ask, clips, PROMPT), alone, strict=True):
+        assert_equal_logits(answer, one, 2e-5)
+
+
+def test_a_clip_that_does_not_fit_is_an_error(load: Callable[[str], Backbone], monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone = load("qwen2_vl")
+    tried = refuse_large_batches(backbone, 0, monkeypatch)
+    with pytest.raises(
+        ModelError,
+        match=r"a single clip does not fit .* \(OutOfMemoryError: CUDA out of memory\. Tried to allocate 2 GiB\.\): "
+        r"use fewer frames",
+    ):
+        backbone.level_logits([random_clip(backbone, (2, 3), frames=2)] * 3, PROMPT)
+    assert tried == [3, 1]
+
+
+def test_caches_are_held_of_as_many_clips_as_fit(
+    load: Callable[[str], Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = load("qwen2_vl")
+    clips = [random_clip(backbone, (2, 3), frames=2 * frames) for frames in (1, 1, 1, 9, 1)]
+    # Two layers of two heads of 16, keys and values in float32; 6 tokens for two frames, and 64 of the prompt.
+    short = 2 * 2 * 2 * 16 * 4 * (6 + 64)
+    monkeypatch.setattr("lmm_qa.model.backbone.free_memory", lambda device: 2 * (2 * short + 1))
+    groups: list[slice] = []
+
+    def run(group: slice) -> list[int]:
+        groups.append(group)
+        return list(range(group.start, group.stop))
+
+    assert backbone.in_cacheable_groups(run, clips, PROMPT) == [0, 1, 2, 3, 4]
+    assert groups == [slice(0, 2), slice(2, 3), slice(3, 4), slice(4, 5)]
 
 
 def test_clips_with_different_frame_counts_share_a_batch(backbone: Backbone) -> None:
