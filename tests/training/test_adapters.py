@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from backbones import FAMILIES
 from model_inputs import random_clip
 from training_runs import MakeConfig
 
@@ -17,7 +18,7 @@ from lmm_qa.model.prompt import Prompt
 from lmm_qa.training.adapters import lora_targets, trainable_model
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava_onevision"])
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("parts", [(), ("vision",), ("merger",), ("vision", "merger")])
 def test_lora_targets_the_linear_layers_of_the_chosen_components(
     family: str, parts: Sequence[str], family_dir: Callable[[str], Path]

@@ -90,11 +90,16 @@ def test_auxiliary_tasks_do_not_change_the_rating_loss(make_config: MakeConfig, 
     assert rows[1]["defect_questions"] > 1 and rows[1]["explanations"] > 1
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", "llava_onevision"])
+@pytest.mark.parametrize(
+    ("family", "prompt"),
+    [("qwen3_vl", "talking_head"), ("qwen3_5", "qrealign"), ("llava_onevision", "qrealign")],
+)
 def test_auxiliary_tasks_work_for_other_families(
-    make_config: MakeConfig, family_dir: Callable[[str], Path], family: str, tmp_path: Path
+    make_config: MakeConfig, family_dir: Callable[[str], Path], family: str, prompt: str, tmp_path: Path
 ) -> None:
-    train(with_training(make_config(model__backbone=str(family_dir(family)), data__train=DESCRIBED), epochs=0.3), quiet)
+    """Those of Q-ReAlign with frames as images."""
+    model = {"model__backbone": str(family_dir(family)), "rating__prompt": prompt}
+    train(with_training(make_config(**model, data__train=DESCRIBED), epochs=0.3), quiet)
     losses = [*curve(tmp_path / "run", "explanations").values()]
     assert len(losses) == 3 and all(loss > 0 for loss in losses)
 
