@@ -18,6 +18,7 @@ DEFAULT_WORKERS = min(4, os.cpu_count() or 1)
 class Quantization(StrEnum):
     FOUR = "4bit"
     EIGHT = "8bit"
+    NONE = "none"
 
 
 class Dtype(StrEnum):
@@ -140,7 +141,11 @@ def rater_options(
         str | None, typer.Option(help="Branch, tag or commit of a model on the hub.", show_default=False)
     ] = None,
     quantization: Annotated[
-        Quantization | None, typer.Option(help="Load weights in 4 or 8 bits: saves memory.", show_default=False)
+        Quantization | None,
+        typer.Option(
+            help="Load weights in 4 or 8 bits: saves memory. none: unquantized, also for a rater that was tuned so.",
+            show_default="as the rater was tuned",
+        ),
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="cuda, cuda:1, mps or cpu.", show_default="the best one available")

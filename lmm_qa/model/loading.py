@@ -44,8 +44,9 @@ class LoadOptions(TypedDict, total=False):
 
     revision: str | None
     """Branch, tag or commit of a model on the Hugging Face hub."""
-    quantization: Quantization | None
-    """`4bit` (NF4) or `8bit` weights of the language model, by bitsandbytes. Saves memory, not time."""
+    quantization: Quantization | Literal["none"] | None
+    """`4bit` (NF4) or `8bit` weights of the language model, by bitsandbytes. Saves memory, not time. `none`: as the
+    checkpoint is stored, like None, but also for a rater that was tuned with quantized weights."""
     device: str | None
     """`cuda`, `cuda:1`, `mps` or `cpu`; see `choose_device`."""
     dtype: Dtype | None
@@ -93,12 +94,13 @@ def load_model(model: str, adapter: Path | None = None, **options: Unpack[LoadOp
     device = choose_device(options.get("device"))
     dtype = choose_model_dtype(model, **options)
     attention = choose_attention(device.value, dtype.value)
-    quantization = options.get("quantization")
+    quantization = requested_quantization(options)
     choices = {"device": device, "dtype": dtype, "attention": attention}
     kwargs = _hub_kwargs(model, options)
     if quantization:
         if Path(model).is_dir() and (method := stored_quantization(Path(model))):
             raise ModelError(f"{model!r} is quantized already ({method}): load it without --quantization")
+        _check_bitsandbytes(quantization, device.value)
         choices["quantization"] = Choice(quantization, "requested")
         kwargs["quantization_config"] = _bitsandbytes_config(quantization, getattr(torch, dtype.value))
     check_memory(model, **options)
@@ -258,7 +260,8 @@ class MemoryEstimate:
     clip: int
     """Bytes for each clip of a batch during the prefill."""
     cache: int
-    """Bytes of the KV cache of each clip, which is held while questions about its defects are asked."""
+    """Bytes of the KV cache of each clip, which is held while questions about its defects are asked; 0 if each question
+    processes the clip again."""
 
 
 def estimate_memory(model: str, tokens: int, **options: Unpack[LoadOptions]) -> MemoryEstimate:
@@ -279,7 +282,7 @@ def estimate_memory(model: str, tokens: int, **options: Unpack[LoadOptions]) -> 
     itemsize = getattr(torch, choose_model_dtype(model, **options).value).itemsize
     quantized = {"4bit": 0.5 + 4 / 64, "8bit": 1.0}  # NF4 stores a float32 scale per block of 64 weights
     stored = getattr(empty.config, "quantization_config", None)
-    method = options.get("quantization") or (_method(stored) if stored is not None else None)
+    method = requested_quantization(options) or (_method(stored) if stored is not None else None)
     linear_itemsize = quantized.get(method, 1.0) if method else itemsize
     linear = sum(
         module.weight.numel()
@@ -291,7 +294,9 @@ def estimate_memory(model: str, tokens: int, **options: Unpack[LoadOptions]) -> 
     layer = (6 * text.hidden_size + 3 * text.intermediate_size) * itemsize
     pixels = 28 * 28 * 2 * 3 * 4 * 2  # float32 patches of one token, and their copy on the device
     weights = int(linear * linear_itemsize + (parameters - linear) * itemsize)
-    return MemoryEstimate(parameters, weights, tokens * (layer + pixels), tokens * cache_bytes(empty.config, itemsize))
+    shared = compat.caches_every_token(empty.config)
+    cache = tokens * cache_bytes(empty.config, itemsize) if shared else 0
+    return MemoryEstimate(parameters, weights, tokens * (layer + pixels), cache)
 
 
 def cache_bytes(config: Any, itemsize: int) -> int:
@@ -366,6 +371,30 @@ def _hub_kwargs(model: str, options: LoadOptions) -> dict[str, Any]:
         found = find_model(model, options.get("revision"))
         kwargs |= {"revision": found.commit, "local_files_only": found.unreachable is not None}
     return kwargs
+
+
+def requested_quantization(options: LoadOptions) -> Quantization | None:
+    """The quantization of the options without `none`."""
+    quantization = options.get("quantization")
+    return None if quantization == "none" else quantization
+
+
+def _check_bitsandbytes(quantization: Quantization, device: str) -> None:
+    """Raise ModelError if quantized weights cannot be used on the device."""
+    try:
+        import bitsandbytes
+
+        supported = sorted(bitsandbytes.supported_torch_devices)
+    except (ImportError, OSError, RuntimeError) as error:
+        reason = f"bitsandbytes cannot be imported ({first_line(error)})"
+    else:
+        if torch.device(device).type in supported:
+            return
+        reason = f"bitsandbytes {bitsandbytes.__version__} supports {', '.join(supported)}"
+    raise ModelError(
+        f"weights in {quantization} cannot be used on {device}: {reason}. Choose another --device, or --quantization "
+        f"none: a rater that was tuned in {quantization} then gives slightly different scores"
+    )
 
 
 def _bitsandbytes_config(quantization: Quantization, dtype: torch.dtype) -> Any:

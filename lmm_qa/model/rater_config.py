@@ -22,8 +22,12 @@ EMBEDDED_NAME = "embedded"
 
 ExplanationCheck = Literal["facts", "grammar"]
 
-WITHOUT_EFFECT = {"training", "backbone", "backbone_relative", "revision", "backbone_weights", "explanation_check"}
-"""Settings that do not change a score. (Weights do, and are identified by their content.)"""
+WITHOUT_EFFECT = {
+    *("training", "backbone", "backbone_relative", "revision", "backbone_weights", "quantization"),
+    "explanation_check",
+}
+"""Settings that do not change a score, or that are not what a score depends on: it depends on the content of the
+weights, and on the quantization that they are loaded in."""
 
 
 class RaterConfig(Settings):
@@ -38,6 +42,9 @@ class RaterConfig(Settings):
     """Branch, tag or commit of the backbone on the hub."""
     backbone_weights: str | None = Field(None, max_length=200)
     """Fingerprint of a local backbone that the adapter was trained on; loading fails if its weights have changed."""
+    quantization: Literal["4bit", "8bit"] | None = None
+    """Format of the backbone's weights in training and calibration: the adapter has learned to correct its errors, so
+    the rater loads them in the same one unless another is requested."""
     prompt: Prompt = Field(default_factory=lambda: load_prompt(DEFAULT_PROMPT))
     scale: ScaleEnds = (1.0, 5.0)
     """MOS of the worst and of the best level."""

@@ -19,7 +19,15 @@ from lmm_qa.config import Sampling, View
 from lmm_qa.errors import ConfigError, ModelError, UsageError, address_in
 from lmm_qa.model.backbone import Backbone
 from lmm_qa.model.calibration import Calibration
-from lmm_qa.model.loading import Dtype, LoadOptions, Quantization, choose_device, choose_model_dtype, load_processor
+from lmm_qa.model.loading import (
+    Dtype,
+    LoadOptions,
+    Quantization,
+    choose_device,
+    choose_model_dtype,
+    load_processor,
+    requested_quantization,
+)
 from lmm_qa.model.prompt import Prompt, load_prompt
 from lmm_qa.model.rater_config import RaterConfig
 from lmm_qa.model.served import ServedBackbone, find_served, resolve_served
@@ -111,7 +119,7 @@ def plan_rater(model: str | Path | None = None, **options: Unpack[RaterOptions])
     """
     prompt, views = options.get("prompt"), options.get("views")
     load_options: LoadOptions = {
-        "quantization": options.get("quantization"),
+        "quantization": None,
         "device": options.get("device"),
         "dtype": options.get("dtype"),
         "trust_remote_code": options.get("trust_remote_code", False),
@@ -130,9 +138,10 @@ def plan_rater(model: str | Path | None = None, **options: Unpack[RaterOptions])
         views=tuple(views) if views else None,
     )
     _check_device(load_options["device"])
+    load_options["quantization"], changed = _choose_quantization(source, options)
     calibration, reason = _choose_calibration(source, settings)
     sent = f"the sampled frames of each clip are sent to {source.served.url}" if source.served else None
-    notes = tuple(note for note in (source.note, reason, sent) if note)
+    notes = tuple(note for note in (source.note, changed, reason, sent) if note)
     return RaterPlan(source, settings, load_options, calibration, notes)
 
 
@@ -141,6 +150,20 @@ def _refuse_options(options: RaterOptions) -> None:
     names = ("revision", "quantization", "device", "dtype", "trust_remote_code")
     if given := [f"--{name.replace('_', '-')}" for name in names if options.get(name)]:
         raise UsageError(f"{', '.join(given)} cannot be used with a served model: set it when you start the server")
+
+
+def _choose_quantization(source: ModelSource, options: LoadOptions) -> tuple[Quantization | None, str | None]:
+    """The requested quantization, or else that of the rater's training; and a note for the user if they differ."""
+    tuned = None if source.served else source.settings.quantization
+    if options.get("quantization") is None:
+        return tuned, None
+    chosen = requested_quantization(options)
+    if tuned is None or chosen == tuned:
+        return chosen, None
+    return chosen, (
+        f"{source.name} was tuned and calibrated with its backbone in {tuned}, and rates with it "
+        f"{f'in {chosen}' if chosen else 'unquantized'}: scores are slightly different"
+    )
 
 
 def _check_device(device: str | None) -> None:

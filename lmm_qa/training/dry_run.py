@@ -17,7 +17,15 @@ from lmm_qa.errors import ClipError, TrainingError
 from lmm_qa.manifest import content_id
 from lmm_qa.model.backbone import Backbone
 from lmm_qa.model.inputs import count_tokens, patch_factor
-from lmm_qa.model.loading import LoadOptions, choose_device, choose_dtype, empty_model, estimate_memory, load_processor
+from lmm_qa.model.loading import (
+    LoadOptions,
+    choose_device,
+    choose_dtype,
+    choose_model_dtype,
+    empty_model,
+    estimate_memory,
+    load_processor,
+)
 from lmm_qa.model.rater_config import RaterConfig
 from lmm_qa.training.activation_memory import PATCHES_PER_TOKEN, step_memory
 from lmm_qa.training.adapters import component, trainable_model
@@ -66,9 +74,9 @@ def preview(config: TrainingConfig) -> str:
         f"tokens      {min(tokens)} to {max(tokens)} per clip, median {median(tokens):.0f} ({len(tokens)} clips)"
     )
     device = choose_device()
-    dtype = config.model.dtype or choose_dtype(device.value).value
-    empty = empty_model(backbone, **options)
     full = config.tuning.method == "full"
+    dtype = (choose_dtype(device.value, config.model.dtype) if full else choose_model_dtype(backbone, **options)).value
+    empty = empty_model(backbone, **options)
     with torch.device("meta"):
         model = trainable_model(empty.to(torch.float32 if full else getattr(torch, dtype)), config)
     lines += _parameter_lines(model)

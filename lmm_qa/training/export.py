@@ -79,7 +79,7 @@ def model_card(
     )
     metrics = _metrics_table(record["metrics"], record["clips"]["validation"])
     if bits:
-        metrics += f"\nMeasured with the backbone in {bits}: rate with `--quantization {bits}`.\n"
+        metrics += f"\nMeasured with the backbone in {bits}, which is how it rates unless told otherwise.\n"
     summary = calibration.summary() if calibration else ""
     return CARD.format(
         front=_front_matter(backbone, adapter),
@@ -132,7 +132,8 @@ def _metrics_table(metrics: dict[str, list[float]], clips: int) -> str:
 def merge(rater: Path, folder: Path) -> None:
     """Write a rater as a plain transformers model, with its adapter merged into the float32 weights.
 
-    The folder is a rater directory too: same prompt, frames and calibration; the same scores up to rounding.
+    The folder is a rater directory too: same prompt, frames and calibration; the same scores up to rounding. A rater
+    that was tuned on quantized weights gives slightly different scores when merged, and loses its calibration.
 
     Raises:
         UsageError: `folder` exists and is not empty, or `rater` is not a directory.
@@ -150,14 +151,15 @@ def merge(rater: Path, folder: Path) -> None:
     merged.save_pretrained(folder)
     backbone.processor.save_pretrained(folder)
     settings = source.settings.model_copy(
-        update={"backbone": None, "backbone_relative": None, "revision": None, "backbone_weights": None}
+        update=dict.fromkeys(("backbone", "backbone_relative", "revision", "backbone_weights", "quantization"))
     )
     (folder / FILE_NAME).write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
     if (rater / "README.md").is_file():
         _, front, body = (rater / "README.md").read_text(encoding="utf-8").split("---\n", 2)
         front = _front_matter(yaml.safe_load(front).get("base_model"), adapter=False)
         (folder / "README.md").write_text(f"---\n{front}---\n{body}", encoding="utf-8")
-    if calibration := plan_rater(rater, device="cpu").calibration:
+    calibration = plan_rater(rater, device="cpu").calibration
+    if calibration and not source.settings.quantization:
         # The scores are the same, so the calibration holds for the merged weights as well.
         rater_id = plan_rater(folder, device="cpu").raw_rater_id
         calibration.model_copy(update={"rater_id": rater_id}).write(folder)

@@ -37,7 +37,7 @@ from lmm_qa.model.backbone import Backbone
 from lmm_qa.model.calibration import Calibration
 from lmm_qa.model.inputs import count_tokens, level_tokens, patch_factor
 from lmm_qa.model.levels import LevelReading, read_levels
-from lmm_qa.model.loading import choose_dtype, load_processor
+from lmm_qa.model.loading import choose_dtype, choose_model_dtype, load_processor
 from lmm_qa.model.rater_config import EMBEDDED_NAME, FILE_NAME, RaterConfig
 from lmm_qa.model.rater_plan import plan_rater
 from lmm_qa.model.source import backbone_location, weights_fingerprint
@@ -187,6 +187,17 @@ class TrainingRun:
             return TrainingResult(self.output_dir, {}, stop.signal)
         return self.finish(trainer, vision_cache)
 
+    @property
+    def compute_dtype(self) -> str:
+        """Number format of the computation; trained weights are float32."""
+        model, device = self.config.model, str(self.state.device)
+        if self.config.tuning.method == "full":
+            return choose_dtype(device, model.dtype).value
+        return choose_model_dtype(
+            str(self.settings.backbone), revision=self.settings.revision, device=device, dtype=model.dtype,
+            trust_remote_code=model.trust_remote_code,
+        ).value  # fmt: skip
+
     def load_backbone(self) -> Backbone:
         """The backbone in the number format for training."""
         model, full = self.config.model, self.config.tuning.method == "full"
@@ -261,7 +272,7 @@ class TrainingRun:
     def _training_arguments(self, backbone: Backbone, has_validation: bool) -> TrainingArguments:
         training = self.config.training
         eval_steps = min(training.eval_steps, self.steps)
-        precision = self.config.model.dtype or choose_dtype(str(backbone.device)).value
+        precision = self.compute_dtype
         selection = {"eval_steps": eval_steps, "load_best_model_at_end": True, "metric_for_best_model": BEST_METRIC}
         options: dict[str, Any] = {
             "output_dir": str(self.output_dir / CHECKPOINTS),
@@ -327,13 +338,16 @@ class TrainingRun:
         """Write rater.json, calibration.json and the model card; then run.json, which marks the run as finished."""
         folder, config, record = self.output_dir, self.config, {**self.record, "metrics": metrics}
         summary = {name: record[name] for name in ("clips", "groups", "data", "versions", "metrics")}
+        summary["dtype"] = self.compute_dtype
         base = Path(str(self.settings.backbone))
         where: dict[str, Any] = {"backbone": None, "backbone_relative": None, "revision": None}
         if config.tuning.method == "lora":
             name = EMBEDDED_NAME if config.model.backbone == EMBEDDED_NAME else self.settings.backbone
             weights = weights_fingerprint(base) if base.is_dir() else None
             where = {**backbone_location(str(name), folder), "backbone_weights": weights}
-        rater = self.settings.model_copy(update={"training": summary, **where})
+        rater = self.settings.model_copy(
+            update={"training": summary, "quantization": config.model.quantization, **where}
+        )
         write_text(folder / FILE_NAME, rater.model_dump_json(indent=2))
         calibration = self._calibrate(calibrating) if calibrating else None
         write_text(folder / "README.md", model_card(folder.name, rater, config, record, calibration))

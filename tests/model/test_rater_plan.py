@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from backbones import add_adapter
 from paths import ROOT
 
 from lmm_qa import Rater, Sampling, View
+from lmm_qa.errors import ModelError
 from lmm_qa.model.rater_plan import plan_rater
 
 SMALL: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
@@ -60,6 +63,42 @@ def test_the_identity_depends_on_model_and_settings(model_dir: Path, adapter_dir
     assert set(same) == {changed[0]}
     rater = Rater.from_pretrained(model_dir, sampling=Sampling(frames=4), views=VIEWS, **SMALL)
     assert rater.rater_id == identity(sampling=Sampling(frames=4), views=VIEWS)
+
+
+@pytest.fixture
+def tuned_in_4bit(adapter_dir: Path, model_dir: Path, tmp_path: Path) -> Path:
+    """A rater directory that says that its backbone was quantized in training."""
+    folder = shutil.copytree(adapter_dir, tmp_path / "rater")
+    (folder / "rater.json").write_text(json.dumps({"backbone": str(model_dir), "quantization": "4bit"}))
+    return folder
+
+
+def test_a_rater_loads_its_backbone_as_in_training_unless_told_otherwise(tuned_in_4bit: Path) -> None:
+    plan = plan_rater(tuned_in_4bit, **SMALL)
+    assert plan.load_options["quantization"] == "4bit" and plan.notes == ()
+    ids = {plan.rater_id}
+    for requested, chosen, text in ((None, "4bit", ""), ("4bit", "4bit", ""), ("8bit", "8bit", "in 8bit"),
+                                    ("none", None, "unquantized")):  # fmt: skip
+        other = plan_rater(tuned_in_4bit, **{**SMALL, "quantization": requested})
+        assert other.load_options["quantization"] == chosen
+        if not text:
+            assert (other.rater_id, other.notes) == (plan.rater_id, ())
+        else:
+            (note,) = other.notes
+            assert "was tuned and calibrated with its backbone in 4bit" in note and f"with it {text}" in note
+            ids.add(other.rater_id)
+    (tuned_in_4bit / "rater.json").write_text(json.dumps({"backbone": plan.source.backbone}))
+    assert len(ids) == 3 and plan_rater(tuned_in_4bit, **SMALL).rater_id in ids, "the id says what the weights are"
+
+
+def test_quantized_weights_where_they_cannot_be_used_are_an_error(
+    tuned_in_4bit: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitsandbytes.supported_torch_devices", {"cuda"})
+    message = r"in 4bit cannot be used on cpu: bitsandbytes [\d.]+ supports cuda\. Choose another --device, or"
+    with pytest.raises(ModelError, match=message):
+        plan_rater(tuned_in_4bit, **SMALL).load_backbone()
+    assert plan_rater(tuned_in_4bit, **{**SMALL, "quantization": "none"}).load_backbone()
 
 
 def test_a_plan_is_identified_without_loading_heavy_libraries(model_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,16 @@ def test_a_merged_model_gives_the_same_ratings(tuned: Path, labelled: Path, tmp_
         merge(tuned, tmp_path / "merged")
 
 
+def test_a_rater_that_was_tuned_on_quantized_weights_loses_its_calibration(tuned: Path, tmp_path: Path) -> None:
+    """Its adapter has learned to correct the quantization, which the merged weights do not have."""
+    shutil.copytree(tuned, tmp_path / "rater")
+    settings = RaterConfig.read(tuned / "rater.json").model_copy(update={"quantization": "4bit"})
+    (tmp_path / "rater" / "rater.json").write_text(settings.model_dump_json())
+    merge(tmp_path / "rater", tmp_path / "merged")
+    assert RaterConfig.read(tmp_path / "merged" / "rater.json").quantization is None
+    assert not (tmp_path / "merged" / "calibration.json").exists()
+
+
 def test_push_uploads_only_raters_that_others_can_load(
     tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -46,7 +57,9 @@ def test_push_uploads_only_raters_that_others_can_load(
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", upload)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: SimpleNamespace(sha="0" * 40))
     settings = RaterConfig.read(tuned / "rater.json")
-    public = settings.model_copy(update={"backbone": "Qwen/Qwen2-VL-2B-Instruct", "backbone_weights": None})
+    public = settings.model_copy(
+        update=dict.fromkeys(("backbone_relative", "backbone_weights")) | {"backbone": "Qwen/Qwen2-VL-2B-Instruct"}
+    )
     original = (tuned / "rater.json").read_text()
     try:
         (tuned / "rater.json").write_text(public.model_dump_json())

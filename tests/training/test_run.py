@@ -37,7 +37,7 @@ def test_rater_json_and_model_card_describe_the_training(tuned: Path) -> None:
     assert training is not None
     assert training["clips"] == {"train": 16, "validation": 8, "calibration": 24}
     assert training["groups"] == {"train": 4, "validation": 2, "calibration": 6}
-    assert training["metrics"].keys() >= {"main", "srcc", "plcc"}
+    assert training["metrics"].keys() >= {"main", "srcc", "plcc"} and training["dtype"] == "float32"
     card = (tuned / "README.md").read_text()
     front = card.split("---")[1]
     assert "library_name: peft" in front and "base_model" not in front, "a local directory means nothing to others"
@@ -105,10 +105,13 @@ def test_an_adapter_on_other_base_weights_is_refused(
 
 @pytest.mark.slow
 def test_qlora_on_a_cpu(make_config: MakeConfig, labelled: Path, tmp_path: Path) -> None:
-    train(make_config(model__quantization="4bit"), quiet)
+    train(make_config(model__quantization="4bit", data__calibration_share=0.5), quiet)
     losses = list(curve(tmp_path / "run").values())
     assert np.mean(losses[-4:]) < np.mean(losses[:4])
-    assert Rater.from_pretrained(tmp_path / "run", quantization="4bit").rate(labelled / "p0_0.mp4").score
+    rater = Rater.from_pretrained(tmp_path / "run")
+    assert rater.backbone.choices["quantization"].value == "4bit", "as in training, without an option"
+    rating, calibration = rater.rate(labelled / "p0_0.mp4"), Calibration.read(tmp_path / "run" / "calibration.json")
+    assert rating.calibration is not None and rating.calibration.raw_rater_id == calibration.rater_id
 
 
 @pytest.mark.slow
