@@ -21,7 +21,14 @@ from torch.nn import functional
 
 from lmm_qa.errors import ModelError, first_line
 from lmm_qa.model import compat
-from lmm_qa.model.inputs import ClipInput, append_tokens, level_tokens, patch_factor, prepare_inputs
+from lmm_qa.model.inputs import (
+    ClipInput,
+    append_tokens,
+    level_tokens,
+    patch_factor,
+    prepare_inputs,
+    tokens_per_frame,
+)
 from lmm_qa.model.levels import LevelLogits
 from lmm_qa.model.loading import Choice, LoadOptions, cache_bytes, load_model
 from lmm_qa.model.memory import free_memory
@@ -220,7 +227,10 @@ class Backbone:
 
     def _lengths(self, clips: Sequence[ClipInput], frames: Frames) -> list[int]:
         """Estimated number of tokens of each clip."""
-        pixels_per_token = (2 if frames == "video" else 1) * (patch_factor(self.processor) or 28) ** 2
+        if (factor := patch_factor(self.processor)) is None:
+            per_frame = tokens_per_frame(self.processor, frames)
+            return [len(clip.views) * len(clip.seconds) * per_frame + PROMPT_TOKENS for clip in clips]
+        pixels_per_token = (2 if frames == "video" else 1) * factor**2
         return [sum(view[..., 0].size for view in clip.views) // pixels_per_token + PROMPT_TOKENS for clip in clips]
 
     def prepare_batches(self, clips: Sequence[ClipInput], prompt: Prompt) -> Iterator[tuple[list[int], Any]]:

@@ -18,7 +18,7 @@ from torch.nn import functional
 from lmm_qa.errors import LevelTokenError
 from lmm_qa.model import compat
 from lmm_qa.model.chat_template import render_chat
-from lmm_qa.model.prompt import Prompt
+from lmm_qa.model.prompt import Frames, Prompt
 
 if TYPE_CHECKING:
     from transformers.video_utils import VideoMetadata
@@ -180,6 +180,13 @@ def count_tokens(processor: Any, frames: int, sizes: Sequence[tuple[int, int]], 
     slots = dict.fromkeys(prompt.slots, 0.0)
     clip = ClipInput(views, tuple(float(number) for number in range(frames)), float(frames), slots)
     return int(prepare_inputs(processor, [clip], prompt)["input_ids"].shape[1])
+
+
+@functools.lru_cache(maxsize=64)
+def tokens_per_frame(processor: Any, frames: Frames) -> int:
+    """Number of tokens of each frame, for families that resize every frame to one fixed size."""
+    prompt = Prompt(question="?", stem="?", frames=frames)
+    return count_tokens(processor, 3, [(28, 28)], prompt) - count_tokens(processor, 2, [(28, 28)], prompt)
 
 
 def vision_features(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

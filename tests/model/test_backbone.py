@@ -104,7 +104,7 @@ def test_the_next_batch_is_prepared_in_a_thread(backbone: Backbone, monkeypatch:
     """The next is prepared in a thread; what is read is what each clip alone gives, in the order of the clips."""
     clips = [random_clip(backbone, (2, 3), (2, 2), frames=2 * frames, seed=frames) for frames in (3, 1, 4, 2, 1)]
     alone = [backbone.level_logits([one], PROMPT)[0] for one in clips]
-    monkeypatch.setattr("lmm_qa.model.backbone.MAX_BATCH_TOKENS", 200)
+    monkeypatch.setattr("lmm_qa.model.backbone.MAX_BATCH_TOKENS", 250)
     monkeypatch.setattr(Backbone, "device", OtherDevice("cpu"))
     assert 1 < len(backbone.batches(clips)) < 5
     for reading, one in zip(backbone.level_logits(clips, PROMPT), alone, strict=True):

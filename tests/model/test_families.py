@@ -6,6 +6,7 @@ What differs between the families of models; what they have in common is tested 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +14,13 @@ import pytest
 import torch
 from backbones import FAMILIES, add_adapter, build
 from model_inputs import CLOSED, HYBRID, IMAGES, NO_THOUGHTS, PROMPT, assert_equal_logits, random_clip
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from lmm_qa.model.backbone import Backbone
-from lmm_qa.model.inputs import level_tokens, prepare_inputs, prompt_text
+from lmm_qa.model.inputs import level_tokens, prepare_inputs, prompt_text, tokens_per_frame
 from lmm_qa.model.prefill import SharedPrefill
-from lmm_qa.model.prompt import load_prompt
+from lmm_qa.model.prompt import Prompt, load_prompt
 from lmm_qa.training.adapters import lora_targets
 from lmm_qa.training.export import merge
 
@@ -65,6 +67,26 @@ def test_a_frame_is_one_image(family: str, load: Callable[[str], Backbone]) -> N
         assert inputs["input_ids"][0].tolist().count(placeholder) == 6 * per_image
 
 
+@pytest.mark.parametrize("family", ["internvl", "llava_onevision"])
+@pytest.mark.parametrize("prompt", [PROMPT, IMAGES], ids=["video", "images"])
+def test_batches_of_fixed_size_frames_count_their_tokens(
+    family: str, prompt: Prompt, load: Callable[[str], Backbone], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not their pixels: a small view takes as many tokens as a large one."""
+    backbone = load(family)
+    per_frame = tokens_per_frame(backbone.processor, prompt.frames)
+    for size in (1, 9):
+        clips = [random_clip(backbone, (size, size), (2, 2), frames=frames) for frames in (3, 4)]
+        shorter, longer = (prepare_inputs(backbone.processor, [one], prompt)["input_ids"].shape[1] for one in clips)
+        assert longer - shorter == 2 * per_frame
+    clips = [random_clip(backbone, (size, size), (2, 2), frames=4) for size in (1, 9, 1, 9)]
+    monkeypatch.setattr("lmm_qa.model.backbone.PROMPT_TOKENS", 0)
+    monkeypatch.setattr(Backbone, "device", torch.device("cuda"))
+    for limit, batches in ((16 * per_frame, [2, 2]), (16 * per_frame - 1, [1, 1, 1, 1])):
+        monkeypatch.setattr("lmm_qa.model.backbone.MAX_BATCH_TOKENS", limit)
+        assert [len(batch) for batch in backbone.batches(clips, prompt.frames)] == batches
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_clip_of_one_image_in_a_batch(family: str, load: Callable[[str], Backbone]) -> None:
     """LLaVA-OneVision cuts it into tiles, as it was trained to, if it is the only one of its conversation."""
@@ -96,6 +118,14 @@ def test_a_stem_may_start_with_a_space(family: str, load: Callable[[str], Backbo
         **prepare_inputs(backbone.processor, [one], QREALIGN), do_sample=False, max_new_tokens=4
     ).tolist()
     assert text == tokenizer.decode(whole[len(ids) :], skip_special_tokens=True)
+
+
+def test_weights_for_predicting_several_tokens_are_ignored(family_dir: Callable[[str], Path], tmp_path: Path) -> None:
+    """Checkpoints of Qwen3.5 have them, and transformers has no use for them."""
+    model = Path(shutil.copytree(family_dir("qwen3_5"), tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors") | {"mtp.fc.weight": torch.zeros(2, 2)}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    assert Backbone.load(str(model), device="cpu", dtype="float32").level_tokens(PROMPT, 1)
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by PEFT 0.21
