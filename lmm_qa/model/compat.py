@@ -56,6 +56,19 @@ def published_placeholders(processor: Any, text: str) -> str:
     return text.replace(f"{start}{processor.video_token}{end}", processor.video_token)
 
 
+def without_outer_tokens(processor: Any, ids: Sequence[int]) -> list[int]:
+    """Token ids of a prompt with videos, without the outer pairs that `published_placeholders` avoids."""
+    if not hasattr(processor, "_calculate_timestamps"):
+        return list(ids)
+    names = (processor.vision_start_token, processor.vision_end_token, processor.video_token)
+    start, end, video = processor.tokenizer.convert_tokens_to_ids(names)
+    return [
+        token
+        for before, token, after in zip([None, *ids[:-1]], ids, [*ids[1:], None], strict=True)
+        if not (token == start and after != video) and not (token == end and before != video)
+    ]
+
+
 def vision_kwargs(features: Mapping[str, torch.Tensor], inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Arguments that pass precomputed `lmm_qa.model.inputs.vision_features` to a model's forward, instead of pixels.
 
@@ -166,3 +179,59 @@ def _owner(tensor: str, modules: Collection[str]) -> str | None:
     parts = tensor.removeprefix(ADAPTER_PREFIX).split(".")
     candidates = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
     return next((name for name in candidates if name in modules), None)
+
+
+def parameter_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """The parameter that transformers loads each stored tensor of a checkpoint into.
+
+    Tensors that it converts (splits, joins, transposes) or does not load are left out.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    parameters: Any = dict(model.named_parameters())
+    mapping = get_model_conversion_mapping(model)
+    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
+    names = {}
+    for name in stored:
+        # As `convert_and_load_state_dict_in_model` does.
+        renamed, conversion = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+        if renamed not in parameters and name in parameters:
+            renamed, conversion = rename_source_key(name, [], [], model.base_model_prefix, parameters)
+        if renamed in parameters and conversion is None:
+            names[name] = renamed
+    return names
+
+
+def adapted_modules(model: Any) -> Iterator[tuple[str, Any]]:
+    """Names and outermost PEFT modules in a model that an adapter was put into."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    inside: str | None = None
+    for name, module in model.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            inside = f"{name}."
+            yield name, module
+
+
+def base_module(module: Any) -> Any:
+    """The module of the base model inside a PEFT module."""
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module.original_module
+
+
+def merged_module(module: Any) -> Any:
+    """Merge a PEFT module into its base module, as `merge_and_unload` does for a whole model."""
+    if hasattr(module, "unload_and_optionally_merge_module"):
+        return module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+    module.merge()
+    return module.get_base_layer()
+
+
+def base_tensors(adapter: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of an adapter file by the names that they would have in the base model: trained biases and embeddings are
+    stored under these."""
+    return {name.removeprefix(ADAPTER_PREFIX).replace(".base_layer.", "."): value for name, value in adapter.items()}

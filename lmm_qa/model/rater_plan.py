@@ -98,7 +98,7 @@ class RaterPlan:
         """
         if self.source.served:
             processor = load_processor(self.source.backbone, revision=self.source.revision)
-            return ServedBackbone(self.source.served, processor, self.settings.prompt.frames)
+            return ServedBackbone(self.source.served, processor, self.settings.prompt)
         options: LoadOptions = {**self.load_options, "revision": self.source.revision}
         return Backbone.load(self.source.backbone, adapter=self.source.adapter, **options)
 

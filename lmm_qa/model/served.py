@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 
 from lmm_qa.errors import ModelError, ServerError, UsageError, plural
+from lmm_qa.model import compat
 from lmm_qa.model.inputs import (
     ClipInput,
     Pixels,
@@ -53,6 +54,18 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 NO_TIMES = (
     "this model also sees the times of a video's frames, which the server refuses: start it with "
     "--trust-request-mm-kwargs, or use a prompt with `frames: images`"
+)
+
+
+NESTED = (
+    "as transformers 5.10 or newer makes them on the server; scores differ slightly from those of the same weights "
+    "here, unless the prompt has `frames: images`"
+)
+
+SAME_PROMPT = (
+    "The server must not resize or sample the frames again, and must use the model's own chat template: serve it with "
+    "the model's own files, with vLLM 0.30 or newer, and for more than 32 frames with "
+    """--media-io-kwargs '{"video": {"num_frames": -1}}'"""
 )
 
 
@@ -127,28 +140,33 @@ class ServedBackbone:
     batch_size = 1
     parallel_batches = MAX_REQUESTS
 
-    def __init__(self, served: ServedModel, processor: Any, frames: str) -> None:
+    def __init__(self, served: ServedModel, processor: Any, prompt: Prompt) -> None:
         """
         Args:
             processor: of the served model.
-            frames: `Prompt.frames` of the prompts.
+            prompt: of the ratings.
 
         Raises:
-            ModelError: the server cannot be reached, or cannot answer questions of this kind.
+            ModelError: the server cannot answer questions of this kind, or makes another prompt of them.
+            LevelTokenError: a level word is not a single token.
+            ServerLost: it cannot be reached.
         """
         self.processor = processor
         self._served = served
         self._server = Server(served.url)
         self._threads = ThreadPoolExecutor(MAX_REQUESTS)
-        self._sends_times = frames == "video" and _depends_on_times(processor)
+        self._sends_times = prompt.frames == "video" and _depends_on_times(processor)
         self._checked: set[tuple[tuple[int, ...], ...]] = set()
-        self._exact = self._has_exact_levels()
+        self._exact, self._nested = True, False
+        self._probe(prompt)
         self.choices = {
             "server": Choice(served.url, f"vLLM {served.version}" if served.version else "of unknown version"),
             "level probabilities": Choice("exact", "by logprob_token_ids")
             if self._exact
             else Choice(f"from the {TOP_LOGPROBS} likeliest tokens", "the server does not support logprob_token_ids"),
         }
+        if self._nested:
+            self.choices["videos"] = Choice("in a second pair of vision tokens", NESTED)
 
     @property
     def description(self) -> str:
@@ -193,7 +211,7 @@ class ServedBackbone:
             media: the frames, see `encode_frames`.
         """
         tokens = self.level_tokens(prompt, len(clip.views))
-        answer = self._ask(chat(clip, media, prompt), self._level_options(tokens), clip)
+        answer = self._ask(clip, media, prompt, self._level_options(tokens))
         self._check_prompt(answer, clip, prompt)
         try:
             listed = _listed(answer)
@@ -209,7 +227,7 @@ class ServedBackbone:
 
     def continue_stem(self, clip: ClipInput, media: Sequence[str], prompt: Prompt, max_new_tokens: int) -> str:
         """The text after the stem, including the space between, by greedy decoding."""
-        answer = self._ask(chat(clip, media, prompt), {"max_tokens": max_new_tokens}, clip)
+        answer = self._ask(clip, media, prompt, {"max_tokens": max_new_tokens})
         self._check_prompt(answer, clip, prompt)
         try:
             (choice,) = answer["choices"]
@@ -219,10 +237,10 @@ class ServedBackbone:
         except (TypeError, KeyError, ValueError):
             raise ServerError(f"{self._server.url} answered without a text") from None
 
-    def _ask(self, messages: list[dict[str, Any]], options: dict[str, Any], clip: ClipInput | None) -> Any:
+    def _ask(self, clip: ClipInput, media: Sequence[str], prompt: Prompt, options: dict[str, Any]) -> Any:
         body = {
             "model": self._served.name,
-            "messages": messages,
+            "messages": chat(clip, media, prompt),
             "add_generation_prompt": False,
             "continue_final_message": True,
             "chat_template_kwargs": {"enable_thinking": False},
@@ -232,29 +250,33 @@ class ServedBackbone:
             **options,
         }
         if self._sends_times:
-            body["media_io_kwargs"] = {"video": _times(clip) if clip else {"num_frames": -1}}
+            body["media_io_kwargs"] = {"video": _times(clip)}
         return self._server.post("chat/completions", body)
 
     def _level_options(self, tokens: Sequence[int]) -> dict[str, Any]:
         which = {"logprob_token_ids": list(tokens)} if self._exact else {"top_logprobs": TOP_LOGPROBS}
         return {"max_tokens": 1, "logprobs": True, "return_tokens_as_token_ids": True, **which}
 
-    def _has_exact_levels(self) -> bool:
-        """Whether the server returns the probabilities of chosen tokens; asked without any frames."""
-        self._exact = True
-        tokens = sorted(set(self.processor.tokenizer("good or bad", add_special_tokens=False)["input_ids"]))
-        question = [{"role": "user", "content": "good or bad?"}, {"role": "assistant", "content": "It is"}]
+    def _probe(self, prompt: Prompt) -> None:
+        """Ask about black frames what the server supports, before any frame of a clip is sent."""
+        clip = _black_clip(self.processor, prompt)
+        tokens = self.level_tokens(prompt, len(clip.views))
         try:
-            listed = _listed(self._ask(question, self._level_options(tokens), None))
+            answer = self._ask(clip, encode_frames(clip, prompt), prompt, self._level_options(tokens))
+            names = _listed(answer).keys()
         except ServerError as error:
-            if "logprob_token_ids" in str(error):
-                return False
             if "media_io_kwargs" in str(error):
                 raise ModelError(NO_TIMES) from None
-            raise ModelError(f"the served model cannot be used: {error}") from None
-        except (TypeError, KeyError, IndexError, ValueError):
-            return False
-        return all(not listed.keys().isdisjoint(self._names(token)) for token in tokens)
+            if not self._exact or "logprob_token_ids" not in str(error):
+                raise ModelError(f"the served model cannot be used: {error}") from None
+            names = {}.keys()
+        if self._exact and any(names.isdisjoint(self._names(token)) for token in tokens):
+            self._exact = False
+            return self._probe(prompt)
+        if problem := self._difference(answer, clip, prompt):
+            self._nested = prompt.frames == "video"
+            if self._difference(answer, clip, prompt):
+                raise ModelError(f"the prompt {problem}. {SAME_PROMPT}")
 
     def _names(self, token: int) -> tuple[str, ...]:
         """What servers call a token in an answer."""
@@ -270,31 +292,29 @@ class ServedBackbone:
         sizes = tuple(view.shape for view in clip.views)
         if sizes in self._checked:
             return
+        if problem := self._difference(answer, clip, prompt):
+            shown = ", ".join(f"{frames} of {width}x{height}" for frames, height, width, _ in sizes)
+            message = f"the prompt for frames {shown} {problem}. {SAME_PROMPT}"
+            raise ServerError(message) if self._checked else ModelError(message)
+        self._checked.add(sizes)
+
+    def _difference(self, answer: Any, clip: ClipInput, prompt: Prompt) -> str | None:
+        """How the server's prompt differs from this machine's; None: it does not."""
         ours = prepare_inputs(self.processor, [clip], prompt)["input_ids"][0].tolist()
         try:
             theirs, number = answer.get("prompt_token_ids"), int(answer["usage"]["prompt_tokens"])
         except (AttributeError, TypeError, KeyError):
-            raise ServerError(f"{self._server.url} answered without the number of tokens of the prompt") from None
+            return f"cannot be checked: {self._server.url} does not tell its number of tokens"
+        if theirs and self._nested:
+            theirs = compat.without_outer_tokens(self.processor, theirs)
+            number = len(theirs)
         if number != len(ours):
-            problem = (
-                f"has {number} tokens on the server, but {len(ours)} here: the server resizes or samples the frames "
-                "again, or has another chat template"
-            )
-        elif theirs is not None and theirs != ours:
+            return f"has {number} tokens on the server, but {len(ours)} here"
+        if theirs and theirs != ours:
             at = next(at for at, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1])
             texts = [self.processor.tokenizer.decode(tokens[at : at + 8]) for tokens in (theirs, ours)]
-            problem = f"differs from token {at} on: {texts[0]!r} on the server, {texts[1]!r} here"
-        else:
-            self._checked.add(sizes)
-            return
-        shown = ", ".join(f"{frames} of {width}x{height}" for frames, height, width, _ in sizes)
-        message = f"the prompt for frames {shown} {problem}"
-        if self._checked:
-            raise ServerError(message)
-        raise ModelError(
-            f"{message}. Serve the model with its own chat template and processor files, vLLM 0.30 or newer; for more "
-            'than 32 frames with --media-io-kwargs \'{"video": {"num_frames": -1}}\''
-        )
+            return f"differs from token {at} on: {texts[0]!r} on the server, {texts[1]!r} here"
+        return None
 
 
 class ServedClips:
@@ -362,16 +382,16 @@ def _times(clip: ClipInput) -> dict[str, Any]:
 
 def _depends_on_times(processor: Any) -> bool:
     """Whether the inputs of a model depend on the times of a video's frames."""
-    side = 2 * (patch_factor(processor) or 28)
-    views = (np.zeros((4, side, side, 3), np.uint8),)
-    first, second = (
-        prepare_inputs(processor, [ClipInput(views, (0.0, step, 2 * step, 3 * step), 4 * step, {})], ANY_PROMPT)
-        for step in (1.0, 5.0)
-    )
+    prompt = Prompt(question="?", stem="?")
+    first, second = (prepare_inputs(processor, [_black_clip(processor, prompt, step)], prompt) for step in (1.0, 5.0))
     return any(not torch.equal(torch.as_tensor(first[name]), torch.as_tensor(second[name])) for name in first)
 
 
-ANY_PROMPT = Prompt(question="?", stem="?")
+def _black_clip(processor: Any, prompt: Prompt, step: float = 1.0) -> ClipInput:
+    """Four black frames, `step` seconds apart, in as many views as the prompt has labels for."""
+    side = 8 * (patch_factor(processor) or 28)
+    views = (np.zeros((4, side, side, 3), np.uint8),) * max(1, len(prompt.view_labels))
+    return ClipInput(views, (0.0, step, 2 * step, 3 * step), 4 * step, dict.fromkeys(prompt.slots, 1.0))
 
 
 def _listed(answer: Any) -> dict[str, float]:

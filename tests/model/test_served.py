@@ -14,7 +14,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from backbones import build
 from hypothesis import given
 from hypothesis import strategies as st
 from model_inputs import CLOSED, PROMPT, random_clip
@@ -95,7 +96,8 @@ def local(rater_dir: Path) -> Rater:
 
 
 def connect(server: ModelServer, backbone: Backbone, frames: str = "video") -> ServedBackbone:
-    return ServedBackbone(ServedModel(server.url, "rater", None, None), backbone.processor, frames)
+    prompt = PROMPT.model_copy(update={"frames": frames})
+    return ServedBackbone(ServedModel(server.url, "rater", None, None), backbone.processor, prompt)
 
 
 def assert_same(served: Rating | Failure, here: Rating | Failure, tolerance: float = 2e-4) -> None:
@@ -124,10 +126,9 @@ def _leaves(value: Any, place: tuple[str | int, ...] = ()) -> Iterator[tuple[tup
 def test_rows_equal_those_of_the_same_weights_here(server: ModelServer, local: Rater) -> None:
     rater = Rater.from_pretrained(server.url)
     assert rater.settings == local.settings
-    results = list(rater.rate_all(CLIPS, details=EVERYTHING, workers=1))
-    for served, here in zip(results, local.rate_all(CLIPS, details=EVERYTHING, workers=1), strict=True):
-        assert_same(served, here)
-    assert rater.rate(CLIPS[0]).score == pytest.approx(local.rate(CLIPS[0]).score, abs=1e-4)
+    assert_same(rater.rate(CLIPS[0], EVERYTHING), local.rate(CLIPS[0], EVERYTHING))
+    for served, clip in zip(rater.rate_all(CLIPS, workers=1), CLIPS, strict=True):
+        assert_same(served, local.rate(clip))
     assert 1 < server.most_at_once <= server_module.MAX_REQUESTS
 
 
@@ -149,10 +150,8 @@ def test_views_labels_and_images(server: ModelServer, local: Rater, frames: str)
     assert served.generate([prompt, closed], 8) == expected.generate([prompt, closed], 8)
 
 
-def test_the_times_of_frames_are_sent_where_they_matter(
-    server: ModelServer, family_dir: Callable[[str], Path], request: pytest.FixtureRequest
-) -> None:
-    folder = family_dir("qwen2_5_vl")
+def test_the_times_of_frames_are_sent_where_they_matter(server: ModelServer, tmp_path: Path) -> None:
+    folder = build("qwen2_5_vl", tmp_path)
     backbone = Backbone.load(str(folder), device="cpu", dtype="float32")
     clip = random_clip(backbone, (4, 4), frames=4, step=20)
     with ModelServer(folder).running() as timed:
@@ -165,6 +164,23 @@ def test_the_times_of_frames_are_sent_where_they_matter(
     assert served.logits == pytest.approx(expected.logits - expected.log_normalizer, abs=1e-4)
     (other,) = backbone.level_logits([replace(clip, duration=9.0, seconds=(0.0, 3.0, 6.0, 9.0))], PROMPT)
     assert np.abs(other.logits - expected.logits).max() > 1e-3, "the times have no effect on this model"
+
+
+def test_videos_of_qwen3_vl(tmp_path: Path) -> None:
+    """A server with transformers 5.10 or newer puts them into a second pair of vision tokens."""
+    folder = build("qwen3_vl", tmp_path)
+    backbone = Backbone.load(str(folder), device="cpu", dtype="float32")
+    clip = random_clip(backbone, (4, 4), (2, 2), frames=4, step=20)
+    with ModelServer(folder).running() as newest:
+        newest.trusts_media_kwargs = True
+        served = connect(newest, backbone)
+        assert str(served.choices["videos"]).startswith("in a second pair of vision tokens (as transformers 5.10")
+        assert len(served.level_logits([clip], PROMPT)) == 1
+        images = PROMPT.model_copy(update={"frames": "images"})
+        served = connect(newest, backbone, "images")
+        assert "videos" not in served.choices
+        (ours,), (expected,) = served.level_logits([clip], images), backbone.level_logits([clip], images)
+        assert ours.logits == pytest.approx(expected.logits - expected.log_normalizer, abs=1e-4)
 
 
 # --- what the server is ----------------------------------------------------------------------------------------------
@@ -258,9 +274,12 @@ def test_levels_that_are_not_listed_are_bounded(found: list[float | None], small
 
 @NO_WAIT
 def test_a_server_that_resizes_is_refused(server: ModelServer, local: Rater) -> None:
+    rater = Rater.from_pretrained(server.url)
     server.scale = 2.0
-    with pytest.raises(ModelError, match=r"2 of 84x84, 2 of 56x56 has \d+ tokens on the server, but \d+ here"):
-        Rater.from_pretrained(server.url).rate(CLIPS[0])
+    with pytest.raises(ModelError, match=r"^the prompt has \d+ tokens on the server, but \d+ here\. The server must"):
+        Rater.from_pretrained(server.url)  # before a clip is sent
+    with pytest.raises(ModelError, match=r"^the prompt for frames 2 of 84x84, 2 of 56x56 has \d+ tokens on the server"):
+        rater.rate(CLIPS[0])
     server.scale = 1.0
     backbone = local.backbone
     assert isinstance(backbone, Backbone)
@@ -276,7 +295,7 @@ def test_another_chat_template_is_refused(server: ModelServer, monkeypatch: pyte
     template = server.processor.chat_template
     monkeypatch.setattr(server.processor, "chat_template", template.replace("<|im_end|>", "<|endoftext|>"))
     with pytest.raises(ModelError, match=r"differs from token \d+ on: '<\|endoftext\|>.*on the server, '<\|im_end\|>"):
-        Rater.from_pretrained(server.url).rate(CLIPS[0])
+        Rater.from_pretrained(server.url)
 
 
 @NO_WAIT
