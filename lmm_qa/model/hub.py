@@ -7,6 +7,7 @@ missing file: a rater whose rater.json cannot be fetched would rate with the wro
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,8 +68,8 @@ class HubModel:
                 f"cannot fetch {name} of {self.name!r} from the Hugging Face hub: {first_line(error)}. Try again later"
             ) from error
 
-    def snapshot(self) -> Path:
-        """Fetch all files; returns their directory.
+    def snapshot(self, patterns: Sequence[str] | None = None) -> Path:
+        """Fetch all files, or those whose names match a pattern; returns their directory.
 
         Raises:
             ModelError: they cannot be fetched.
@@ -77,7 +78,11 @@ class HubModel:
 
         offline = self.unreachable is not None
         try:
-            return Path(snapshot_download(self.name, revision=self.commit, local_files_only=offline))
+            return Path(
+                snapshot_download(
+                    self.name, revision=self.commit, local_files_only=offline, allow_patterns=list(patterns or ["*"])
+                )
+            )
         except Exception as error:
             raise ModelError(f"cannot fetch {self.name!r} from the Hugging Face hub: {first_line(error)}") from error
 

@@ -9,14 +9,17 @@ from typing import Any
 import yaml
 
 from lmm_qa.errors import ModelError, UsageError
-from lmm_qa.model.backbone import Backbone
 from lmm_qa.model.calibration import Calibration
+from lmm_qa.model.hub import find_model
 from lmm_qa.model.rater_config import EMBEDDED_NAME, FILE_NAME, RaterConfig
 from lmm_qa.model.rater_plan import plan_rater
 from lmm_qa.model.source import resolve_model
 from lmm_qa.training.config import TrainingConfig
+from lmm_qa.training.merging import COPIED_FILES, merge_weights
 
 PUBLISHED_FILES = ("README.md", "metrics.jsonl", "*.safetensors", "*.json", "*.jinja", "*.txt")
+
+CHECKPOINT_FILES = ("*.safetensors", *COPIED_FILES)
 
 CARD = """\
 ---
@@ -130,9 +133,10 @@ def _metrics_table(metrics: dict[str, list[float]], clips: int) -> str:
 
 
 def merge(rater: Path, folder: Path) -> None:
-    """Write a rater as a plain transformers model, with its adapter merged into the float32 weights.
+    """Write a rater as a plain transformers model, with its adapter merged into the weights of the checkpoint.
 
-    The folder is a rater directory too: same prompt, frames and calibration; the same scores up to rounding. A rater
+    The weights keep the checkpoint's dtype, names and files; the change is computed in float32. The folder is a rater
+    directory too: same prompt, frames and calibration; the same scores up to rounding to that dtype. A rater
     that was tuned on quantized weights gives slightly different scores when merged, and loses its calibration.
 
     Raises:
@@ -144,12 +148,10 @@ def merge(rater: Path, folder: Path) -> None:
         raise ModelError(f"{rater} has no adapter to merge: it is a complete model already")
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"{folder} is not empty: name a new folder")
-    backbone = Backbone.load(source.backbone, revision=source.revision, adapter=source.adapter, device="cpu",
-                             dtype="float32")  # fmt: skip
-    _check_mergeable(source.adapter, backbone.model)
-    merged = backbone.model.merge_and_unload()
-    merged.save_pretrained(folder)
-    backbone.processor.save_pretrained(folder)
+    checkpoint = Path(source.backbone)
+    if not checkpoint.is_dir():
+        checkpoint = find_model(source.backbone, source.revision).snapshot(CHECKPOINT_FILES)
+    merge_weights(checkpoint, source.adapter, folder)
     settings = source.settings.model_copy(
         update=dict.fromkeys(("backbone", "backbone_relative", "revision", "backbone_weights", "quantization"))
     )
@@ -163,26 +165,6 @@ def merge(rater: Path, folder: Path) -> None:
         # The scores are the same, so the calibration holds for the merged weights as well.
         rater_id = plan_rater(folder, device="cpu").raw_rater_id
         calibration.model_copy(update={"rater_id": rater_id}).write(folder)
-
-
-def _check_mergeable(adapter: Path, model: Any) -> None:
-    config = model.get_base_model().config
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(
-            f"{adapter} cannot be merged into quantized weights: name an unquantized backbone in {FILE_NAME}"
-        )
-    if not hasattr(model.base_model, "merge_and_unload"):
-        kind = model.active_peft_config.peft_type.value
-        raise ModelError(
-            f"an adapter of the kind {kind} cannot be merged into weights ({adapter}): rate with it as it is"
-        )
-    changed = {*model.targeted_module_names, *(model.active_peft_config.modules_to_save or ())}
-    tied = sorted(name for name in changed if name.rpartition(".")[2] in ("lm_head", "embed_tokens"))
-    if tied and config.tie_word_embeddings:
-        raise ModelError(
-            f"{adapter} changes {tied[0]}, whose weights are shared by input and output embeddings: merged, "
-            "both would change. Rate with the adapter as it is"
-        )
 
 
 def push(rater: Path, repository: str, *, private: bool = False) -> str:

@@ -285,7 +285,16 @@ def test_merging_an_adapter_with_old_names(family: str, family_dir: FamilyDir, t
     targets = r"(?!.*vis).*\.(q_proj|v_proj|up_proj)"
     renamed = write_rater(old_adapter(adapter, tmp_path / "old", names, targets), model)
     merge(renamed, tmp_path / "merged")
-    assert_equal_logits(logits(load(tmp_path / "merged")), logits(load(model, adapter)), 1e-3)
+    stored = {tensor.dtype for tensor in load_file(model / "model.safetensors").values()}
+    if stored == {torch.float32}:
+        assert_equal_logits(logits(load(tmp_path / "merged")), logits(load(model, adapter)), 1e-3)
+    else:  # rounded to the dtype of the checkpoint
+        (dtype,) = stored
+        merged = load(model, adapter)
+        merged.model = merged.model.merge_and_unload()
+        for parameter in merged.model.parameters():
+            parameter.data = parameter.data.to(dtype).float()
+        assert_equal_logits(logits(load(tmp_path / "merged")), logits(merged), 1e-4)
     edit_tensors(renamed, lambda tensors: dict(list(tensors.items())[2:]))
     with pytest.raises(ModelError, match="2 missing"):
         merge(renamed, tmp_path / "never")
