@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from model_inputs import HYBRID, NO_THOUGHTS
 
 import lmm_qa.model.chat_template
 from lmm_qa.errors import ModelError
@@ -70,6 +72,23 @@ def test_loading_a_model_checks_its_template(family_dir: Callable[[str], Path], 
     (model / "chat_template.jinja").write_text(INTERNALS)
     with pytest.raises(ModelError, match=r"chat template of '.*model' cannot be used: SecurityError"):
         load_processor(str(model))
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_5"])
+def test_a_model_that_can_think_is_told_not_to(
+    family: str, family_dir: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever its template does by default. Other templates get no variable that transformers would warn about."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    loaded = load_processor(str(family_dir(family)))
+    assert render_chat(loaded, MESSAGES).endswith("<|im_start|>assistant\n" + (NO_THOUGHTS if family in HYBRID else ""))
+    for condition in ("is defined and enable_thinking is true", "is not defined or enable_thinking"):
+        loaded.chat_template = (
+            f"{{% if enable_thinking {condition} %}}{{{{ raise_exception('it thinks') }}}}{{% endif %}}"
+        )
+        check_chat_template(loaded, "m")
+        assert render_chat(loaded, MESSAGES) == ""
+    assert not caplog.records
 
 
 def test_what_the_sandbox_denies_is_an_error(family_dir: Callable[[str], Path]) -> None:

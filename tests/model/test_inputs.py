@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from backbones import THINKING_TEMPLATE
 from model_inputs import (
     FPS,
     HYBRID,
@@ -22,7 +24,7 @@ from model_inputs import (
 
 from lmm_qa.errors import LevelTokenError
 from lmm_qa.model.backbone import Backbone
-from lmm_qa.model.inputs import count_tokens, decode_continuation, level_tokens, prepare_inputs
+from lmm_qa.model.inputs import count_tokens, decode_continuation, level_tokens, prepare_inputs, prompt_text
 from lmm_qa.model.prompt import Prompt, load_prompt
 
 LABELS = Prompt(**PROMPT.model_dump() | {"view_labels": IMAGES.view_labels})
@@ -114,6 +116,17 @@ def test_a_stem_may_end_in_punctuation_before_a_space(stem: str, load: Callable[
     backbone = load("qwen2_vl")
     prompt = Prompt(question="?", stem=stem)
     assert level_tokens(backbone.processor, prompt, 1) == level_tokens(backbone.processor, PROMPT, 1)
+
+
+def test_a_stem_after_empty_thoughts_keeps_its_tokens(load: Callable[[str], Backbone]) -> None:
+    processor, prompt = copy.copy(load("qwen3_vl").processor), load_prompt("qrealign")
+    processor.chat_template = THINKING_TEMPLATE
+    text = prompt_text(processor, prompt, 1, {}, images=2)
+    chat = text.removesuffix(prompt.stem)
+    assert chat.endswith(NO_THOUGHTS)
+    whole, before, stem = (processor.tokenizer.encode(part, add_special_tokens=False)
+                           for part in (text, chat, prompt.stem))  # fmt: skip
+    assert whole == before + stem
 
 
 def test_decoding_keeps_the_space_after_the_stem() -> None:
