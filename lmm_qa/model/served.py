@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,6 +51,10 @@ MAX_SHIFT = 0.05
 """Greatest uncertainty of a score, as a share of the scale, if a level is not among the listed tokens."""
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+NO_THOUGHTS = "<think>\n\n</think>\n\n"
+"""Empty thoughts. The template of Qwen3.5 adds them itself, but keeps a space at the beginning of the stem only if it
+follows them."""
 
 NO_TIMES = (
     "this model also sees the times of a video's frames, which the server refuses: start it with "
@@ -157,7 +162,12 @@ class ServedBackbone:
         self._threads = ThreadPoolExecutor(MAX_REQUESTS)
         self._sends_times = prompt.frames == "video" and _depends_on_times(processor)
         self._checked: set[tuple[tuple[int, ...], ...]] = set()
-        self._exact, self._nested = True, False
+        self._exact = True
+        """Whether it returns the probabilities of chosen tokens."""
+        self._opening = ""
+        """What the template needs before the stem."""
+        self._nested = False
+        """Whether it adds a second pair of vision tokens around a video."""
         self._probe(prompt)
         self.choices = {
             "server": Choice(served.url, f"vLLM {served.version}" if served.version else "of unknown version"),
@@ -213,10 +223,7 @@ class ServedBackbone:
         tokens = self.level_tokens(prompt, len(clip.views))
         answer = self._ask(clip, media, prompt, self._level_options(tokens))
         self._check_prompt(answer, clip, prompt)
-        try:
-            listed = _listed(answer)
-        except (TypeError, KeyError, IndexError, ValueError):
-            raise ServerError(f"{self._server.url} answered without the probabilities of tokens") from None
+        listed = _listed(answer)
         found = [next((listed[name] for name in self._names(token) if name in listed), None) for token in tokens]
         if not self._exact:
             return LevelLogits(bounded_logs(found, listed, prompt), 0.0)
@@ -240,7 +247,7 @@ class ServedBackbone:
     def _ask(self, clip: ClipInput, media: Sequence[str], prompt: Prompt, options: dict[str, Any]) -> Any:
         body = {
             "model": self._served.name,
-            "messages": chat(clip, media, prompt),
+            "messages": chat(clip, media, prompt, self._opening),
             "add_generation_prompt": False,
             "continue_final_message": True,
             "chat_template_kwargs": {"enable_thinking": False},
@@ -258,25 +265,36 @@ class ServedBackbone:
         return {"max_tokens": 1, "logprobs": True, "return_tokens_as_token_ids": True, **which}
 
     def _probe(self, prompt: Prompt) -> None:
-        """Ask about black frames what the server supports, before any frame of a clip is sent."""
+        """Find out with black frames what the server supports, before any frame of a clip is sent."""
         clip = _black_clip(self.processor, prompt)
+        media = encode_frames(clip, prompt)
+        problems = []
+        for self._opening, self._nested in product(("", NO_THOUGHTS), (False, True)):
+            if self._nested and prompt.frames == "images":
+                continue
+            answer = self._ask_anything(clip, media, prompt)
+            problem = self._difference(answer, clip, prompt)
+            if problem is None:
+                return
+            problems.append(problem)
+        raise ModelError(f"the prompt {problems[0]}. {SAME_PROMPT}")
+
+    def _ask_anything(self, clip: ClipInput, media: Sequence[str], prompt: Prompt) -> Any:
+        """An answer, and whether it has the probabilities of chosen tokens: sets `self._exact`."""
         tokens = self.level_tokens(prompt, len(clip.views))
         try:
-            answer = self._ask(clip, encode_frames(clip, prompt), prompt, self._level_options(tokens))
-            names = _listed(answer).keys()
+            answer = self._ask(clip, media, prompt, self._level_options(tokens))
+            listed = _listed(answer)
         except ServerError as error:
             if "media_io_kwargs" in str(error):
                 raise ModelError(NO_TIMES) from None
-            if not self._exact or "logprob_token_ids" not in str(error):
+            if not self._exact:
                 raise ModelError(f"the served model cannot be used: {error}") from None
-            names = {}.keys()
-        if self._exact and any(names.isdisjoint(self._names(token)) for token in tokens):
+            listed = {}
+        if self._exact and any(listed.keys().isdisjoint(self._names(token)) for token in tokens):
             self._exact = False
-            return self._probe(prompt)
-        if problem := self._difference(answer, clip, prompt):
-            self._nested = prompt.frames == "video"
-            if self._difference(answer, clip, prompt):
-                raise ModelError(f"the prompt {problem}. {SAME_PROMPT}")
+            return self._ask_anything(clip, media, prompt)
+        return answer
 
     def _names(self, token: int) -> tuple[str, ...]:
         """What servers call a token in an answer."""
@@ -357,15 +375,20 @@ def _png(frame: Pixels) -> str:
     return base64.b64encode(file.getbuffer()).decode()
 
 
-def chat(clip: ClipInput, media: Sequence[str], prompt: Prompt) -> list[dict[str, Any]]:
-    """The messages of a request, with the stem as the beginning of the assistant's answer."""
+def chat(clip: ClipInput, media: Sequence[str], prompt: Prompt, opening: str = "") -> list[dict[str, Any]]:
+    """The messages of a request, with the stem as the beginning of the assistant's answer.
+
+    Args:
+        media: see `encode_frames`.
+        opening: text before the stem.
+    """
     urls = iter(media)
     messages = prompt.messages(len(clip.views), len(clip.seconds), **clip.slots)
     for part in messages[-1]["content"]:
         if part["type"] != "text":
             part["type"] = f"{part['type']}_url"
             part[part["type"]] = {"url": next(urls)}
-    return [*messages, {"role": "assistant", "content": prompt.stem}]
+    return [*messages, {"role": "assistant", "content": opening + prompt.stem}]
 
 
 def _times(clip: ClipInput) -> dict[str, Any]:
@@ -395,11 +418,14 @@ def _black_clip(processor: Any, prompt: Prompt, step: float = 1.0) -> ClipInput:
 
 
 def _listed(answer: Any) -> dict[str, float]:
-    """Log-probabilities of the tokens after the stem."""
-    entries = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    listed = {str(entry["token"]): float(entry["logprob"]) for entry in entries}
+    """Log-probabilities of the tokens after the stem, by the names that the server gives the tokens."""
+    try:
+        entries = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        listed = {str(entry["token"]): float(entry["logprob"]) for entry in entries}
+    except (TypeError, KeyError, IndexError, ValueError):
+        raise ServerError("the server answered without the probabilities of tokens") from None
     if not np.isfinite(list(listed.values())).all():
-        raise ValueError("log-probabilities are not finite")
+        raise ServerError(f"the server answered with log-probabilities that are not finite: {list(listed.values())}")
     return listed
 
 

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -33,6 +33,7 @@ from lmm_qa import Failure, Rater, Rating, Sampling, View
 from lmm_qa.errors import ModelError, ServerError, UsageError
 from lmm_qa.model import server as server_module
 from lmm_qa.model.backbone import Backbone
+from lmm_qa.model.loading import load_processor
 from lmm_qa.model.prompt import Prompt
 from lmm_qa.model.rater_config import RaterConfig
 from lmm_qa.model.rater_plan import plan_rater
@@ -183,6 +184,43 @@ def test_videos_of_qwen3_vl(tmp_path: Path) -> None:
         assert ours.logits == pytest.approx(expected.logits - expected.log_normalizer, abs=1e-4)
 
 
+THINKING_TEMPLATE = """
+{%- macro text(content) -%}
+{%- if content is string -%}{{ content }}{%- else -%}{%- for part in content -%}
+{%- if part.type == 'text' -%}{{ part.text }}
+{%- else -%}<|vision_start|><|{{ part.type }}_pad|><|vision_end|>{%- endif -%}
+{%- endfor -%}{%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+{%- set content = text(message.content)|trim -%}
+{{ '<|im_start|>' + message.role + '\n' }}
+{%- if message.role == 'assistant' -%}
+{{ '<think>\n\n</think>\n\n' + content.split('</think>')[-1].lstrip('\n') }}
+{%- else -%}{{ content }}{%- endif -%}
+{{ '<|im_end|>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n<think>\n' }}
+{%- if enable_thinking is defined and enable_thinking is false -%}{{ '\n</think>\n\n' }}{%- endif -%}{%- endif -%}
+"""
+"""As that of Qwen3.5: it trims what people and models say, and opens every answer with thoughts."""
+
+
+@pytest.mark.parametrize("stem", [" The quality of the video is", "The quality of the video is"])
+def test_a_template_that_thinks_and_trims(
+    server: ModelServer, local: Rater, monkeypatch: pytest.MonkeyPatch, stem: str
+) -> None:
+    processor = load_processor(str(BASE))
+    processor.chat_template = THINKING_TEMPLATE
+    monkeypatch.setattr(server.processor, "chat_template", THINKING_TEMPLATE)
+    assert isinstance(local.backbone, Backbone)
+    backbone = Backbone(local.backbone.model, processor, {})
+    prompt = PROMPT.model_copy(update={"stem": stem, "frames": "images"})
+    clip = random_clip(backbone, (3, 3))
+    served = ServedBackbone(ServedModel(server.url, "rater", None, None), processor, prompt)
+    (ours,), (expected,) = served.level_logits([clip], prompt), backbone.level_logits([clip], prompt)
+    assert ours.logits == pytest.approx(expected.logits - expected.log_normalizer, abs=1e-4)
+
+
 # --- what the server is ----------------------------------------------------------------------------------------------
 
 
@@ -247,6 +285,33 @@ def test_without_chosen_tokens_the_likeliest_ones_are_read(server: ModelServer, 
     server.chosen_tokens = True
     server.faults = [status(400, "logprob_token_ids: Extra inputs are not permitted")]
     assert "20 likeliest" in str(Rater.from_pretrained(server.url).backbone.choices["level probabilities"])
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda choice: choice.pop("logprobs"), "answered without the probabilities of tokens"),
+        (
+            lambda choice: choice["logprobs"]["content"][0]["top_logprobs"].__delitem__(slice(1, 9)),
+            "probabilities of bad",
+        ),
+        (lambda choice: choice["logprobs"]["content"][0]["top_logprobs"][1].update(logprob=math.nan), "not finite"),
+    ],
+)
+def test_answers_without_what_was_asked_for(
+    server: ModelServer, local: Rater, monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None], problem: str
+) -> None:
+    rater = Rater.from_pretrained(server.url)
+    answer = server.answer
+
+    def changed(body: dict[str, Any]) -> dict[str, Any]:
+        given = answer(body)
+        change(given["choices"][0])
+        return given
+
+    monkeypatch.setattr(server, "answer", changed)
+    with pytest.raises(ServerError, match=problem):
+        rater.rate(CLIPS[0])
 
 
 PROBABILITIES = st.lists(st.one_of(st.none(), st.floats(-12, 0)), min_size=2, max_size=6)
