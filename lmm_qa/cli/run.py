@@ -136,6 +136,8 @@ def _describe(rater: Rater, details: Details) -> None:
     choices = ", ".join(f"{name} {choice}" for name, choice in rater.backbone.choices.items())
     calibration = f"; calibrated ({rater.calibration.mapping.kind})" if rater.calibration else ""
     message(f"model {rater.source.name} ({rater.backbone.description}); {choices}{calibration}")
+    if rater.source.served:
+        message(f"note: the sampled frames of each clip are sent to {rater.source.served.url}")
     if details.profile and isinstance(rater.backbone, Backbone) and not rater.backbone.can_share_prefill:
         message("note: each question about defects reads the clip again: the cache of this model cannot be shared")
 

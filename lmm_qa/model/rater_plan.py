@@ -140,8 +140,7 @@ def plan_rater(model: str | Path | None = None, **options: Unpack[RaterOptions])
     _check_device(load_options["device"])
     load_options["quantization"], changed = _choose_quantization(source, options)
     calibration, reason = _choose_calibration(source, settings)
-    sent = f"the sampled frames of each clip are sent to {source.served.url}" if source.served else None
-    notes = tuple(note for note in (source.note, changed, reason, sent) if note)
+    notes = tuple(note for note in (source.note, changed, reason) if note)
     return RaterPlan(source, settings, load_options, calibration, notes)
 
 
