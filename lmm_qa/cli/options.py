@@ -77,7 +77,7 @@ BatchSize = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Maximum number of clips in one forward pass. Lower it if a GPU runs out of memory.",
+        help="Maximum number of clips in one forward pass. A GPU without enough memory takes fewer.",
         show_default="64 on a GPU, and at most 16,384 tokens; 1 on a CPU",
     ),
 ]
@@ -150,7 +150,9 @@ def rater_options(
     device: Annotated[
         str | None, typer.Option(help="cuda, cuda:1, mps or cpu.", show_default="the best one available")
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Number format.", show_default="depends on the device")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Number format.", show_default="depends on device and size")
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model from the hub.")
     ] = False,

@@ -87,7 +87,7 @@ class MergedWeights:
         module = self._changed[path]
         base = compat.base_module(module)
         for name, parameter in base.named_parameters(path):
-            parameter.data = self._value(name).float()
+            parameter.data = self._value(name).to(torch.float32, copy=True)  # PEFT adds to it in place
         merged = dict(compat.merged_module(module).named_parameters(path))
         values = {name: parameter.detach().clone() for name, parameter in merged.items()}
         for parameter in (*base.parameters(), *merged.values()):
