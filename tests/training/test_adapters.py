@@ -46,6 +46,8 @@ def test_lora_targets_the_linear_layers_of_the_chosen_components(
         ("qwen2_vl", "language, merger and vision"),
         ("qwen2_5_vl", "language"),
         ("qwen3_vl", "language"),
+        ("qwen3_5", "language"),
+        ("internvl", "language"),
     ],
 )
 def test_only_a_trained_vision_tower_keeps_activations_for_the_backward_pass(
