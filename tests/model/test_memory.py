@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,3 +119,22 @@ def test_the_cache_of_the_published_7b_model() -> None:
 
     estimate = estimate_memory(str(published("qwen2.5-vl-7b-instruct")), 1319, dtype="bfloat16", device="cpu")
     assert estimate.cache == 1319 * 28 * 2 * 4 * 128 * 2
+
+
+def test_the_size_of_a_model_on_the_hub(family_dir: FamilyDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the hub says; without a network, from the files in the local cache."""
+    from huggingface_hub import HfApi, constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    info = SimpleNamespace(sha="0" * 40, safetensors=SimpleNamespace(total=8_292_166_656))
+    monkeypatch.setattr(HfApi, "model_info", lambda *_, **__: info)
+    assert count_parameters("some/model") == 8_292_166_656
+    assert choose_model_dtype("some/model", device="cpu").value == "bfloat16"
+    snapshot = tmp_path / "models--some--model" / "snapshots" / ("0" * 40)
+    shutil.copytree(family_dir("qwen2_vl"), snapshot)
+
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(HfApi, "model_info", unreachable)
+    assert count_parameters("some/model") == count_parameters(str(family_dir("qwen2_vl")))
