@@ -187,8 +187,8 @@ class View(Settings):
 
     kind: Literal["whole", "fit", "crop", "face"] = "whole"
     """`whole`: the whole picture, resized to fit the pixel budget.
-    `fit`: the whole picture, its long side reduced to at most `size`; then both sides are rounded to the patch grid by a
-    second resize. The way of Q-ReAlign; `whole` does both at once.
+    `fit`: the whole picture, its long side reduced to at most `size`; then a second resize rounds both sides to the
+    patch grid. The way of Q-ReAlign; `whole` does both at once.
     `crop`: a window of the picture at native resolution, never resized, so that compression artefacts and blur remain
     visible.
     `face`: a square around the face, resized to `size`, so that the mouth is visible even if the face is small."""
