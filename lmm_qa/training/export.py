@@ -15,8 +15,8 @@ from lmm_qa.model.rater_config import EMBEDDED_NAME, FILE_NAME, RaterConfig
 from lmm_qa.model.rater_plan import plan_rater
 from lmm_qa.model.source import resolve_model
 from lmm_qa.training.config import TrainingConfig
+from lmm_qa.training.legacy_files import write_legacy_files
 from lmm_qa.training.merging import COPIED_FILES, merge_weights
-from lmm_qa.training.older_stacks import write_older_forms
 
 PUBLISHED_FILES = ("README.md", "metrics.jsonl", "*.safetensors", "*.json", "*.jinja", "*.txt")
 
@@ -137,7 +137,7 @@ def merge(rater: Path, folder: Path) -> None:
     """Write a rater as a plain transformers model, with its adapter merged into the weights of the checkpoint.
 
     The weights keep the checkpoint's dtype, names and files; the change is computed in float32. Settings are also
-    written in the form that transformers 4 and what is built on it read, see `write_older_forms`. The folder is a rater
+    written in the form that transformers 4 and what is built on it read, see `write_legacy_files`. The folder is a rater
     directory too: same prompt, frames and calibration; the same scores up to rounding to that dtype. A rater that was
     tuned on quantized weights gives slightly different scores when merged, and loses its calibration.
 
@@ -154,7 +154,7 @@ def merge(rater: Path, folder: Path) -> None:
     if not checkpoint.is_dir():
         checkpoint = find_model(source.backbone, source.revision).snapshot(CHECKPOINT_FILES)
     merge_weights(checkpoint, source.adapter, folder)
-    write_older_forms(folder)
+    write_legacy_files(folder)
     settings = source.settings.model_copy(
         update=dict.fromkeys(("backbone", "backbone_relative", "revision", "backbone_weights", "quantization"))
     )

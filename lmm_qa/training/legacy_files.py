@@ -13,7 +13,7 @@ ROPE_NAMES = {"rope_theta", "partial_rotary_factor"}
 """Settings inside `rope_parameters` that transformers 4 has beside `rope_scaling`."""
 
 
-def write_older_forms(folder: Path) -> None:
+def write_legacy_files(folder: Path) -> None:
     """Add what is missing for transformers 4.45 and newer, and for what is built on it (vLLM).
 
     config.json: `rope_theta` and `rope_scaling` beside `rope_parameters`, `torch_dtype` beside `dtype`.

@@ -1,4 +1,4 @@
-"""python -m pytest tests/training/test_older_stacks.py; checkpoints as they were published for transformers 4.45"""
+"""python -m pytest tests/training/test_legacy_files.py; checkpoints as they were published for transformers 4.45"""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import AutoProcessor
 
 from lmm_qa.model.backbone import Backbone
 from lmm_qa.training.export import merge
-from lmm_qa.training.older_stacks import write_older_forms
+from lmm_qa.training.legacy_files import write_legacy_files
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
@@ -35,9 +35,9 @@ def read(file: Path) -> dict[str, Any]:
 def test_older_forms_mean_the_same(family: str, family_dir: Callable[[str], Path], tmp_path: Path) -> None:
     model, both = family_dir(family), tmp_path / "both"
     shutil.copytree(model, both)
-    write_older_forms(both)
+    write_legacy_files(both)
     once = {file.name: file.read_bytes() for file in both.iterdir()}
-    write_older_forms(both)
+    write_legacy_files(both)
     assert {file.name: file.read_bytes() for file in both.iterdir()} == once
     one, two = AutoProcessor.from_pretrained(model), AutoProcessor.from_pretrained(both)
     assert one.to_dict() == two.to_dict()
