@@ -123,7 +123,7 @@ class ModelServer:
             tokenize=False,
             add_generation_prompt=body["add_generation_prompt"],
             continue_final_message=body["continue_final_message"],
-            **body["chat_template_kwargs"],
+            **(body["chat_template_kwargs"] if "enable_thinking" in self.processor.chat_template else {}),
         )
         kwargs: dict[str, Any] = {"do_resize": False, "return_tensors": "pt"}
         if images:
