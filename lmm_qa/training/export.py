@@ -137,9 +137,9 @@ def merge(rater: Path, folder: Path) -> None:
     """Write a rater as a plain transformers model, with its adapter merged into the weights of the checkpoint.
 
     The weights keep the checkpoint's dtype, names and files; the change is computed in float32. Settings are also
-    written in the form that transformers 4 and what is built on it read, see `write_legacy_files`. The folder is a rater
-    directory too: same prompt, frames and calibration; the same scores up to rounding to that dtype. A rater that was
-    tuned on quantized weights gives slightly different scores when merged, and loses its calibration.
+    written in the form that transformers 4 and what is built on it read, see `write_legacy_files`. The folder is also
+    a rater directory: same prompt, frames and calibration; the same scores up to rounding to that dtype. A rater that
+    was tuned on quantized weights gives slightly different scores when merged, and loses its calibration.
 
     Raises:
         UsageError: `folder` exists and is not empty, or `rater` is not a directory.
