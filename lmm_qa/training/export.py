@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 from lmm_qa.errors import ModelError, UsageError
 from lmm_qa.model.calibration import Calibration
 from lmm_qa.model.hub import find_model
-from lmm_qa.model.rater_config import EMBEDDED_NAME, FILE_NAME, RaterConfig
+from lmm_qa.model.rater_config import DEFECTS_NAME, EMBEDDED_NAME, FILE_NAME, RaterConfig
 from lmm_qa.model.rater_plan import plan_rater
 from lmm_qa.model.source import resolve_model
 from lmm_qa.training.config import TrainingConfig
@@ -163,9 +164,12 @@ def merge(rater: Path, folder: Path) -> None:
         _, front, body = (rater / "README.md").read_text(encoding="utf-8").split("---\n", 2)
         front = _front_matter(yaml.safe_load(front).get("base_model"), adapter=False)
         (folder / "README.md").write_text(f"---\n{front}---\n{body}", encoding="utf-8")
-    calibration = plan_rater(rater, device="cpu").calibration
-    if calibration and not source.settings.quantization:
-        # The scores are the same, so the calibration holds for the merged weights as well.
+    if source.settings.quantization:
+        return
+    # Scores and answers are the same, so what was fitted to them holds for the merged weights as well.
+    if source.defects:
+        shutil.copyfile(source.defects, folder / DEFECTS_NAME)
+    if calibration := plan_rater(rater, device="cpu").calibration:
         rater_id = plan_rater(folder, device="cpu").raw_rater_id
         calibration.model_copy(update={"rater_id": rater_id}).write(folder)
 

@@ -423,6 +423,6 @@ def test_a_real_vllm_server(local: Rater, rater_dir: Path, tmp_path: Path) -> No
 
 def _is_up(url: str) -> bool:
     try:
-        return urllib.request.urlopen(url, timeout=2).status == 200
+        return bool(urllib.request.urlopen(url, timeout=2).status == 200)
     except OSError:
         return False

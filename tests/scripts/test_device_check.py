@@ -24,7 +24,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_stages_run_on_the_cpu(tmp_path: Path) -> None:
-    command = ["sh", SCRIPTS / "device_check.sh", "--dry-run", "-o", tmp_path, "--stages"]
+    command = ["sh", str(SCRIPTS / "device_check.sh"), "--dry-run", "-o", str(tmp_path), "--stages"]
     stages = ["environment", "flash_attention_7b", "lora_7b"]
     environment = {**os.environ, "PYTHON": sys.executable}
     subprocess.run([*command, ",".join(stages)], check=True, env=environment, capture_output=True, timeout=200)
@@ -49,7 +49,7 @@ def test_a_stage_that_hangs_or_crashes_is_recorded(tmp_path: Path, monkeypatch: 
     def child(command: list[str]) -> subprocess.Popen[bytes]:
         return start([sys.executable, "-c", programs[command[command.index("--stages") + 1]]])
 
-    monkeypatch.setattr(device_check.subprocess, "Popen", child)
+    monkeypatch.setattr(subprocess, "Popen", child)
     args = argparse.Namespace(output=tmp_path, clips=1, dry_run=True)
     names = ["embedded", "rating_2b", "rating_qwen3_vl_4b"]
     device_check.run_all(names, args, tmp_path, time.time() + 2)

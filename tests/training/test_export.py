@@ -11,6 +11,7 @@ import pytest
 
 from lmm_qa.errors import ModelError, UsageError
 from lmm_qa.model.rater_config import RaterConfig
+from lmm_qa.model.source import EMBEDDED
 from lmm_qa.rater import Rater
 from lmm_qa.training.export import merge, push
 
@@ -26,6 +27,11 @@ def test_a_merged_model_gives_the_same_ratings(tuned: Path, labelled: Path, tmp_
         merge(tmp_path / "merged", tmp_path / "again")
     with pytest.raises(UsageError, match="is not empty"):
         merge(tuned, tmp_path / "merged")
+
+
+def test_a_merged_rater_keeps_what_its_answers_about_defects_mean(tmp_path: Path) -> None:
+    merge(EMBEDDED, tmp_path / "merged")
+    assert (tmp_path / "merged" / "defects.json").read_bytes() == (EMBEDDED / "defects.json").read_bytes()
 
 
 def test_a_rater_that_was_tuned_on_quantized_weights_loses_its_calibration(tuned: Path, tmp_path: Path) -> None:

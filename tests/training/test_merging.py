@@ -55,7 +55,8 @@ def test_merged_weights_are_those_of_peft(kind: str, sharded: Path, tmp_path: Pa
     merge_weights(sharded, adapter, merged)
     base = AutoModelForImageTextToText.from_pretrained(sharded, dtype=torch.float32)
     expected = PeftModel.from_pretrained(base, adapter).merge_and_unload().to(torch.bfloat16).state_dict()
-    found, info = AutoModelForImageTextToText.from_pretrained(merged, dtype=torch.bfloat16, output_loading_info=True)
+    load: Any = AutoModelForImageTextToText.from_pretrained
+    found, info = load(merged, dtype=torch.bfloat16, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     before = AutoModelForImageTextToText.from_pretrained(sharded, dtype=torch.bfloat16).state_dict()
     changed = {name for name, tensor in expected.items() if not torch.equal(tensor, before[name])}
