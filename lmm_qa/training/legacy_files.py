@@ -1,6 +1,7 @@
 """Write the files of a model directory in the older forms too, for programs that read transformers 4.
 
-transformers 5 has new names for some settings and files. It reads the older ones as well, so both can be there.
+transformers 5 has new names for some settings and files. It reads the older ones as well, so both can be there. Tried
+with transformers 4.52 and 4.57.
 """
 
 from __future__ import annotations
@@ -12,13 +13,19 @@ from typing import Any
 ROPE_NAMES = {"rope_theta", "partial_rotary_factor"}
 """Settings inside `rope_parameters` that transformers 4 has beside `rope_scaling`."""
 
+COMMON_TOKENS = {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
+"""Keys of tokenizer_config.json that every tokenizer can have; others are of one kind of model."""
+
 
 def write_legacy_files(folder: Path) -> None:
-    """Add what is missing for transformers 4.45 and newer, and for what is built on it (vLLM).
+    """Add what is missing for transformers 4, and for what is built on it (vLLM).
 
-    config.json: `rope_theta` and `rope_scaling` beside `rope_parameters`, `torch_dtype` beside `dtype`.
-    preprocessor_config.json and video_preprocessor_config.json beside processor_config.json, chat_template.json beside
-    chat_template.jinja. tokenizer_config.json: `additional_special_tokens` in place of a list `extra_special_tokens`.
+    config.json: `rope_theta` and `rope_scaling` beside `rope_parameters`, `torch_dtype` beside `dtype`. The settings of
+    the language model stay in `text_config` if they are there, which needs transformers 4.52.
+    preprocessor_config.json and video_preprocessor_config.json in place of parts of processor_config.json, which
+    transformers 4.52 refuses; chat_template.json beside chat_template.jinja.
+    tokenizer_config.json: `additional_special_tokens` in place of a list `extra_special_tokens`, which has the tokens of
+    one kind of model by their names instead.
     """
     _edit(folder / "config.json", _older_config)
     _edit(folder / "tokenizer_config.json", _older_tokenizer)
@@ -48,6 +55,9 @@ def _older_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
     found = dict(config)
     if isinstance(found.get("extra_special_tokens"), list):
         found["additional_special_tokens"] = found.pop("extra_special_tokens")
+    named = {key: value for key, value in config.items() if key.endswith("_token") and isinstance(value, str)}
+    if names := named.keys() - COMMON_TOKENS:
+        found.setdefault("extra_special_tokens", {name: named[name] for name in sorted(names)})
     if found.get("tokenizer_class") == "TokenizersBackend":
         found["tokenizer_class"] = "PreTrainedTokenizerFast"
     return found
@@ -57,9 +67,12 @@ def _write_preprocessors(folder: Path) -> None:
     file = folder / "processor_config.json"
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     names = {"image_processor": "preprocessor_config.json", "video_processor": "video_preprocessor_config.json"}
-    for part, name in names.items():
-        if isinstance(config.get(part), dict) and not (folder / name).exists():
+    parts = {part: name for part, name in names.items() if isinstance(config.get(part), dict)}
+    for part, name in parts.items():
+        if not (folder / name).exists():
             _write(folder / name, {**config[part], "processor_class": config.get("processor_class")})
+    if parts:
+        _write(file, {key: value for key, value in config.items() if key not in parts})
 
 
 def _edit(file: Path, change: Any) -> None:

@@ -31,7 +31,7 @@ def read(file: Path) -> dict[str, Any]:
     return content
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "llava_onevision"])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "internvl", "llava_onevision"])
 def test_older_forms_mean_the_same(family: str, family_dir: Callable[[str], Path], tmp_path: Path) -> None:
     model, both = family_dir(family), tmp_path / "both"
     shutil.copytree(model, both)
@@ -49,7 +49,12 @@ def test_older_forms_mean_the_same(family: str, family_dir: Callable[[str], Path
     assert read(both / "chat_template.json") == {"chat_template": one.chat_template}
     image, video = read(both / "preprocessor_config.json"), read(both / "video_preprocessor_config.json")
     assert image["image_processor_type"] and image["image_mean"] and video["video_processor_type"]
-    assert not isinstance(read(both / "tokenizer_config.json").get("extra_special_tokens"), list)
+    rest = read(both / "processor_config.json")
+    assert rest["processor_class"] and not any(isinstance(value, dict) for value in rest.values()), "refused by 4.52"
+    tokenizer = read(both / "tokenizer_config.json")
+    assert not isinstance(tokenizer.get("extra_special_tokens"), list)
+    if family == "internvl":
+        assert tokenizer["extra_special_tokens"]["start_image_token"] == "<img>"
     config = read(both / "config.json")
     assert config["torch_dtype"] == config["dtype"] == "float32"
     text_config = config["text_config"]
@@ -81,6 +86,8 @@ def published_layout(model: Path, out: Path) -> Path:
     (out / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     tokenizer = read(model / "tokenizer_config.json")
     tokens = tokenizer.pop("extra_special_tokens", [])
+    for name in ("image_token", "video_token", "vision_bos_token", "vision_eos_token"):
+        tokenizer.pop(name, None)
     tokenizer["additional_special_tokens"] = list(tokens.values() if isinstance(tokens, dict) else tokens)
     (out / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"tokenizer_class": "Qwen2Tokenizer"}))
     shutil.copyfile(model / "tokenizer.json", out / "tokenizer.json")
