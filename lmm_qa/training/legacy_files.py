@@ -24,8 +24,8 @@ def write_legacy_files(folder: Path) -> None:
     the language model stay in `text_config` if they are there, which needs transformers 4.52.
     preprocessor_config.json and video_preprocessor_config.json in place of parts of processor_config.json, which
     transformers 4.52 refuses; chat_template.json beside chat_template.jinja.
-    tokenizer_config.json: `additional_special_tokens` in place of a list `extra_special_tokens`, which has the tokens of
-    one kind of model by their names instead.
+    tokenizer_config.json: `additional_special_tokens` in place of a list `extra_special_tokens`, which becomes a
+    mapping of the tokens that only some models have.
     """
     _edit(folder / "config.json", _older_config)
     _edit(folder / "tokenizer_config.json", _older_tokenizer)

@@ -110,12 +110,13 @@ def merge_weights(checkpoint: Path, adapter: Path, folder: Path) -> None:
     """
     merged = MergedWeights(checkpoint, adapter)
     folder.mkdir(parents=True, exist_ok=True)
-    for file in sorted({file for pattern in COPIED_FILES for file in checkpoint.glob(pattern) if file.is_file()}):
-        if file.name not in (FILE_NAME, CALIBRATION_NAME, DEFECTS_NAME):
-            shutil.copyfile(file, folder / file.name)
     for file in merged.files:
         shutil.copyfile(file, folder / file.name)
         _overwrite(folder / file.name, merged.changed(file))
+    # After the weights, so that a folder where this was interrupted is not taken for a model.
+    for file in sorted({file for pattern in COPIED_FILES for file in checkpoint.glob(pattern) if file.is_file()}):
+        if file.name not in (FILE_NAME, CALIBRATION_NAME, DEFECTS_NAME):
+            shutil.copyfile(file, folder / file.name)
 
 
 def _overwrite(file: Path, changed: Iterator[tuple[str, torch.Tensor]]) -> None:

@@ -1,7 +1,8 @@
 """How long the processes of a distributed run wait for each other.
 
 A training step takes seconds, so a process that hangs is noticed after half an hour. Before the first step each process
-decodes its own share of the clips and runs the vision tower on it, which can take one of them hours longer.
+decodes its own share of the clips, downloads the backbone and runs the vision tower, which can take one of them hours
+longer.
 """
 
 from __future__ import annotations

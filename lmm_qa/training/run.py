@@ -169,6 +169,7 @@ class TrainingRun:
         """Train to the end, or until a signal."""
         backbone = self.load_backbone()
         vision_cache = self.fill_vision_cache(backbone)
+        gather_prepared([], self.state)  # one machine may have downloaded the backbone an hour before another
         trainer = self.build_trainer(trainable_model(backbone.model, self.config), backbone, vision_cache)
         checkpoint = last_checkpoint(self.output_dir / CHECKPOINTS, self.state.num_processes)
         per_step = self.record["clips_per_step"]
@@ -237,7 +238,6 @@ class TrainingRun:
         share = cache.missing(needed[self.state.process_index :: self.state.num_processes])
         progress = _Progress(f"vision features, cached in {folder}", self.log)
         cache.fill(share, backbone, self.config.training.num_workers, progress)
-        gather_prepared([], self.state)
         return cache
 
     def build_trainer(self, model: Any, backbone: Backbone, vision_cache: VisionCache | None) -> RatingTrainer:

@@ -14,6 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from lmm_qa.training import merging
 from lmm_qa.training.merging import merge_weights
 
 pytestmark = [
@@ -82,3 +83,16 @@ def test_files_and_names_are_those_of_the_checkpoint(sharded: Path, tmp_path: Pa
             name: (t.dtype, t.shape) for name, t in two.items()
         }
     assert not (merged / "training_args.bin").exists() and not (merged / "rater.json").exists()
+
+
+def test_an_interrupted_merge_leaves_nothing_that_loads(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overwrite(file: Path, _: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(merging, "_overwrite", overwrite)
+    adapter, merged = add_adapter(sharded, tmp_path / "adapter"), tmp_path / "merged"
+    with pytest.raises(KeyboardInterrupt):
+        merge_weights(sharded, adapter, merged)
+    assert list(merged.glob("*.safetensors")) and not (merged / "config.json").exists()
