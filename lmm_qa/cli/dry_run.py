@@ -11,7 +11,7 @@ from rich.table import Table
 from lmm_qa.cli.terminal import make_console, message
 from lmm_qa.errors import ClipError, plural
 from lmm_qa.model.inputs import count_tokens, patch_factor
-from lmm_qa.model.loading import LoadOptions, estimate_memory, load_processor
+from lmm_qa.model.loading import estimate_memory, load_processor
 from lmm_qa.video.probe import ClipInfo, probe
 from lmm_qa.video.sampling import sample_indices
 from lmm_qa.video.views import view_size
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 def print_rating_plan(plan: RaterPlan, clips: Sequence[Clip], workers: int, details: Details) -> None:
     """Print a table of the clips to stdout, and a summary to stderr."""
-    options: LoadOptions = {**plan.load_options, "revision": plan.source.revision}
-    processor = load_processor(plan.source.backbone, **options)
+    processor = load_processor(plan.source.backbone, **plan.load_options)
     factor = patch_factor(processor) or 1
     settings = plan.settings
     table = Table("clip", "picture", "seconds", "frames", "views", "tokens", show_edge=False, pad_edge=False)
@@ -56,7 +55,7 @@ def print_rating_plan(plan: RaterPlan, clips: Sequence[Clip], workers: int, deta
         + f"; at most {most} tokens per clip"
     )
     if not plan.source.served:
-        memory = estimate_memory(plan.source.backbone, most, **options)
+        memory = estimate_memory(plan.source.backbone, most, **plan.load_options)
         summary += (
             f"; {memory.parameters / 1e6:,.1f} M parameters; memory: about {memory.weights / 2**30:.2f} GiB for the "
             f"weights and {memory.clip / 2**30:.3f} GiB for each clip of a batch"

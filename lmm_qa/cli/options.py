@@ -113,7 +113,10 @@ def rater_options(
     ] = None,
     prompt: Annotated[
         str | None,
-        typer.Option(help="Name of a prompt (talking_head, qalign) or a YAML file.", show_default="the model's"),
+        typer.Option(
+            help="Name of a prompt (talking_head, talking_head_views, qalign, qrealign) or a YAML file.",
+            show_default="the model's",
+        ),
     ] = None,
     scale: Annotated[
         tuple[float, float] | None,
@@ -123,8 +126,7 @@ def rater_options(
         str | None,
         typer.Option(
             help="Which frames the model sees: uniform:8 | linspace:8 (with the first and the last one) | "
-            "pairs:12 (6 pairs of nearby frames) | "
-            "fps:2 (at most 32 frames; fps:2:64 for another limit).",
+            "pairs:12 (6 pairs of nearby frames) | fps:2 (at most 32 frames; fps:2:64 for another limit).",
             show_default="the model's",
         ),
     ] = None,

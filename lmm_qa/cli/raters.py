@@ -37,20 +37,24 @@ def raters(
 
     from lmm_qa.errors import UsageError
     from lmm_qa.model.presets import get_preset, presets
+    from lmm_qa.model.rater_config import EMBEDDED_NAME
 
     console = make_console(stderr=False)
+    if not console.is_terminal:
+        console.width = 1000  # do not wrap lines in a file
     if name is None:
         if json:
             raise UsageError("--json prints the settings of one rater: give its name, see lmm-qa raters")
-        if not console.is_terminal:
-            console.width = 1000  # do not wrap lines in a file
         table = Table("name", "weights", "memory", "licence", "tuned on", show_edge=False, pad_edge=False)
-        table.add_row("embedded", "ships with the package", "0.3 GB", "Apache-2.0", EMBEDDED)
+        table.add_row(EMBEDDED_NAME, "ships with the package", "0.3 GB", "Apache-2.0", EMBEDDED)
         for known, preset in presets().items():
             memory, tuned_on = f"{preset.memory:.0f} GB", preset.tuned_on or "nothing: zero-shot"
             table.add_row(known, preset.model, memory, preset.license, tuned_on)
         console.print(table)
         message("memory: weights in 16 bits and one clip, roughly. Published figures: lmm-qa raters NAME")
+        return
+    if name == EMBEDDED_NAME and not json:
+        console.print(f"{name} ships with the package and rates if there is no --model. It has learned {EMBEDDED}.")
         return
     preset = get_preset(name)
     if json:
@@ -66,7 +70,7 @@ def raters(
         "tuned on": preset.tuned_on or "no human scores: it rates zero-shot",
         "published": "\n".join(f"{each.figure} ({each.source})" for each in preset.published) or "nothing about rating",
         "question": settings.prompt.question,
-        "answer": f"{settings.prompt.stem} ...",
+        "answer": f"{settings.prompt.stem.strip()} ...",
         "frames": f"{settings.sampling.frames} as {settings.prompt.frames}",
         "scale": "{:g} to {:g}".format(*settings.scale),
     }

@@ -20,6 +20,10 @@ TIMEOUT = 10.0
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
+_found: dict[tuple[str, str | None], HubModel] = {}
+"""Models found in this process, by name and commit. Loading a model asks for its commit several times, and each time
+would wait for a hub that cannot be reached."""
+
 
 @dataclass(frozen=True)
 class HubModel:
@@ -97,6 +101,14 @@ def find_model(name: str, revision: str | None = None) -> HubModel:
     Raises:
         ModelError: the hub does not have it, or cannot be reached and the cache does not have it either.
     """
+    if (name, revision) in _found:
+        return _found[name, revision]
+    found = _look_up(name, revision)
+    _found[name, found.commit] = found
+    return found
+
+
+def _look_up(name: str, revision: str | None) -> HubModel:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 

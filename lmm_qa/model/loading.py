@@ -320,7 +320,7 @@ def check_memory(model: str, **options: Unpack[LoadOptions]) -> None:
     """Refuse to load a model that does not fit into the memory that is free on its device.
 
     Raises:
-        ModelError: it does not; the message has both sizes, and what would fit.
+        ModelError: it does not; the message has both sizes, and the options with which it would fit.
     """
     device, dtype = choose_device(options.get("device")).value, choose_model_dtype(model, **options).value
     free = free_memory(device)
@@ -335,10 +335,10 @@ def check_memory(model: str, **options: Unpack[LoadOptions]) -> None:
         return
     changes = {"--dtype bfloat16": {"dtype": "bfloat16"}, "--quantization 4bit": {"quantization": "4bit"}}
     sizes = {option: needed(**change) for option, change in changes.items()}
-    smaller = [f"{option} ({bytes_ / 1e9:.1f} GB), " for option, bytes_ in sizes.items() if bytes_ < 0.9 * size]
+    fitting = [f"{option} ({bytes_ / 1e9:.1f} GB), " for option, bytes_ in sizes.items() if bytes_ <= free]
     raise ModelError(
         f"{model!r} does not fit into memory: in {dtype} it needs {size / 1e9:.1f} GB on {device}, where "
-        f"{free / 1e9:.1f} GB are free. Use {''.join(smaller)}a smaller model, or one that is served elsewhere "
+        f"{free / 1e9:.1f} GB are free. Use {''.join(fitting)}a smaller model, or one that is served elsewhere "
         "(--model http://HOST:PORT/v1)"
     )
 

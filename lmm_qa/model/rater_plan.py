@@ -87,8 +87,7 @@ class RaterPlan:
         """Dtype that the weights will be loaded in; `served` if that is up to a server."""
         if self.source.served:
             return SERVED
-        options: LoadOptions = {**self.load_options, "revision": self.source.revision}
-        return choose_model_dtype(self.source.backbone, **options).value
+        return choose_model_dtype(self.source.backbone, **self.load_options).value
 
     def load_backbone(self) -> Backbone | ServedBackbone:
         """Load the weights, or connect to the server that has them.
@@ -97,10 +96,9 @@ class RaterPlan:
             ModelError: they cannot be loaded, or the server cannot be used.
         """
         if self.source.served:
-            processor = load_processor(self.source.backbone, revision=self.source.revision)
+            processor = load_processor(self.source.backbone, **self.load_options)
             return ServedBackbone(self.source.served, processor, self.settings.prompt)
-        options: LoadOptions = {**self.load_options, "revision": self.source.revision}
-        return Backbone.load(self.source.backbone, adapter=self.source.adapter, **options)
+        return Backbone.load(self.source.backbone, adapter=self.source.adapter, **self.load_options)
 
 
 def plan_rater(model: str | Path | None = None, **options: Unpack[RaterOptions]) -> RaterPlan:
@@ -118,12 +116,6 @@ def plan_rater(model: str | Path | None = None, **options: Unpack[RaterOptions])
         ConfigError: prompt, scale, rater.json or calibration.json are invalid.
     """
     prompt, views = options.get("prompt"), options.get("views")
-    load_options: LoadOptions = {
-        "quantization": None,
-        "device": options.get("device"),
-        "dtype": options.get("dtype"),
-        "trust_remote_code": options.get("trust_remote_code", False),
-    }
     if url := address_in(str(model)):
         _refuse_options(options)
         source = resolve_served(find_served(url, options.get("served_model")))
@@ -137,8 +129,15 @@ def plan_rater(model: str | Path | None = None, **options: Unpack[RaterOptions])
         sampling=options.get("sampling"),
         views=tuple(views) if views else None,
     )
-    _check_device(load_options["device"])
-    load_options["quantization"], changed = _choose_quantization(source, options)
+    _check_device(options.get("device"))
+    quantization, changed = _choose_quantization(source, options)
+    load_options: LoadOptions = {
+        "revision": source.revision,
+        "quantization": quantization,
+        "device": options.get("device"),
+        "dtype": options.get("dtype"),
+        "trust_remote_code": options.get("trust_remote_code", False),
+    }
     calibration, reason = _choose_calibration(source, settings)
     notes = tuple(note for note in (source.note, changed, reason) if note)
     return RaterPlan(source, settings, load_options, calibration, notes)

@@ -47,6 +47,9 @@ T = TypeVar("T")
 TOP_LOGPROBS = 20
 """Most tokens that servers list without `logprob_token_ids`."""
 
+MAX_LOGPROB = 0.01
+"""A log-probability is at most 0, up to rounding."""
+
 MAX_SHIFT = 0.05
 """Greatest uncertainty of a score, as a share of the scale, if a level is not among the listed tokens."""
 
@@ -424,8 +427,14 @@ def _listed(answer: Any) -> dict[str, float]:
         listed = {str(entry["token"]): float(entry["logprob"]) for entry in entries}
     except (TypeError, KeyError, IndexError, ValueError):
         raise ServerError("the server answered without the probabilities of tokens") from None
-    if not np.isfinite(list(listed.values())).all():
-        raise ServerError(f"the server answered with log-probabilities that are not finite: {list(listed.values())}")
+    values = list(listed.values())
+    if not np.isfinite(values).all():
+        raise ServerError(f"the server answered with log-probabilities that are not finite: {values}")
+    if max(values, default=0.0) > MAX_LOGPROB:
+        raise ServerError(
+            f"the server answered with logits such as {max(values):g} in the place of log-probabilities, which are at "
+            "most 0: start it without --logprobs-mode"
+        )
     return listed
 
 

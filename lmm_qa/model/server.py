@@ -76,8 +76,11 @@ class Server:
         """
         try:
             return self._request("GET", path, None, attempts=1)
-        except (ServerError, ServerLost) as error:
-            raise ModelError(str(error).removesuffix(f". {RESUME_HINT}")) from None
+        except ServerError as error:
+            raise ModelError(str(error)) from None
+        except ServerLost as error:
+            problem = str(error).removesuffix(f". {RESUME_HINT}")
+            raise ModelError(f"{problem}. Start the server, or correct its address") from None
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
         """The answer to a JSON body. Repeated if the server is busy or cannot be reached.

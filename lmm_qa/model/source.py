@@ -113,7 +113,13 @@ def resolve_model(model: str | Path | None = None, revision: str | None = None, 
             "adapter_config.json or config.json, an id on the hub such as Qwen/Qwen2-VL-7B-Instruct, or a name that "
             "lmm-qa raters lists"
         )
-    return _from_hub(find_model(str(model), revision))
+    try:
+        hub = find_model(str(model), revision)
+    except ModelError as error:
+        if "/" in str(model):
+            raise
+        raise ModelError(f"{error}. Names of published raters: lmm-qa raters") from None
+    return _from_hub(hub)
 
 
 def _from_hub(model: HubModel) -> ModelSource:

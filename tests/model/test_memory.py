@@ -104,9 +104,8 @@ def test_the_message_has_the_sizes_of_what_would_fit(monkeypatch: pytest.MonkeyP
     with pytest.raises(ModelError) as caught:
         check_memory(model, device="cpu", dtype="float32")
     assert str(caught.value) == (
-        f"{model!r} does not fit into memory: in float32 it needs 34.8 GB on cpu, where 14.5 GB are free. Use --dtype "
-        "bfloat16 (17.4 GB), --quantization 4bit (11.3 GB), a smaller model, or one that is served elsewhere (--model "
-        "http://HOST:PORT/v1)"
+        f"{model!r} does not fit into memory: in float32 it needs 34.8 GB on cpu, where 14.5 GB are free. Use "
+        "--quantization 4bit (11.3 GB), a smaller model, or one that is served elsewhere (--model http://HOST:PORT/v1)"
     )
     with pytest.raises(ModelError, match=r"in bfloat16 it needs 17.4 GB .* Use --quantization 4bit \(7\.\d GB\), a"):
         check_memory(model, device="cpu")
@@ -137,4 +136,5 @@ def test_the_size_of_a_model_on_the_hub(family_dir: FamilyDir, tmp_path: Path, m
         raise OSError("no network")
 
     monkeypatch.setattr(HfApi, "model_info", unreachable)
+    assert count_parameters("some/model", revision=info.sha) == 8_292_166_656, "a known commit is not asked for again"
     assert count_parameters("some/model") == count_parameters(str(family_dir("qwen2_vl")))

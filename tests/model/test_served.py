@@ -295,6 +295,10 @@ def test_without_chosen_tokens_the_likeliest_ones_are_read(server: ModelServer, 
             "probabilities of bad",
         ),
         (lambda choice: choice["logprobs"]["content"][0]["top_logprobs"][1].update(logprob=math.nan), "not finite"),
+        (
+            lambda choice: choice["logprobs"]["content"][0]["top_logprobs"][1].update(logprob=17.5),
+            "with logits such as 17.5 in the place of log-probabilities",
+        ),
     ],
 )
 def test_answers_without_what_was_asked_for(

@@ -119,7 +119,7 @@ def test_redirects_are_not_followed(parrot: Parrot) -> None:
 def test_a_server_that_does_not_run_is_reported_at_once(delays: list[float]) -> None:
     with Parrot().running() as gone:
         pass
-    with pytest.raises(ModelError, match=r"^cannot reach http://127\.0\.0\.1:\d+/v1: .*refused"):
+    with pytest.raises(ModelError, match=r"^cannot reach http://127\.0\.0\.1:\d+/v1: .*refused\. Start the server, or"):
         Server(gone.url).get("models")
     assert delays == []
 

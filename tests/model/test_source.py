@@ -201,6 +201,8 @@ def test_a_model_on_the_hub(hub: Path) -> None:
     for name, revision in (("some/model", "v2"), ("some/not-downloaded", None), ("model", None)):
         with pytest.raises(ModelError, match=f"cannot reach .* for '{name}'.* the local cache does not"):
             resolve_model(name, revision)
+    with pytest.raises(ModelError, match=r"Names of published raters: lmm-qa raters$"):
+        resolve_model("qrealign-min")
 
 
 def test_two_revisions_on_the_hub_are_two_raters(hub: Path) -> None:
