@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from lmm_qa.config import Settings
-from lmm_qa.errors import ConfigError
+from lmm_qa.errors import ConfigError, plural
 from lmm_qa.model.levels import LEVELS
 
 SLOTS = ("seconds", "fps", "frames", "width", "height")
@@ -101,7 +101,10 @@ class Prompt(Settings):
             ConfigError: a slot has no value, or the number of labels is not that of the views.
         """
         if self.view_labels and len(self.view_labels) != views:
-            raise ConfigError(f"the prompt has {len(self.view_labels)} view_labels, but the clip has {views} views")
+            raise ConfigError(
+                f"the prompt has view_labels for {plural(len(self.view_labels), 'view')}, but the rater has "
+                f"{plural(views, 'view')}: give a --view for each label, or another prompt"
+            )
         if missing := sorted(self.slots - values.keys()):
             raise ConfigError(f"the prompt's question needs a value for {missing}: {self.question!r}")
         text = self.question.format(**values)

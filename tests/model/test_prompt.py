@@ -47,6 +47,16 @@ def test_the_media_come_first() -> None:
     assert [part["type"] for part in message["content"]] == ["video", "video", "text"]
 
 
+def test_a_label_before_each_view() -> None:
+    prompt = load_prompt("talking_head_views")
+    content = prompt.model_copy(update={"frames": "images"}).messages(2, 3)[-1]["content"]
+    shown = [part.get("text", part["type"]) for part in content]
+    first, second = prompt.view_labels
+    assert shown == [first, *["image"] * 3, second, *["image"] * 3, prompt.question]
+    with pytest.raises(ConfigError, match="view_labels for 2 views, but the rater has 1 view: give a --view for each"):
+        prompt.messages(1)
+
+
 def test_slots_are_filled() -> None:
     prompt = Prompt.parse(FAIR | {"question": "{seconds:.1f} s, {width:.0f}x{height:.0f}, {{sic}}"}, "here")
     assert prompt.slots == {"seconds", "width", "height"}
