@@ -73,11 +73,12 @@ class ModelSource:
     def fingerprint(self) -> dict[str, str]:
         """Identity of the weights: a hash of their content if they are local, else hub id and commit.
 
-        Of a served model it is what the server says of it.
+        Of a served model it is what the server says of it, and a hash of its weights if they are also here.
         """
-        if self.served:
-            return {"backbone": self.served.identity, "adapter": ""}
         local = Path(self.backbone)
+        if self.served:
+            here = weights_fingerprint(local) if any(local.glob("*.safetensors")) else ""
+            return {"backbone": self.served.identity + here, "adapter": ""}
         base = weights_fingerprint(local) if local.is_dir() else f"{self.backbone}@{self.revision}"
         return {"backbone": base, "adapter": weights_fingerprint(self.adapter) if self.adapter else ""}
 

@@ -250,6 +250,20 @@ def test_the_identity_is_what_the_server_says_and_not_its_address(server: ModelS
     assert len(changed | {plan.rater_id, plan_rater(server.url, scale=(0, 5)).rater_id}) == 5
 
 
+def test_other_weights_in_the_directory_of_the_server_are_another_rater(
+    server: ModelServer, monkeypatch: pytest.MonkeyPatch, rater_dir: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(rater_dir, tmp_path / "merged")
+    monkeypatch.setattr(server, "models", {"rater": str(tmp_path / "merged")})
+    before = plan_rater(server.url).rater_id
+    assert plan_rater(server.url).rater_id == before
+    weights = tmp_path / "merged" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert plan_rater(server.url).rater_id != before
+
+
 def test_the_processor_is_in_a_directory_that_the_server_names(
     server: ModelServer, monkeypatch: pytest.MonkeyPatch, rater_dir: Path, tmp_path: Path
 ) -> None:
