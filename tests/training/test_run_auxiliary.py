@@ -65,7 +65,7 @@ def test_one_adapter_learns_to_rate_answer_and_explain(
     blur, seam, blurred = share_of_last(backbone, labelled / "p0_0.mp4", settings, prompts)
     with backbone.without_adapter():
         before = share_of_last(backbone, labelled / "p0_0.mp4", settings, prompts)
-    assert all(0.3 < share < 0.7 for share in before[:2]), before  # undecided
+    assert all(0.4 < share < 0.6 for share in before[:2]), before  # undecided
     assert blur > 0.8 and seam < 0.1 and blurred > before[2] + 0.1, (blur, seam, blurred, before)
 
 
