@@ -23,6 +23,7 @@ from lmm_qa.errors import UsageError, plural
 if TYPE_CHECKING:
     from lmm_qa.evaluation.compare import Comparison
     from lmm_qa.evaluation.pairing import RatingSet
+    from lmm_qa.model.rater_plan import RaterPlan
 
 RATED_OR_CLIPS = (
     "Ratings (.jsonl, .csv or .parquet from `lmm-qa rate`), or a folder of clips. A folder is rated, with defects, "
@@ -237,33 +238,39 @@ def _read_sets(
     names = [path.resolve().name if path.is_dir() else path.stem for path in paths]
     uses = Counter(names)
     names = [name if uses[name] == 1 else path.as_posix() for name, path in zip(names, paths, strict=True)]
+    plan = _plan(model, rater_options) if any(path.is_dir() for path in paths) else None
     sets = []
     for path, name in zip(paths, names, strict=True):
-        if path.is_dir():
-            ratings, clips = _rate(path, model, rater_options, workers, timeout)
+        if plan and path.is_dir():
+            ratings, clips = _rate(path, plan, workers, timeout)
             sets.append(RatingSet.read(ratings, name, clips))
         else:
             sets.append(RatingSet.read(path, name))
     return sets
 
 
-def _rate(
-    folder: Path, model: str | None, rater_options: dict[str, Any], workers: int, timeout: float
-) -> tuple[Path, frozenset[str]]:
-    """Rate the clips of a folder that are not rated yet. Returns the file of ratings and the names of the clips."""
-    from lmm_qa.manifest import expand
-
-    clips = expand([folder])
+def _plan(model: str | None, rater_options: dict[str, Any]) -> RaterPlan:
+    """The rater of all folders."""
     quiet_libraries()
+    from lmm_qa.model.rater_plan import plan_rater
+
+    plan = plan_rater(model, **rater_options)
+    for note in plan.notes:
+        message(f"note: {note}")
+    return plan
+
+
+def _rate(folder: Path, plan: RaterPlan, workers: int, timeout: float) -> tuple[Path, frozenset[str]]:
+    """Rate the clips of a folder that are not rated yet. Returns the file of ratings and the names of the clips."""
     from lmm_qa.cli.run import RatingRun
     from lmm_qa.distributed import Ranks
-    from lmm_qa.model.rater_plan import plan_rater
+    from lmm_qa.manifest import expand
     from lmm_qa.ratings.rows import Details
 
+    clips = expand([folder])
     ranks = Ranks.from_environment()
     if ranks.world > 1:
         raise UsageError("folders are rated in one process; with several, use lmm-qa rate --defects -o ratings.jsonl")
-    plan = plan_rater(model, **rater_options)
     place = folder.resolve()
     ratings = place.with_name(f"{place.name}.{plan.rater_id}.jsonl")
     message(f"{folder}: ratings in {ratings}")

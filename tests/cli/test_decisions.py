@@ -97,6 +97,7 @@ def test_folders_are_rated_once(folder: Path, command: Command, family_dir: Call
     assert "on 3 pairs" in out.splitlines()[0]
     (ratings,) = folder.glob("one.*.jsonl")
     assert f"one: ratings in {ratings}" in err
+    assert err.count("has no rater.json: default prompt") == 1  # for all folders
     assert all(row["defects"] for row in read_rows(ratings))
     (folder / "two" / "2.mp4").unlink()
     code, out, err = command(*arguments)
