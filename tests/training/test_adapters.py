@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from training_runs import MakeConfig
 
 from lmm_qa.model.backbone import Backbone
 from lmm_qa.model.inputs import prepare_inputs
+from lmm_qa.model.loading import empty_model
 from lmm_qa.model.prompt import Prompt
 from lmm_qa.training.adapters import lora_targets, trainable_model
 
@@ -23,7 +25,7 @@ from lmm_qa.training.adapters import lora_targets, trainable_model
 def test_lora_targets_the_linear_layers_of_the_chosen_components(
     family: str, parts: Sequence[str], family_dir: Callable[[str], Path]
 ) -> None:
-    model = Backbone.load(str(family_dir(family)), device="cpu").model
+    model = empty_model(str(family_dir(family)))
     pattern = lora_targets(model, {"language", *parts})
     hit = {name for name, module in model.named_modules() if re.fullmatch(pattern, name)}
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
@@ -58,10 +60,10 @@ def test_only_a_trained_vision_tower_keeps_activations_for_the_backward_pass(
               "tuning__vision": "vision" in trained, "tuning__lora_dropout": 0.0}  # fmt: skip
     gradients = []
     tower: list[bool] = []
+    backbone = Backbone.load(str(family_dir(family)), device="cpu")
     for checkpointing in (False, True):
-        backbone = Backbone.load(str(family_dir(family)), device="cpu")
         config = make_config(**tuning, training__gradient_checkpointing=checkpointing)
-        model = trainable_model(backbone.model, config).train()
+        model = trainable_model(copy.deepcopy(backbone.model), config).train()
         for name, module in model.named_modules():
             if re.search(r"(visual|vision_tower)\.", name) and not re.search("merger|projector", name):
                 module.register_forward_hook(lambda *found: tower.append(_requires_grad(found[2])))

@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,16 @@ from lmm_qa.training.trainer import next_token_logits
 from lmm_qa.training.vision_cache import SampledClip, VisionCache
 from lmm_qa.video.decode import read_frames
 
+Load = Callable[[str], Backbone]
+
 PROMPT = Prompt(question="How good is it?", paraphrases=("Good?", "Is it {seconds:.1f} s of quality?"), stem="It is")
 SLOTS = {"seconds": 2.0, "fps": 25.0, "frames": 4.0, "width": 96.0, "height": 64.0}
+
+
+@pytest.fixture(scope="module")
+def load(family_dir: Callable[[str], Path]) -> Load:
+    """Loads a small model of a family, once."""
+    return cache(lambda family: Backbone.load(str(family_dir(family)), device="cpu"))
 
 
 def clip(seed: int, factor: int, sides: tuple[int, int] = (2, 3)) -> ClipInput:
@@ -73,10 +82,8 @@ def equal(one: Any, two: Any) -> None:
 
 @pytest.mark.parametrize("frames", ["video", "images"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_another_question_reuses_the_processed_pixels(
-    family: str, frames: str, family_dir: Callable[[str], Path]
-) -> None:
-    processor = load_processor(str(family_dir(family)))
+def test_another_question_reuses_the_processed_pixels(family: str, frames: str, load: Load) -> None:
+    processor = load(family).processor
     pixels = clip(0, patch_factor(processor) or 14)
     prompt = PROMPT.model_copy(update={"frames": frames, "view_labels": ("All of it:", "A part of it:")})
     first = remove_question(processor, prepare_inputs(processor, [pixels], prompt), prompt, 2, SLOTS)
@@ -87,11 +94,9 @@ def test_another_question_reuses_the_processed_pixels(
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("frames", ["video", "images"])
-def test_collated_clips_equal_a_batch_of_the_processor(
-    family: str, frames: str, family_dir: Callable[[str], Path]
-) -> None:
+def test_collated_clips_equal_a_batch_of_the_processor(family: str, frames: str, load: Load) -> None:
     prompt = PROMPT.model_copy(update={"frames": frames})
-    processor = load_processor(str(family_dir(family)))
+    processor = load(family).processor
     factor = patch_factor(processor)
     clips = [clip(0, factor or 14), clip(1, factor or 14, (4, 2))]
     single = [dict(prepare_inputs(processor, [one], prompt)) for one in clips]
@@ -100,9 +105,9 @@ def test_collated_clips_equal_a_batch_of_the_processor(
 
 @pytest.mark.parametrize("frames", ["video", "images"])
 @pytest.mark.parametrize("family", QWEN)
-def test_vision_features_replace_the_pixels(family: str, frames: str, family_dir: Callable[[str], Path]) -> None:
+def test_vision_features_replace_the_pixels(family: str, frames: str, load: Load) -> None:
     prompt = PROMPT.model_copy(update={"frames": frames})
-    backbone = Backbone.load(str(family_dir(family)), device="cpu")
+    backbone = load(family)
     clips = [clip(0, patch_factor(backbone.processor) or 1), clip(1, patch_factor(backbone.processor) or 1, (4, 2))]
     single = [dict(prepare_inputs(backbone.processor, [one], prompt)) for one in clips]
     with torch.no_grad():
@@ -255,11 +260,11 @@ def reference_logits(
     [*((family, "video") for family in FAMILIES), ("qwen2_vl", "images"), ("qwen3_vl", "images")],
 )
 def test_auxiliary_examples_do_not_see_each_other(
-    family: str, frames: str, family_dir: Callable[[str], Path], described: RatingDataset
+    family: str, frames: str, load: Load, described: RatingDataset
 ) -> None:
     prompt = PROMPT.model_copy(update={"frames": frames})
     described.settings = described.settings.override(prompt=prompt)
-    backbone = Backbone.load(str(family_dir(family)), device="cpu")
+    backbone = load(family)
     described.processor, described.factor = backbone.processor, patch_factor(backbone.processor) or 1
     described.augmentation = AugmentationConfig(paraphrase_probability=0, temporal_offsets=1)
     tokenizer = backbone.processor.tokenizer
@@ -366,9 +371,9 @@ def test_a_clip_with_too_many_auxiliary_tokens_is_refused(described: RatingDatas
         described[0, 0]
 
 
-def test_times_of_frames_are_not_rounded_by_mixed_precision(family_dir: Callable[[str], Path]) -> None:
+def test_times_of_frames_are_not_rounded_by_mixed_precision(load: Load) -> None:
     """FSDP2 and DeepSpeed cast all floating-point tensors of a batch; the positions of Qwen2.5-VL depend on times."""
-    backbone = Backbone.load(str(family_dir("qwen2_5_vl")), device="cpu")
+    backbone = load("qwen2_5_vl")
     processor = backbone.processor
     pixels = replace(clip(0, 28, (2,)), duration=12.999)
     inputs = dict(prepare_inputs(processor, [pixels], PROMPT))
