@@ -50,6 +50,7 @@ def test_lora_targets_the_linear_layers_of_the_chosen_components(
         ("qwen3_vl", "language"),
         ("qwen3_5", "language"),
         ("internvl", "language"),
+        ("llava_onevision", "language"),
     ],
 )
 def test_only_a_trained_vision_tower_keeps_activations_for_the_backward_pass(
