@@ -481,7 +481,7 @@ def test_a_model_that_cannot_be_loaded_ends_with_1(folder: Path, command: Comman
     (folder / "model" / "model.safetensors").write_bytes(b"")
     done = command("rate", "clips", "-m", "model", *FAST)
     assert done.code == 1
-    assert done.err.splitlines()[-1].startswith("error: cannot load the processor of 'model': ")
+    assert done.err.splitlines()[-1].startswith(f"error: cannot load the processor of '{folder / 'model'}': ")
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu"])
