@@ -161,7 +161,8 @@ def merge(rater: Path, folder: Path) -> None:
     )
     (folder / FILE_NAME).write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
     if (rater / "README.md").is_file():
-        _, front, body = (rater / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+        card = (rater / "README.md").read_text(encoding="utf-8")
+        _, front, body = card.split("---\n", 2) if card.startswith("---\n") else ("", "{}", f"\n{card}")
         front = _front_matter(yaml.safe_load(front).get("base_model"), adapter=False)
         (folder / "README.md").write_text(f"---\n{front}---\n{body}", encoding="utf-8")
     if source.settings.quantization:

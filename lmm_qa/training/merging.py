@@ -106,17 +106,25 @@ def merge_weights(checkpoint: Path, adapter: Path, folder: Path) -> None:
     """Copy a checkpoint to a new folder, with an adapter merged into its weights.
 
     Raises:
-        ModelError: the adapter does not fit, or cannot be merged; nothing was written.
+        ModelError: the adapter does not fit, or cannot be merged, and nothing was written; or `folder` cannot be
+            written to.
     """
     merged = MergedWeights(checkpoint, adapter)
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in merged.files:
-        shutil.copyfile(file, folder / file.name)
-        _overwrite(folder / file.name, merged.changed(file))
-    # After the weights, so that a folder where this was interrupted is not taken for a model.
-    for file in sorted({file for pattern in COPIED_FILES for file in checkpoint.glob(pattern) if file.is_file()}):
-        if file.name not in (FILE_NAME, CALIBRATION_NAME, DEFECTS_NAME):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in merged.files:
             shutil.copyfile(file, folder / file.name)
+            _overwrite(folder / file.name, merged.changed(file))
+        # After the weights, so that a folder where this was interrupted is not taken for a model.
+        for file in sorted({file for pattern in COPIED_FILES for file in checkpoint.glob(pattern) if file.is_file()}):
+            if file.name not in (FILE_NAME, CALIBRATION_NAME, DEFECTS_NAME):
+                shutil.copyfile(file, folder / file.name)
+    except OSError as error:
+        size = sum(file.stat().st_size for file in merged.files)
+        raise ModelError(
+            f"cannot write the merged model to {folder}, which needs {size / 1e9:.2g} GB: {error}. Remove what is "
+            "there and name a folder with more space"
+        ) from None
 
 
 def _overwrite(file: Path, changed: Iterator[tuple[str, torch.Tensor]]) -> None:

@@ -30,8 +30,14 @@ def test_a_merged_model_gives_the_same_ratings(tuned: Path, labelled: Path, tmp_
 
 
 def test_a_merged_rater_keeps_what_its_answers_about_defects_mean(tmp_path: Path) -> None:
-    merge(EMBEDDED, tmp_path / "merged")
+    """And a model card without front matter gets one."""
+    shutil.copytree(EMBEDDED.parent, tmp_path / "embedded")
+    adapter = tmp_path / "embedded" / EMBEDDED.name
+    (adapter / "README.md").write_text("# Mine\n")
+    merge(adapter, tmp_path / "merged")
     assert (tmp_path / "merged" / "defects.json").read_bytes() == (EMBEDDED / "defects.json").read_bytes()
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n") and card.endswith("---\n\n# Mine\n")
 
 
 def test_a_rater_that_was_tuned_on_quantized_weights_loses_its_calibration(tuned: Path, tmp_path: Path) -> None:

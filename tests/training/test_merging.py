@@ -14,6 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from lmm_qa.errors import ModelError
 from lmm_qa.training import merging
 from lmm_qa.training.merging import merge_weights
 
@@ -96,3 +97,9 @@ def test_an_interrupted_merge_leaves_nothing_that_loads(
     with pytest.raises(KeyboardInterrupt):
         merge_weights(sharded, adapter, merged)
     assert list(merged.glob("*.safetensors")) and not (merged / "config.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error(sharded: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ModelError, match=r"cannot write the merged model to .*, which needs [\d.e-]+ GB: .*file"):
+        merge_weights(sharded, add_adapter(sharded, tmp_path / "adapter"), tmp_path / "file" / "merged")
