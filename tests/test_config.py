@@ -52,7 +52,7 @@ def test_view_from_text() -> None:
         ("uniform", "'uniform' is not of the form uniform:8, linspace:8, pairs:12 or fps:2"),
         ("uniform:8:9", "'uniform:8:9' is not of the form"),
         ("", "'' is not of the form"),
-        ("random:8", "strategy: Input should be 'uniform', 'fps' or 'pairs' (received 'random')"),
+        ("random:8", "strategy: Input should be 'uniform', 'linspace', 'fps' or 'pairs' (received 'random')"),
         ("uniform:0", "frames: Input should be greater than or equal to 1 (received '0')"),
         ("uniform:many", "(received 'many')"),
         ("uniform:769", "frames: Input should be less than or equal to 768 (received '769')"),
