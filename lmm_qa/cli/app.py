@@ -460,8 +460,10 @@ def merge(
     quiet_libraries()
     from lmm_qa.training.export import merge as job
 
-    job(rater, output)
+    note = job(rater, output)
     message(f"merged -> {output}")
+    if note:
+        message(f"note: {note}")
 
 
 @app.command()

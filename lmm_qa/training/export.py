@@ -134,13 +134,16 @@ def _metrics_table(metrics: dict[str, list[float]], clips: int) -> str:
     return "\n".join([head, "", "| | value | 95% |", "| --- | --- | --- |", *rows, ""])
 
 
-def merge(rater: Path, folder: Path) -> None:
+def merge(rater: Path, folder: Path) -> str | None:
     """Write a rater as a plain transformers model, with its adapter merged into the weights of the checkpoint.
 
     The weights keep the checkpoint's dtype, names and files; the change is computed in float32. Settings are also
     written in the form that transformers 4 and what is built on it read, see `write_legacy_files`. The folder is also
     a rater directory: same prompt, frames and calibration; the same scores up to rounding to that dtype. A rater that
     was tuned on quantized weights gives slightly different scores when merged, and loses its calibration.
+
+    Returns:
+        A note for the user if a calibration was left out.
 
     Raises:
         UsageError: `folder` exists and is not empty, or `rater` is not a directory.
@@ -165,14 +168,17 @@ def merge(rater: Path, folder: Path) -> None:
         _, front, body = card.split("---\n", 2) if card.startswith("---\n") else ("", "{}", f"\n{card}")
         front = _front_matter(yaml.safe_load(front).get("base_model"), adapter=False)
         (folder / "README.md").write_text(f"---\n{front}---\n{body}", encoding="utf-8")
-    if source.settings.quantization:
-        return
+    if bits := source.settings.quantization:
+        fitted = [file.name for file in (source.calibration, source.defects) if file]
+        reason = f"the merged weights differ a little from the {bits} ones that {rater} was tuned on"
+        return f"{' and '.join(fitted)} left out, because {reason}: calibrate again" if fitted else None
     # Scores and answers are the same, so what was fitted to them holds for the merged weights as well.
     if source.defects:
         shutil.copyfile(source.defects, folder / DEFECTS_NAME)
     if calibration := plan_rater(rater, device="cpu").calibration:
         rater_id = plan_rater(folder, device="cpu").raw_rater_id
         calibration.model_copy(update={"rater_id": rater_id}).write(folder)
+    return None
 
 
 def push(rater: Path, repository: str, *, private: bool = False) -> str:
