@@ -58,7 +58,7 @@ def raters(
         return
     preset = get_preset(name)
     if json:
-        print(preset.settings().model_dump_json(indent=2, exclude_defaults=True))
+        print(preset.settings().model_dump_json(indent=2, exclude_none=True))
         return
     settings = preset.settings()
     facts = {

@@ -69,7 +69,7 @@ def test_a_rater_is_found_by_its_name_and_by_its_id_on_the_hub() -> None:
 
 def test_its_settings_go_with_a_local_copy_of_the_weights(tmp_path: Path) -> None:
     settings = get_preset("qrealign-pro").settings()
-    (tmp_path / "rater.json").write_text(settings.model_dump_json(exclude_defaults=True))
+    (tmp_path / "rater.json").write_text(settings.model_dump_json(exclude_none=True))
     assert RaterConfig.read(tmp_path / "rater.json") == settings
 
 
