@@ -8,6 +8,7 @@ segments of it with another size and other colours; photographs under a slow cam
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 import zlib
 from collections.abc import Mapping, Sequence
@@ -109,34 +110,48 @@ def make_data(clips: Path, portraits: Path | None, pictures: Path | None, out: P
         for error in pool.map(partial(make_segment, folder=folder, length=settings["length"]), missing):
             if error:  # one bad source must not end hours of work
                 print(error, flush=True)
-    for number, strengths in enumerate(settings["strengths"]):
+    for number, ladders in enumerate(settings["strengths"]):
         for kind, causes in CAUSES.items():
             chosen = [one.path(folder) for one in segments if (one.kind, one.round) == (kind, number)]
-            make_copies(chosen, out / "train", causes, strengths, settings, workers)
+            make_copies(chosen, out / "train", causes, ladders, settings, workers)
     write_table(out / "train", {segment.path(folder).name: segment for segment in segments})
     for split in ("val", "test"):
         originals = [Segment(clips / row["clip"], "clip", 0) for row in index if row["split"] == split]
         paths = [segment.source for segment in originals]
-        make_copies(paths, out / split, CAUSES["clip"], settings["held_out_strengths"], settings, workers)
+        make_copies(paths, out / split, CAUSES["clip"], settings[f"{split}_strengths"], settings, workers)
         write_table(out / split, {segment.source.name: segment for segment in originals})
 
 
-def make_copies(sources: Sequence[Path], out: Path, causes: Sequence[str], strengths: Sequence[float],
+def make_copies(sources: Sequence[Path], out: Path, causes: Sequence[str], ladders: Sequence[Sequence[float]],
                 settings: Mapping[str, Any], workers: int) -> None:  # fmt: skip
-    """Add the degraded copies of some videos to OUT/labels.jsonl."""
-    clips = [Clip(path, path.name, "argument") for path in sources if path.exists()]
+    """Add the degraded copies of some videos to OUT/labels.jsonl.
+
+    Each video gets one of the ladders of strengths and, if `cause_groups` is above 1, every so-manieth cause: more
+    videos are worth more than more copies of each. Its name decides which.
+    """
     if settings["causes"]:
         causes = [cause for cause in causes if cause in settings["causes"]]
-    if not clips:
-        return
-    plan = DegradationPlan(causes=tuple(causes), strengths=tuple(strengths), pairs=settings["pairs"], scale=SCALE,
-                    length=settings["length"])  # fmt: skip
-    dataset = DegradedDataset(out / "labels.jsonl", clips, plan)
-    for number, outcome in enumerate(dataset.make(workers), 1):
-        if isinstance(outcome, FailedSource):
-            print(f"{outcome.source}: {outcome.error}", flush=True)
-        elif number % 50 == 0 or number == len(dataset.pending):
-            print(f"{out.name}, strengths {list(strengths)}: {number} of {len(dataset.pending)} copies", flush=True)
+    groups = settings["cause_groups"]
+    for ladder, group in itertools.product(range(len(ladders)), range(groups)):
+        chosen = [path for path in sources if path.exists() and draw(path, "ladder", len(ladders)) == ladder
+                  and draw(path, "causes", groups) == group]  # fmt: skip
+        clips = [Clip(path, path.name, "argument") for path in chosen]
+        if not clips or not causes[group::groups]:
+            continue
+        plan = DegradationPlan(causes=tuple(causes[group::groups]), strengths=tuple(ladders[ladder]),
+                               pairs=settings["pairs"], scale=SCALE, length=settings["length"])  # fmt: skip
+        dataset = DegradedDataset(out / "labels.jsonl", clips, plan)
+        for number, outcome in enumerate(dataset.make(workers), 1):
+            if isinstance(outcome, FailedSource):
+                print(f"{outcome.source}: {outcome.error}", flush=True)
+            elif number % 50 == 0 or number == len(dataset.pending):
+                print(f"{out.name}, strengths {list(ladders[ladder])}, causes {group + 1} of {groups}: "
+                      f"{number} of {len(dataset.pending)} copies", flush=True)  # fmt: skip
+
+
+def draw(path: Path, what: str, count: int) -> int:
+    """A number below `count` that depends on the name of a file alone."""
+    return zlib.crc32(f"{what} {path.name}".encode()) % count
 
 
 def write_table(folder: Path, segments: Mapping[str, Segment]) -> None:
