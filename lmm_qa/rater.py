@@ -2,6 +2,8 @@
 
     clip.mp4 -> decode, sample frames -> views -> one prefill of [video][question] -> logits of the level words
                 (lmm_qa.video)                    (lmm_qa.model)
+             -> measure every frame -> words in the question, if the rater was tuned with them
+                (lmm_qa.defects)
              -> level probabilities -> score -> calibrated score, prediction interval
                 (model.levels)                  (model.calibration)
 
@@ -30,17 +32,20 @@ import torch
 
 from lmm_qa.defects.calibration import UNCALIBRATED, read_calibration
 from lmm_qa.defects.diagnosis import Explanation, ask_profiles, profile_id, write_explanations
-from lmm_qa.defects.features import FeatureExtractor
 from lmm_qa.defects.profile import AnswerSource, Profile
 from lmm_qa.errors import ClipError, UsageError
 from lmm_qa.manifest import Clip, content_id
 from lmm_qa.model.inputs import ClipInput, patch_factor
-from lmm_qa.model.levels import LevelReading, read_levels
+from lmm_qa.model.levels import LevelLogits, LevelReading, read_levels
+from lmm_qa.model.prompt import MEASURED
 from lmm_qa.model.rater_plan import RaterOptions, RaterPlan, plan_rater
 from lmm_qa.ratings.rows import STEP, WINDOW, CalibrationUse, Details, Failure, Rating, Timeline, read_timeline
 from lmm_qa.video.decode import Frames, Windows, read_frames, read_windows
 from lmm_qa.video.decoder_pool import DecoderPool
 from lmm_qa.video.frame_array import FrameArray, read_batch
+from lmm_qa.video.measurement.classifier import QUALITY, predict
+from lmm_qa.video.measurement.evidence import evidence_text
+from lmm_qa.video.measurement.features import FeatureExtractor
 
 if TYPE_CHECKING:
     from lmm_qa.model.backbone import Backbone
@@ -113,7 +118,7 @@ class Rater:
         clip = Clip(Path(path), str(path), "argument")
         content = content_id(clip.path)
         how = (self.settings.sampling, self.settings.views, self.factor)
-        measure = FeatureExtractor if details.profile else None
+        measure = self._measure(details)
         decoded = (
             read_windows(clip.path, *how, WINDOW, STEP, measure)
             if details.timeline
@@ -132,8 +137,8 @@ class Rater:
                 arrays or torch tensors on any device, RGB, uint8 or floating point in [0, 1]. Also a list of PIL images
                 (a clip), or a list of clips of any lengths (a batch).
             fps: frames per second.
-            details: what to report besides the score. A profile copies every frame to the CPU, a score only those that
-                the model sees.
+            details: what to report besides the score. A profile, and a prompt that contains what was measured, copy
+                every frame to the CPU; else only those that the model sees are copied.
 
         Returns:
             The rating of a clip, or one rating per clip of a batch. `content_id` is a hash of the sampled frames.
@@ -163,6 +168,10 @@ class Rater:
         first = frames[0] if isinstance(frames, list | tuple) else frames
         return torch.tensor(scores, device=first.device if isinstance(first, torch.Tensor) else None)
 
+    def _measure(self, details: Details) -> type[FeatureExtractor] | None:
+        """What measures every frame of a clip: for the profile, and for prompts that contain what was measured."""
+        return FeatureExtractor if details.profile or self.settings.prompt.uses_measurement else None
+
     def _rate_arrays(self, arrays: Sequence[FrameArray], details: Details) -> list[Rating]:
         names = [f"frames[{number}]" for number in range(len(arrays))] if len(arrays) > 1 else ["frames"]
         clips = (self._sampled_clip(array, name, details) for array, name in zip(arrays, names, strict=True))
@@ -177,7 +186,7 @@ class Rater:
 
     def _sampled_clip(self, array: FrameArray, name: str, details: Details) -> DecodedClip:
         how = (self.settings.sampling, self.settings.views, self.factor)
-        measure = FeatureExtractor if details.profile else None
+        measure = self._measure(details)
         sampled = (
             array.read_windows(*how, WINDOW, STEP, measure) if details.timeline else array.read_frames(*how, measure)
         )
@@ -240,7 +249,7 @@ class Rater:
         named, copy = tee(clip if isinstance(clip, Clip) else Clip(Path(clip), str(clip), "argument") for clip in clips)
         paths = (clip.path for clip in copy)
         how = (self.settings.sampling, self.settings.views, self.factor)
-        measure = FeatureExtractor if details.profile else None
+        measure = self._measure(details)
         results: Iterator[Frames | Windows | ClipError] = (
             pool.imap_windows(paths, *how, WINDOW, STEP, measure)
             if details.timeline
@@ -301,7 +310,9 @@ class Rater:
             readings, profiles, explanations = zip(*self._diagnose(clips, inputs, details), strict=True)
         else:
             readings = self._read_levels(inputs)
-        timelines = [self._timeline(clip.windows) if clip.windows else None for clip in clips]
+        timelines = [
+            self._timeline(clip.windows, one) if clip.windows else None for clip, one in zip(clips, inputs, strict=True)
+        ]
         seconds = (time.perf_counter() - start) / len(clips)
         return [
             replace(
@@ -311,19 +322,23 @@ class Rater:
                 explanation=explanation.text if explanation else None,
                 explained_by=explanation.source if explanation else None,
                 timeline=timeline,
+                measured=str(one.slots[MEASURED]) if self.settings.prompt.uses_measurement else None,
             )
-            for clip, reading, profile, explanation, timeline in zip(
-                clips, readings, profiles, explanations, timelines, strict=True
+            for clip, one, reading, profile, explanation, timeline in zip(
+                clips, inputs, readings, profiles, explanations, timelines, strict=True
             )
         ]
 
     def _read_levels(self, inputs: Sequence[ClipInput]) -> list[LevelReading]:
         """The quality level of each clip, and nothing else."""
-        scale = self.settings.declared_scale()
-        return [
-            read_levels(each.logits, each.log_normalizer, scale)
-            for each in self.backbone.level_logits(inputs, self.settings.prompt)
-        ]
+        logits = self.backbone.level_logits(inputs, self.settings.prompt)
+        return [self._read(each, one) for each, one in zip(logits, inputs, strict=True)]
+
+    def _read(self, logits: LevelLogits, one: ClipInput) -> LevelReading:
+        settings = self.settings
+        quality = one.quality if settings.prompt.uses_measurement else None
+        scale = settings.declared_scale()
+        return read_levels(logits.logits, logits.log_normalizer, scale, quality, settings.evidence_weight)
 
     def _diagnose(
         self, clips: Sequence[DecodedClip], inputs: Sequence[ClipInput], details: Details
@@ -342,7 +357,7 @@ class Rater:
 
         With answers from the base model there are two: the level is always read with the adapter.
         """
-        prompt, scale = self.settings.prompt, self.settings.declared_scale()
+        prompt = self.settings.prompt
         base = details.answers_from == "base" and self.source.adapter is not None
         readings = self._read_levels(inputs) if base else None
         explanations: Sequence[Explanation | None] = [None] * len(clips)
@@ -350,7 +365,7 @@ class Rater:
             prefill = self.backbone.share_prefill(inputs, prompt)
             calibration = UNCALIBRATED if base else self.defect_calibration
             profiles, logits = ask_profiles(prefill, prompt, calibration, [clip.frames for clip in clips])
-            readings = readings or [read_levels(each.logits, each.log_normalizer, scale) for each in logits]
+            readings = readings or [self._read(each, one) for each, one in zip(logits, inputs, strict=True)]
             if details.explanation:
                 levels = [prompt.levels[reading.level] for reading in readings]
                 contents = [clip.content_id for clip in clips]
@@ -358,12 +373,19 @@ class Rater:
                 explanations = write_explanations(prefill, prompt, levels, profiles, contents, check)
         return list(zip(readings, profiles, explanations, strict=True))
 
-    def _timeline(self, windows: Windows) -> Timeline:
-        """Rate each window as a clip of its own, and calibrate its score as that of a clip."""
+    def _timeline(self, windows: Windows, whole: ClipInput) -> Timeline:
+        """Rate each window as a clip of its own, and calibrate its score as that of a clip.
+
+        Args:
+            whole: the whole clip, for what was measured: a window is not measured by itself.
+        """
+        measured = {MEASURED: whole.slots[MEASURED]}
         readings: list[LevelReading] = []
         for start in range(0, len(windows), WINDOWS_PER_PREFILL):
             stop = min(start + WINDOWS_PER_PREFILL, len(windows))
-            readings += self._read_levels([clip_input(windows[number]) for number in range(start, stop)])
+            inputs = [clip_input(windows[number]) for number in range(start, stop)]
+            inputs = [replace(one, slots={**one.slots, **measured}, quality=whole.quality) for one in inputs]
+            readings += self._read_levels(inputs)
         scores = [reading.score for reading in readings]
         if self.calibration:
             scores = [self.calibration.apply(reading.score, reading.std).mos for reading in readings]
@@ -402,14 +424,16 @@ class Rater:
 def clip_input(frames: Frames) -> ClipInput:
     """The model's input for a decoded clip."""
     info = frames.info
-    slots = {
+    numbers = predict(frames.features).numbers if frames.features else None
+    slots: dict[str, float | str] = {
         "seconds": info.duration,
         "fps": info.fps,
         "frames": float(len(frames.indices)),
         "width": float(info.width),
         "height": float(info.height),
+        MEASURED: evidence_text(numbers),
     }
-    return ClipInput(frames.views, frames.seconds, info.duration, slots)
+    return ClipInput(frames.views, frames.seconds, info.duration, slots, numbers[QUALITY] if numbers else None)
 
 
 def frames_id(frames: Frames) -> str:

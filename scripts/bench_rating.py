@@ -31,6 +31,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ from lmm_qa.model.inputs import ClipInput, prepare_inputs
 from lmm_qa.model.levels import LevelLogits, read_levels
 from lmm_qa.model.loading import choose_attention, choose_device, choose_dtype, load_processor
 from lmm_qa.model.prefill import SharedPrefill
-from lmm_qa.model.prompt import Prompt
+from lmm_qa.model.prompt import DEFAULT_PROMPT, Prompt, load_prompt
 from lmm_qa.model.rater_plan import plan_rater
 from lmm_qa.rater import clip_input
 from lmm_qa.ratings.rows import Details
@@ -217,7 +218,9 @@ def stages(rater: Rater, clips: Sequence[Path], batch_size: int) -> dict[str, fl
     spent = dict.fromkeys(STAGES, 0.0)
     settings, backbone = rater.settings, rater.backbone
     tower, head = module(backbone.model, "visual", "vision_tower"), module(backbone.model, "lm_head")
-    hooks = [*timed(tower, spent, "vision"), *timed(head, spent, "readout")]
+    # A CPU calls the parts of the tower, for a few pictures at a time.
+    ends = getattr(tower, "patch_embed", tower), getattr(tower, "merger", tower)
+    hooks = [*timed(*ends, spent, "vision"), *timed(head, head, spent, "readout")]
     tokens = list(backbone.level_tokens(settings.prompt, len(settings.views)))
     for first in range(0, len(clips), batch_size):
         start = now()
@@ -250,14 +253,14 @@ def module(model: torch.nn.Module, *names: str) -> torch.nn.Module:
     return found
 
 
-def timed(part: torch.nn.Module, spent: dict[str, float], stage: str) -> list[Any]:
-    """Hooks that add up the time spent in a module."""
+def timed(first: torch.nn.Module, last: torch.nn.Module, spent: dict[str, float], stage: str) -> list[Any]:
+    """Hooks that add up the time from the start of one module to the end of another."""
     starts: list[float] = []
 
     def after(*_: object) -> None:
         spent[stage] += now() - starts.pop()
 
-    return [part.register_forward_pre_hook(lambda *_: starts.append(now())), part.register_forward_hook(after)]
+    return [first.register_forward_pre_hook(lambda *_: starts.append(now())), last.register_forward_hook(after)]
 
 
 # --- the benchmark ---------------------------------------------------------------------------------------------------
@@ -329,7 +332,17 @@ def random_rater(config: Path, device: str | None, sampling: Sampling | None, vi
     return Rater(Backbone(model, load_processor(str(config)), choices), plan)
 
 
+def without_measurement(rater: Rater) -> Rater:
+    """The rater with the same weights that is not told what was measured, as public raters are not."""
+    if not rater.settings.prompt.uses_measurement:
+        return rater
+    plain = copy(rater)
+    plain.settings = rater.settings.override(prompt=load_prompt(DEFAULT_PROMPT))
+    return plain
+
+
 def bench(rater: Rater, clips: Sequence[Path], batch_size: int, workers: int, runs: int) -> dict[str, Any]:
+    told, rater = rater, without_measurement(rater)
     batches = prepare(rater, clips, batch_size)
     few = clips[:batch_size]
     scores = {"reference": reference(rater, few), "rater": rate(rater, few, batch_size, workers)}  # also warms up
@@ -339,6 +352,8 @@ def bench(rater: Rater, clips: Sequence[Path], batch_size: int, workers: int, ru
         "decoding only": lambda: decode_only(rater, clips, workers),
         "forward only": lambda: forward_only(rater, batches),
     }
+    if told is not rater:
+        paths["measured"] = lambda: rate(told, clips, batch_size, workers)
     measured = run_in_turns(paths, len(clips), runs)
     speed = {name: each["clips_per_second"] for name, each in measured.items()}
     work = {name: each["processor_seconds_per_clip"] for name, each in measured.items()}
@@ -356,6 +371,7 @@ def bench(rater: Rater, clips: Sequence[Path], batch_size: int, workers: int, ru
         "rater_over_reference": speed["rater"] / speed["reference"],
         "rater_over_limit": speed["rater"] / min(speed["decoding only"], speed["forward only"]),
         "needed_over_spent": (work["decoding only"] + work["forward only"]) / work["rater"],
+        "measured_over_rater": work["measured"] / work["rater"] if "measured" in work else None,
         "stages": stages(rater, clips, batch_size),
         "questions": cost_of_questions(rater, few, runs),
         "scores": scores,
@@ -377,6 +393,9 @@ def table(report: dict[str, Any]) -> str:
         f"rater: {report['rater_over_reference']:.2f} x the reference, {report['rater_over_limit']:.2f} of the limit; "
         f"{report['needed_over_spent']:.2f} of its processor time is decoding and forward pass"
     )
+    if report["measured_over_rater"]:
+        ratio = f"{report['measured_over_rater']:.2f}"
+        lines.append(f"measured: told what was measured on every frame; {ratio} times the rater's processor time")
     spent = ", ".join(f"{name} {seconds * 1000:.0f}" for name, seconds in report["stages"].items())
     lines.append(f"milliseconds per clip of each stage, without overlap: {spent}")
     cost = report["questions"]

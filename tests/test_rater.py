@@ -11,6 +11,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -41,6 +42,9 @@ from lmm_qa.model.source import EMBEDDED
 from lmm_qa.rater import clip_input
 from lmm_qa.ratings.rows import STEP, WINDOW, Details
 from lmm_qa.video.decode import Frames, read_frames, read_windows
+from lmm_qa.video.measurement.classifier import predict
+from lmm_qa.video.measurement.evidence import UNKNOWN, evidence_text
+from lmm_qa.video.measurement.features import FeatureExtractor
 
 TOLERANCE = 1e-4
 SMALL: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
@@ -87,7 +91,8 @@ def alone(rater: Rater, good: list[Path]) -> dict[str, Rating]:
 
 def decode(rater: Rater, clip: Path) -> Frames:
     """The frames that a rater sees of a clip."""
-    return read_frames(clip, rater.settings.sampling, rater.settings.views, rater.factor)
+    measure = FeatureExtractor if rater.settings.prompt.uses_measurement else None
+    return read_frames(clip, rater.settings.sampling, rater.settings.views, rater.factor, measure)
 
 
 def assert_same_rating(one: Rating | Failure, other: Rating) -> None:
@@ -172,6 +177,71 @@ def test_the_model_sees_the_filled_in_prompt(rater: Rater, model_dir: Path, good
     (true_reading, untrue_reading) = asked.backbone.level_logits([seen, untrue], prompt)
     assert list(rating.probabilities.values()) == pytest.approx(softmax(true_reading.logits), abs=1e-5)
     assert np.abs(true_reading.logits - untrue_reading.logits).max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def told(model_dir: Path) -> Rater:
+    """A rater that is told what was measured."""
+    prompt = Prompt(question="Measured: {measured}. How good is it?", stem="It is")
+    return Rater.from_pretrained(model_dir, prompt=prompt, sampling=Sampling(frames=4), views=VIEWS, **SMALL)
+
+
+def test_the_model_is_told_what_was_measured(told: Rater, rater: Rater, good: list[Path]) -> None:
+    rating = told.rate(good[0])
+    frames = decode(told, good[0])
+    assert frames.features
+    evidence = evidence_text(predict(frames.features).numbers)
+    assert rating.measured == rating.to_row()["measured"] == evidence != UNKNOWN
+    assert rater.rate(good[0]).to_row()["measured"] is None
+    written = told.settings.prompt.model_copy(update={"question": f"Measured: {evidence}. How good is it?"})
+    silent = clip_input(replace(frames, features=None))
+    (expected,), (unmeasured,) = (
+        told.backbone.level_logits([silent], prompt) for prompt in (written, told.settings.prompt)
+    )
+    assert list(rating.probabilities.values()) == pytest.approx(softmax(expected.logits), abs=TOLERANCE)
+    assert np.abs(expected.logits - unmeasured.logits).max() > 1e-3
+    batched = list(told.rate_all(good, details=Details(defects=True), batch_size=len(good)))
+    assert_same_rating(batched[0], rating)
+    assert told.rater_id != rater.rater_id
+
+
+def test_the_measured_quality_counts_as_much_as_rater_json_says(told: Rater, good: list[Path]) -> None:
+    frames = decode(told, good[0])
+    assert frames.features
+    quality = predict(frames.features).quality
+    weighing = copy(told)
+    weighing.settings = told.settings.override(evidence_weight=2.0)
+    (logits,) = told.backbone.level_logits([clip_input(frames)], told.settings.prompt)
+    expected = softmax(logits.logits - 2.0 * (np.arange(5) - 4 * quality) ** 2)
+    for details in (Details(), Details(defects=True)):
+        rating = weighing.rate(good[0], details)
+        assert list(rating.probabilities.values()) == pytest.approx(expected, abs=TOLERANCE)
+    assert rating.level_mass == pytest.approx(told.rate(good[0]).level_mass, abs=TOLERANCE)
+    assert weighing.settings.scoring_settings() != told.settings.scoring_settings()
+    silent = weighing.settings.override(prompt=load_prompt("talking_head"))
+    assert "evidence_weight" not in silent.scoring_settings(), "it has no effect without the measurement"
+
+
+def test_a_timeline_is_told_what_was_measured_on_the_whole_clip(told: Rater, good: list[Path]) -> None:
+    rating = told.rate(good[-1], Details(timeline=True))
+    assert rating.timeline is not None
+    settings = told.settings
+    windows = read_windows(good[-1], settings.sampling, settings.views, told.factor, WINDOW, STEP)
+    last = clip_input(windows[len(windows) - 1])
+    (read,) = told.backbone.level_logits(
+        [replace(last, slots={**last.slots, "measured": rating.measured})], settings.prompt
+    )
+    reading = read_levels(read.logits, read.log_normalizer, settings.declared_scale())
+    assert rating.timeline.scores[-1] == pytest.approx(reading.score, abs=TOLERANCE)
+
+
+def test_the_identity_of_a_rater_that_is_told_depends_on_the_trees(
+    told: Rater, rater: Rater, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = told.settings.scoring_settings(), rater.settings.scoring_settings()
+    monkeypatch.setattr("lmm_qa.video.measurement.classifier.VERSION", -1)
+    assert told.settings.scoring_settings() != before[0]
+    assert rater.settings.scoring_settings() == before[1]
 
 
 def softmax(logits: Any) -> Any:

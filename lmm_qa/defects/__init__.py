@@ -1,1 +1,1 @@
-"""Defects of a clip: their vocabulary, measured features, classifier, profile and explanation."""
+"""Defects of a clip: their vocabulary, calibration, profile and explanation."""

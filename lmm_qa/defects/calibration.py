@@ -22,7 +22,7 @@ class PlattScaling(Settings):
     slope: float = Field(1.0, ge=0, le=MAX_NUMBER)
     """Weight of the log-odds of yes against no in the model's answer; 0: the question is not asked."""
     measured: float = Field(0.0, ge=0, le=MAX_NUMBER)
-    """Weight of the log-odds from the measured features (`lmm_qa.defects.classifier`); they are 0 without features."""
+    """Weight of the log-odds from measured features (`lmm_qa.video.measurement.classifier`); 0 without features."""
     intercept: Bounded = 0.0
     threshold: float = Field(0.5, gt=0, lt=1)
     """The defect is reported as found from this probability on."""

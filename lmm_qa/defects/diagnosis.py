@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lmm_qa.defects import classifier
 from lmm_qa.defects.calibration import DefectCalibration
 from lmm_qa.defects.explanation import explain, explanation_prompt, opening
 from lmm_qa.defects.profile import AnswerSource, Profile, read_profile
@@ -24,6 +23,7 @@ from lmm_qa.model.prompt import Prompt
 from lmm_qa.model.rater_config import ExplanationCheck
 from lmm_qa.model.source import ModelSource
 from lmm_qa.video.decode import Frames
+from lmm_qa.video.measurement import classifier
 
 if TYPE_CHECKING:
     from lmm_qa.model.prefill import SharedPrefill
@@ -70,7 +70,7 @@ def ask_profiles(
     profiles, level_logits = [], []
     for clip, answers in zip(frames, prefill.level_logits([*prompts.values(), prompt]), strict=True):
         *closed, levels = answers
-        measured = classifier.defect_log_odds(clip.features) if clip.features else {}
+        measured = classifier.predict(clip.features).log_odds if clip.features else {}
         odds = {name: _yes_log_odds(answer) for name, answer in zip(prompts, closed, strict=True)}
         profiles.append(read_profile(odds, calibration, clip.dynamics, measured))
         level_logits.append(levels)

@@ -1,9 +1,9 @@
 """The defect profile of a clip: probabilities of all defects, from a model's answers and the measured features.
 
-A model sees a few small pictures of a clip. The features (`lmm_qa.defects.features`) are measured on all frames at
-native resolution, and the classifier's log-odds enter each probability beside the model's answer. The times of defects
-that come and go are found by `lmm_qa.video.temporal`. What it measures beyond doubt, such as a picture that stands
-still for a second, is found whatever the model and the classifier say.
+A model sees a few small pictures of a clip. The features (`lmm_qa.video.measurement.features`) are measured on all
+frames at native resolution, and the classifier's log-odds enter each probability beside the model's answer. The times
+of defects that come and go are found by `lmm_qa.video.temporal`. What it measures beyond doubt, such as a picture that
+stands still for a second, is found whatever the model and the classifier say.
 """
 
 from __future__ import annotations

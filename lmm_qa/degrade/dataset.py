@@ -36,6 +36,7 @@ from lmm_qa.degrade.causes import (
     Pixels,
     encode,
 )
+from lmm_qa.degrade.detail import edge_sharpness
 from lmm_qa.degrade.full_reference import make_copy, mos, quality_ceiling
 from lmm_qa.errors import ClipError, ClipTruncated, ClipUnreadable, LmmQaError, MissingExtra, ResultsError, UsageError
 from lmm_qa.manifest import Clip, content_id
@@ -369,7 +370,8 @@ def training_columns(row: Row) -> Row:
 def _read_source(path: Path, seconds: float) -> tuple[Pixels, float, float, Face]:
     """Frames, frame rate, quality ceiling and face. Copies of one source follow each other, so it is decoded once."""
     frames, fps, bits_per_pixel = read_clip(path, seconds)
-    return frames, fps, quality_ceiling(frames.shape[1], frames.shape[2], bits_per_pixel), find_face(frames)
+    ceiling = quality_ceiling(frames.shape[1], frames.shape[2], bits_per_pixel, edge_sharpness(frames))
+    return frames, fps, ceiling, find_face(frames)
 
 
 def _copy_stem(stem: str, degradations: Degradations) -> str:

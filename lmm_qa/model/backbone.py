@@ -20,7 +20,7 @@ import torch
 from torch.nn import functional
 
 from lmm_qa.errors import ModelError, first_line
-from lmm_qa.model import compat
+from lmm_qa.model import compat, vision_tower
 from lmm_qa.model.inputs import (
     ClipInput,
     append_tokens,
@@ -264,7 +264,12 @@ class Backbone:
         return logits[:, -1].float()
 
     def _forward(self, **inputs: Any) -> Any:
-        with OneDNNLinear() if self.device.type == "cpu" else nullcontext():
+        if self.device.type != "cpu":
+            return self.model(**inputs)
+        has_pixels = "pixel_values" in inputs or "pixel_values_videos" in inputs
+        with OneDNNLinear():
+            if has_pixels and self.model.config.model_type in vision_tower.FAMILIES:
+                inputs = vision_tower.encode_pictures(self.model, inputs)
             return self.model(**inputs)
 
     def without_adapter(self) -> AbstractContextManager[None]:

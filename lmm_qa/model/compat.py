@@ -6,6 +6,7 @@ checked by reading one file. Written for transformers 5.23 and PEFT 0.21.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,30 @@ def ignore_peft_deprecation() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         yield
+
+
+@contextmanager
+def without_bitsandbytes() -> Iterator[None]:
+    """Keep PEFT from importing bitsandbytes, which it needs only for quantized weights.
+
+    PEFT 0.21 imports it wherever it is installed, and that imports PyTorch's compiler: 1.5 s, a fifth of the time in
+    which `lmm-qa rate` rates one clip. It can be imported afterwards.
+    """
+    if "bitsandbytes" in sys.modules:
+        yield
+        return
+    from transformers.utils.import_utils import is_bitsandbytes_available
+
+    is_bitsandbytes_available()  # transformers stores the answer, which should not be that of the next lines
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # Python's way to make an import fail
+    try:
+        yield
+    finally:
+        sys.modules.pop("bitsandbytes", None)
+        from peft import import_utils
+
+        import_utils.is_bnb_available.cache_clear()
+        import_utils.is_bnb_4bit_available.cache_clear()
 
 
 def frame_kwargs(processor: Any, frames: str, resize: bool) -> dict[str, Any]:
@@ -81,6 +106,32 @@ def vision_kwargs(features: Mapping[str, torch.Tensor], inputs: Mapping[str, tor
     layers = [(layer,) for layer in features["deepstack"]] if "deepstack" in features else None
     output = SimpleNamespace(pooler_output=(features["tokens"],), deepstack_features=layers)
     return {"mm_encoder_outputs": {"image" if "image_grid_thw" in inputs else "video": output}}
+
+
+def qwen2_vl_tower(model: Any) -> Any:
+    """The vision tower of a Qwen2-VL that uses PyTorch's attention; None for other models."""
+    towers = (part for part in model.modules() if type(part).__name__ == "Qwen2VisionTransformerPretrainedModel")
+    return next((tower for tower in towers if tower.config._attn_implementation == "sdpa"), None)
+
+
+def qwen2_vl_rotation(
+    tower: Any, hidden: torch.Tensor, grid: tuple[int, int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine and sine of the angles of the rotary position embedding in the vision tower of Qwen2-VL.
+
+    Args:
+        tower: see `qwen2_vl_tower`.
+        hidden: embedded patches, for their device.
+        grid: number of pictures, and their height and width in patches.
+
+    Returns:
+        Each (patches, 1, width of a head) float32.
+    """
+    from transformers.vision_utils import get_vision_position_ids
+
+    positions = get_vision_position_ids(torch.tensor([grid], device=hidden.device), tower.spatial_merge_size)
+    cosine, sine = tower.rotary_pos_emb(hidden, positions)
+    return cosine[:, None].float(), sine[:, None].float()
 
 
 def position_ids(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

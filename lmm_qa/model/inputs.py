@@ -18,7 +18,9 @@ from torch.nn import functional
 from lmm_qa.errors import LevelTokenError
 from lmm_qa.model import compat
 from lmm_qa.model.chat_template import render_chat
-from lmm_qa.model.prompt import Frames, Prompt
+from lmm_qa.model.prompt import MEASURED, Frames, Prompt, Slots
+from lmm_qa.video.measurement.classifier import evidence_names
+from lmm_qa.video.measurement.evidence import evidence_text
 
 if TYPE_CHECKING:
     from transformers.video_utils import VideoMetadata
@@ -42,8 +44,10 @@ class ClipInput:
     """Presentation time of the T frames."""
     duration: float
     """Seconds."""
-    slots: dict[str, float]
+    slots: Slots
     """Values for the prompt's slots."""
+    quality: float | None = None
+    """Measured quality of the clip, 0 to 1; None if it was not measured."""
 
 
 def patch_factor(processor: Any) -> int | None:
@@ -57,7 +61,7 @@ def patch_factor(processor: Any) -> int | None:
     return None
 
 
-def prompt_text(processor: Any, prompt: Prompt, views: int, slots: dict[str, float], images: int = 1) -> str:
+def prompt_text(processor: Any, prompt: Prompt, views: int, slots: Slots, images: int = 1) -> str:
     """The chat up to the end of the stem, with one placeholder per video, or per image.
 
     Args:
@@ -121,7 +125,7 @@ def collate_inputs(processor: Any, clips: Sequence[Mapping[str, torch.Tensor]]) 
 
 
 def remove_question(
-    processor: Any, inputs: Mapping[str, torch.Tensor], prompt: Prompt, videos: int, slots: dict[str, float]
+    processor: Any, inputs: Mapping[str, torch.Tensor], prompt: Prompt, videos: int, slots: Slots
 ) -> dict[str, torch.Tensor]:
     """Prepared inputs up to the end of the last video or image; `append_question` is the inverse.
 
@@ -132,7 +136,7 @@ def remove_question(
 
 
 def append_question(
-    processor: Any, inputs: Mapping[str, torch.Tensor], prompt: Prompt, videos: int, slots: dict[str, float]
+    processor: Any, inputs: Mapping[str, torch.Tensor], prompt: Prompt, videos: int, slots: Slots
 ) -> dict[str, torch.Tensor]:
     """Inputs of one clip and a prompt, equal to `prepare_inputs`, from inputs without a question: pixels are reused.
 
@@ -159,7 +163,7 @@ def append_tokens(
     }
 
 
-def question_tokens(processor: Any, prompt: Prompt, videos: int, slots: dict[str, float]) -> list[int]:
+def question_tokens(processor: Any, prompt: Prompt, videos: int, slots: Slots) -> list[int]:
     """Token ids of everything after the last video or image.
 
     They do not depend on what comes before: its placeholder is a special token, at which tokenizers always split.
@@ -177,7 +181,7 @@ def count_tokens(processor: Any, frames: int, sizes: Sequence[tuple[int, int]], 
         sizes: (height, width) of each view in pixels.
     """
     views = tuple(np.zeros((frames, height, width, 3), np.uint8) for height, width in sizes)
-    slots = dict.fromkeys(prompt.slots, 0.0)
+    slots: Slots = {**dict.fromkeys(prompt.slots, 0.0), MEASURED: evidence_text(dict.fromkeys(evidence_names(), 0.0))}
     clip = ClipInput(views, tuple(float(number) for number in range(frames)), float(frames), slots)
     return int(prepare_inputs(processor, [clip], prompt)["input_ids"].shape[1])
 

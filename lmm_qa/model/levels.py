@@ -59,17 +59,27 @@ class LevelReading:
     """Share of the vocabulary's probability on the level words. Low: the model does not understand the prompt."""
 
 
-def read_levels(logits: Floats, log_normalizer: float, scale: Scale) -> LevelReading:
+def read_levels(
+    logits: Floats, log_normalizer: float, scale: Scale, quality: float | None = None, weight: float = 0.0
+) -> LevelReading:
     """Read one clip's level logits.
+
+    If the quality was measured too, the distribution is a product of two experts (Hinton, 2002): that of the model, and
+    a normal density around the measured quality.
 
     Args:
         logits: (K,) logits of the level words at the last position of the stem, worst level first.
         log_normalizer: logsumexp of the logits over the whole vocabulary at that position.
         scale: the declared scale.
+        quality: measured, 0 to 1; None if it was not.
+        weight: of the measurement: 1 / (2 variance of its density, in squared steps between levels); 0: ignore it.
     """
     logits = np.asarray(logits, dtype=np.float32)
-    top = logits.max()
-    weights = np.exp(logits - top)
+    mass = min(1.0, float(np.exp(logits.max() + np.log(np.exp(logits - logits.max()).sum()) - log_normalizer)))
+    if quality is not None:
+        steps = np.arange(len(logits), dtype=np.float32) - np.float32(quality * (len(logits) - 1))
+        logits = logits - np.float32(weight) * steps**2
+    weights = np.exp(logits - logits.max())
     total = weights.sum()
     probabilities = weights / total
     anchors = scale.anchors(len(logits))
@@ -79,7 +89,7 @@ def read_levels(logits: Floats, log_normalizer: float, scale: Scale) -> LevelRea
         score=score,
         std=float(np.sqrt(probabilities @ (anchors - np.float32(score)) ** 2)),
         level=int(probabilities.argmax()),
-        mass=min(1.0, float(np.exp(top + np.log(total) - log_normalizer))),
+        mass=mass,
     )
 
 

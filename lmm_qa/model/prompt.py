@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import string
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -22,6 +23,12 @@ SLOTS = ("seconds", "fps", "frames", "width", "height")
 """Properties of a clip that a question may contain: duration in seconds, frame rate, number of sampled frames, width
 and height in pixels."""
 
+MEASURED = "measured"
+"""A further slot: what was measured on all frames, in words, for models that were tuned with it (see
+`lmm_qa.video.measurement.evidence`)."""
+
+Slots = Mapping[str, float | str]
+"""Option type of the values of slots by name: numbers, and the text of `MEASURED`."""
 
 SLOT_FORMAT = re.compile(r"(.?[<>=^])?[-+ ]?z?#?0?\d{0,2}[,_]?(\.\d{1,2})?[a-zA-Z%]?")
 """Formats of a slot: at most 99 characters and 99 digits, because a wider one is a text of any size."""
@@ -52,7 +59,7 @@ class Prompt(Settings):
     """A text before each view, such as "A part of the picture at native resolution:"; none by default. Otherwise the
     model is not told how views differ."""
     question: Text
-    """The user's message after the video(s). May use the slots in `SLOTS`, as in `{seconds:.1f}`."""
+    """The user's message after the video(s). May use the slots in `SLOTS`, as in `{seconds:.1f}`, and `{measured}`."""
     paraphrases: tuple[Text, ...] = Field((), max_length=1000)
     """The same question in other words, for training only, so that a rater does not depend on the wording."""
     stem: Text
@@ -89,7 +96,12 @@ class Prompt(Settings):
         """Names of the slots that the question uses."""
         return {name for _, name, _, _ in string.Formatter().parse(self.question) if name is not None}
 
-    def messages(self, views: int, images: int = 1, **values: float) -> list[dict[str, Any]]:
+    @property
+    def uses_measurement(self) -> bool:
+        """Whether the question contains what was measured, so that every frame of a clip must be measured."""
+        return MEASURED in self.slots
+
+    def messages(self, views: int, images: int = 1, **values: float | str) -> list[dict[str, Any]]:
         """The chat up to the assistant's turn, in the format of transformers' chat templates.
 
         Args:
@@ -125,13 +137,15 @@ def _check_question(what: str, question: str) -> None:
         names = [name for _, name, _, _ in string.Formatter().parse(question) if name is not None]
     except ValueError as error:
         raise ValueError(f"{what} is not a valid template: {error}; write {{{{ and }}}} for braces") from None
-    if unknown := sorted(set(names) - set(SLOTS)):
-        raise ValueError(f"{what} has unknown slots {unknown}; known: {', '.join(SLOTS)}")
+    if unknown := sorted(set(names) - {*SLOTS, MEASURED}):
+        raise ValueError(f"{what} has unknown slots {unknown}; known: {', '.join((*SLOTS, MEASURED))}")
     try:
         for _, name, form, _ in string.Formatter().parse(question):
+            if name == MEASURED and form:
+                raise ValueError(f"the slot {{{MEASURED}}} is a text without a format, received {form!r}")
             if name is not None and not SLOT_FORMAT.fullmatch(form or ""):
                 raise ValueError(f"the format {form!r} is not one of a number")
-        question.format(**dict.fromkeys(SLOTS, 1.0))
+        question.format(**dict.fromkeys(SLOTS, 1.0), **{MEASURED: ""})
     except (LookupError, ValueError) as error:
         raise ValueError(f"{what} cannot be filled in: {error}; slots are numbers: {{seconds:.1f}}") from None
 

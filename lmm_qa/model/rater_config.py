@@ -12,6 +12,7 @@ from pydantic import Field
 from lmm_qa.config import Sampling, ScaleEnds, Settings, View
 from lmm_qa.model.levels import Scale
 from lmm_qa.model.prompt import DEFAULT_PROMPT, Prompt, load_prompt
+from lmm_qa.video.measurement.classifier import measurement_id
 
 FILE_NAME = "rater.json"
 CALIBRATION_NAME = "calibration.json"
@@ -50,6 +51,10 @@ class RaterConfig(Settings):
     """MOS of the worst and of the best level."""
     sampling: Sampling = Sampling()
     views: tuple[View, ...] = Field((View(),), min_length=1, max_length=16)
+    evidence_weight: float = Field(0.0, ge=0, le=100)
+    """How much the measured quality counts beside the model's level distribution, for prompts that say what was
+    measured: see `lmm_qa.model.levels.read_levels`. For a model that is too small to weigh the numbers in its prompt;
+    fitted to clips that it was not trained on."""
     explanation_check: ExplanationCheck = "facts"
     """What an explanation in the model's words must satisfy to be shown: see `lmm_qa.defects.explanation.objection`.
     Does not change a score."""
@@ -70,6 +75,10 @@ class RaterConfig(Settings):
             del settings["prompt"]["frames"]
         if not settings["prompt"]["view_labels"]:
             del settings["prompt"]["view_labels"]
+        if self.prompt.uses_measurement:
+            settings["measurement"] = measurement_id()
+        if not self.evidence_weight or not self.prompt.uses_measurement:
+            del settings["evidence_weight"]
         return settings
 
     def override(self, **changes: Any) -> Self:

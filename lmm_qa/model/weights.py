@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,12 @@ def load_adapter(model: Any, adapter: Path) -> Any:
         ModelError: tensors are missing, unexpected or of another shape.
         Exception: PEFT refuses the adapter.
     """
+    quantized = getattr(model.config, "quantization_config", None) is not None
+    with nullcontext() if quantized else compat.without_bitsandbytes():
+        return _load_adapter(model, adapter)
+
+
+def _load_adapter(model: Any, adapter: Path) -> Any:
     from peft import PeftConfig, PeftType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     file = adapter / ADAPTER_WEIGHTS

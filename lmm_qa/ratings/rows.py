@@ -167,6 +167,9 @@ class RatingRow(RowPart):
     model: str | None = Field(None, description="name of the model")
     adapter: str | None = Field(None, description="directory of the adapter; null without one")
     prompt: str | None = Field(None, description="question and beginning of the answer")
+    measured: str | None = Field(
+        None, description="what was measured on all frames, as the prompt says it; null if the prompt does not"
+    )
     rater_id: str | None = Field(None, description="hash of everything that determines the score")
     seconds: Rounded | None = Field(
         None, description="seconds that the model spent on the clip (its share of the batch)"
@@ -275,6 +278,8 @@ class Rating:
     """`model`, or why its explanation was replaced by a template (see `lmm_qa.defects.explanation`)."""
     timeline: Timeline | None = None
     """The score over time; None unless requested."""
+    measured: str | None = None
+    """What was measured on all frames, in the words of the prompt; None if the prompt does not contain it."""
 
     def to_row(self) -> Row:
         """The rating as plain data, see `RatingRow`."""

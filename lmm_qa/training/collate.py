@@ -13,8 +13,9 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -35,13 +36,16 @@ from lmm_qa.model.inputs import (
     prepare_inputs,
     question_tokens,
 )
-from lmm_qa.model.prompt import Prompt
+from lmm_qa.model.prompt import MEASURED, Prompt, Slots
 from lmm_qa.model.rater_config import RaterConfig
 from lmm_qa.rater import clip_input
 from lmm_qa.training.config import AugmentationConfig, AuxiliaryConfig
 from lmm_qa.training.dataset import Example
 from lmm_qa.training.vision_cache import SampledClip, Tensors, VisionCache
 from lmm_qa.video.decode import read_frames
+from lmm_qa.video.measurement.classifier import predict
+from lmm_qa.video.measurement.evidence import evidence_text
+from lmm_qa.video.measurement.features import FeatureExtractor
 
 AUXILIARY_TASKS = ("defect_questions", "explanations")
 """Names of the auxiliary losses in `lmm_qa.training.config.LossConfig` and in metrics.jsonl."""
@@ -87,6 +91,8 @@ class Sample(TypedDict):
     mos: float
     std: float
     """NaN if unknown."""
+    content: int
+    """Equal for clips that show the same; -1 for a clip that is alone."""
     auxiliary: list[AuxiliaryExample]
 
 
@@ -121,6 +127,7 @@ class Batch(TypedDict):
     mos: list[float]
     std: list[float]
     """Lists, because FSDP2 and DeepSpeed cast every floating-point tensor of a batch to half precision."""
+    contents: list[int]
     auxiliary: AuxiliaryBatch | None
     """None if no clip has auxiliary examples."""
 
@@ -159,6 +166,7 @@ class RatingDataset(Dataset[Sample]):
         self.augmentation = augmentation
         self.seed = seed
         self.auxiliary = auxiliary
+        self.measure = measures(settings.prompt, [clip.example for clip in clips])
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -167,7 +175,7 @@ class RatingDataset(Dataset[Sample]):
         clip, sampling, prompt = self.augment(key)
         example = clip.example
         try:
-            inputs, features, slots = self._inputs(SampledClip(example.path, clip.content_id, sampling), prompt)
+            inputs, features, slots = self._inputs(clip, sampling, prompt, None if isinstance(key, int) else key[0])
         except ClipError as error:
             raise TrainingError(f"{example.path} cannot be read: {error}") from error
         auxiliary = (
@@ -187,6 +195,7 @@ class RatingDataset(Dataset[Sample]):
             vision_features=features,
             mos=example.mos,
             std=math.nan if example.std is None else example.std,
+            content=content_number(example),
             auxiliary=auxiliary,
         )
 
@@ -218,17 +227,33 @@ class RatingDataset(Dataset[Sample]):
             prompt = prompt.model_copy(update={"question": rng.choice(prompt.paraphrases)})
         return clip, sampling, prompt
 
-    def _inputs(self, sampled: SampledClip, prompt: Prompt) -> tuple[Tensors, Tensors, dict[str, float]]:
+    def _inputs(
+        self, clip: LabelledClip, sampling: Sampling, prompt: Prompt, epoch: int | None
+    ) -> tuple[Tensors, Tensors, Slots]:
         """Model inputs, vision features if they are cached, and the values of the prompt's slots."""
-        views = self.settings.views
+        views, example = self.settings.views, clip.example
         if self.vision_cache is not None:
-            cached = self.vision_cache.load(sampled)
-            inputs = append_question(self.processor, cached.inputs, prompt, len(views), cached.slots)
-            return inputs, cached.features, cached.slots
-        clip = clip_input(read_frames(sampled.path, sampled.sampling, views, self.factor))
-        return dict(prepare_inputs(self.processor, [clip], prompt)), {}, clip.slots
+            cached = self.vision_cache.load(SampledClip(example.path, clip.content_id, sampling))
+            slots: Slots = {**cached.slots, MEASURED: self._evidence(clip, cached.measured, epoch)}
+            inputs = append_question(self.processor, cached.inputs, prompt, len(views), slots)
+            return inputs, cached.features, slots
+        frames = read_frames(example.path, sampling, views, self.factor, FeatureExtractor if self.measure else None)
+        numbers = predict(frames.features).numbers if frames.features else None
+        seen = clip_input(frames)
+        seen = replace(seen, slots={**seen.slots, MEASURED: self._evidence(clip, numbers, epoch)})
+        return dict(prepare_inputs(self.processor, [seen], prompt)), {}, seen.slots
 
-    def auxiliary_examples(self, clip: LabelledClip, epoch: int, slots: dict[str, float]) -> list[AuxiliaryExample]:
+    def _evidence(self, clip: LabelledClip, numbers: Mapping[str, float] | None, epoch: int | None) -> str:
+        """The content of the slot `{measured}`. In training it is sometimes missing, and rounded at random."""
+        numbers = clip.example.evidence or numbers
+        if self.augmentation is None:
+            return evidence_text(numbers)
+        rng = random.Random(f"evidence {self.seed} {epoch} {clip.content_id}")
+        if rng.random() < self.augmentation.evidence_dropout:
+            return evidence_text(None)
+        return evidence_text(numbers, rng)
+
+    def auxiliary_examples(self, clip: LabelledClip, epoch: int, slots: Slots) -> list[AuxiliaryExample]:
         """The auxiliary examples of a clip in this epoch. `slots`: values of the prompts' slots."""
         assert self.auxiliary is not None
         config, prompt = self.auxiliary, self.settings.prompt
@@ -248,9 +273,14 @@ class RatingDataset(Dataset[Sample]):
             found.append(AuxiliaryExample(1, self._prompt_ids(question, slots), answer_ids))
         return found
 
-    def _prompt_ids(self, prompt: Prompt, slots: dict[str, float]) -> list[int]:
+    def _prompt_ids(self, prompt: Prompt, slots: Slots) -> list[int]:
         """Tokens after the last video or image."""
         return question_tokens(self.processor, prompt, len(self.settings.views), slots)
+
+
+def measures(prompt: Prompt, examples: Iterable[Example]) -> bool:
+    """Whether every frame of the clips must be measured: for the prompt, unless their tables say what was measured."""
+    return prompt.uses_measurement and any(example.evidence is None for example in examples)
 
 
 def sample_defect_questions(example: Example, count: int, rng: random.Random) -> dict[str, bool]:
@@ -303,11 +333,27 @@ def _with_opening(prompt: Prompt, found: Sequence[Finding], level: str) -> Promp
     return explanation_prompt(prompt, found).model_copy(update={"stem": opening(prompt, level)})
 
 
-class EpochSampler(Sampler[tuple[int, int]]):
-    """Keys (epoch, index) of `samples` training samples; every epoch has its own random order."""
+def content_number(example: Example) -> int:
+    """A number that is equal for clips that show the same; -1 for a clip that is alone."""
+    return -1 if example.same_as is None else zlib.crc32(example.same_as.encode())
 
-    def __init__(self, clips: int, samples: int, seed: int) -> None:
-        self.clips, self.samples, self.seed = clips, samples, seed
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Keys (epoch, index) of `samples` training samples; every epoch has its own random order.
+
+    Clips that show the same follow each other, so that they meet in a batch.
+    """
+
+    def __init__(self, contents: Sequence[int], samples: int, seed: int) -> None:
+        """
+        Args:
+            contents: `content_number` of each clip.
+        """
+        self.samples, self.seed = samples, seed
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, content in enumerate(contents):
+            groups.setdefault((content, index if content < 0 else -1), []).append(index)
+        self.clips, self.groups = len(contents), list(groups.values())
 
     def __len__(self) -> int:
         return self.samples
@@ -315,8 +361,10 @@ class EpochSampler(Sampler[tuple[int, int]]):
     def __iter__(self) -> Iterator[tuple[int, int]]:
         for start in range(0, self.samples, self.clips):
             epoch = start // self.clips
-            order = torch.randperm(self.clips, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
-            yield from ((epoch, index) for index in order.tolist()[: self.samples - start])
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            groups = torch.randperm(len(self.groups), generator=generator).tolist()
+            order = [index for group in groups for index in self.groups[group]]
+            yield from ((epoch, index) for index in order[: self.samples - start])
 
 
 @dataclass(frozen=True)
@@ -344,6 +392,7 @@ class RatingCollator:
             vision_features=features,
             mos=[sample["mos"] for sample in samples],
             std=[sample["std"] for sample in samples],
+            contents=[sample["content"] for sample in samples],
             auxiliary=auxiliary,
         )
 

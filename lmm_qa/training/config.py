@@ -84,6 +84,7 @@ class RatingConfig(Settings):
             scale=self.scale or scale,
             sampling=self.sampling,
             views=self.views,
+            evidence_weight=0.0,  # the losses are those of the model's own distribution
         )
 
 
@@ -95,6 +96,9 @@ class AugmentationConfig(Settings):
     temporal_offsets: int = Field(4, ge=1, le=64)
     """Number of frame selections per clip, shifted in time against each other; 1: the selection used for rating. With
     cached vision features, each selection costs disk space and one run of the vision tower."""
+
+    evidence_dropout: float = Field(0.1, ge=0, le=1)
+    """Probability that the slot `{measured}` says that the clip was not measured, for prompts that have the slot."""
 
 
 class AuxiliaryConfig(Settings):
@@ -142,6 +146,8 @@ class LossConfig(Settings):
     """Weight of the fidelity loss over all pairs of clips in the batch: the ranking."""
     plcc: float = Field(0.0, ge=0)
     """Weight of 1 - PLCC over the batch."""
+    consistency: float = Field(10.0, ge=0)
+    """Weight of the squared difference between the scores of clips that show the same (column `same_as`)."""
     defect_questions: float = Field(1.0, ge=0)
     """Weight of the cross-entropy on the answers to closed questions; clips without questions count as 0."""
     explanations: float = Field(0.3, ge=0)

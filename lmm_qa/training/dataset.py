@@ -17,7 +17,7 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache as cached
 from itertools import compress
@@ -37,6 +37,7 @@ from lmm_qa.manifest import VIDEO_SUFFIXES, content_id
 from lmm_qa.tables import CLIP_COLUMNS, TABLE_SUFFIXES, Column, Row, find_columns, read_table
 from lmm_qa.video.decode import Frames
 from lmm_qa.video.decoder_pool import DecoderPool
+from lmm_qa.video.measurement.classifier import evidence_names
 
 MAX_PROBLEMS = 3
 """Problems of a table that a message quotes; the others are counted."""
@@ -44,7 +45,7 @@ MAX_PROBLEMS = 3
 ABSENT_IF_NOT_NAMED = tuple(name for name in reference_defects(()) if name in VISIBLE)
 """Defects that a clip does not have if its row names other defects, or none: those that `lmm-qa degrade` can make."""
 
-OPTIONAL_COLUMNS = (GROUP_COLUMN, "defects", "explanation")
+OPTIONAL_COLUMNS = (GROUP_COLUMN, "defects", "explanation", "evidence", "same_as")
 """Columns that are used if a table has them, without being declared."""
 
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -93,6 +94,15 @@ class Table(Settings):
     explanation: str | None = None
     """Column of a text that explains the rating: `The quality of this video is fair: the picture is blurred.` The text
     up to the first level word is not trained on. Cells may be empty. Default: `explanation`, if the table has it."""
+    evidence: str | None = None
+    """Column of what was measured of a clip, for prompts with the slot `{measured}`: an object with the numbers of
+    `lmm_qa.video.measurement.classifier.evidence_names`, 0 to 1. Needed only if the package's forests were trained on
+    the clips. Cells may be empty. Default: `evidence`, if the table has it; clips without it are measured."""
+
+    same_as: str | None = None
+    """Column of a text that is the same for clips that show the same in the same quality, such as a clip and its mirror
+    image: they are trained to get the same score (`loss.consistency`). Cells may be empty. Default: `same_as`, if the
+    table has it."""
 
 
 class Data(Settings):
@@ -152,6 +162,10 @@ class Example:
     """Names of defects that the clip does not have."""
     explanation: str | None = None
     """Explanation of the rating, in words."""
+    evidence: dict[str, float] | None = field(default=None, hash=False)
+    """What was measured, see `Table.evidence`."""
+    same_as: str | None = None
+    """Equal for clips that show the same, see `Table.same_as`."""
 
     def on(self, scale: tuple[float, float]) -> Example:
         """The example with its labels mapped linearly to another scale."""
@@ -318,8 +332,9 @@ def _example(row: Row, scale: tuple[float, float], find: Callable[[str], Path]) 
     found, absent = _defects(row.get("defects"), name)
     explanation = _text(row.get("explanation")) or None
     return Example(
-        name, path, mos, std, None if votes is None else int(votes), group, scale, found, absent, explanation
-    )
+        name, path, mos, std, None if votes is None else int(votes), group, scale, found, absent, explanation,
+        _evidence(row.get("evidence"), name), _text(row.get("same_as")) or None,
+    )  # fmt: skip
 
 
 _DEFECT = re.compile(r"(\??) *(\w+)((?: (?:and )?from \d+(?:\.\d+)? to \d+(?:\.\d+)? s)*)")
@@ -351,6 +366,23 @@ def _defects(cell: Any, name: str) -> tuple[tuple[Finding, ...] | None, tuple[st
         if not unknown:
             found.append(Finding(defect, 1.0, tuple(zip(times[::2], times[1::2], strict=True))))
     return tuple(found), tuple(defect for defect in ABSENT_IF_NOT_NAMED if defect not in named)
+
+
+def _evidence(cell: Any, name: str) -> dict[str, float] | None:
+    """What was measured of a clip; None if the cell is empty."""
+    if cell is None or cell != cell or cell == "":
+        return None
+    try:
+        numbers = json.loads(cell) if isinstance(cell, str) else cell
+        found = {key: float(numbers[key]) for key in evidence_names()}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ManifestError(
+            f"the evidence of {name!r} is an object with numbers for {', '.join(evidence_names())}; received {cell!r} "
+            f"({error})"
+        ) from None
+    if not all(0 <= value <= 1 for value in found.values()):
+        raise ManifestError(f"the evidence of {name!r} is between 0 and 1, received {cell!r}")
+    return found
 
 
 def _as_list(cell: str) -> Any:

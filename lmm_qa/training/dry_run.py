@@ -29,7 +29,14 @@ from lmm_qa.model.loading import (
 from lmm_qa.model.rater_config import RaterConfig
 from lmm_qa.training.activation_memory import PATCHES_PER_TOKEN, step_memory
 from lmm_qa.training.adapters import component, trainable_model
-from lmm_qa.training.collate import Batch, EpochSampler, LabelledClip, RatingCollator, RatingDataset
+from lmm_qa.training.collate import (
+    Batch,
+    EpochSampler,
+    LabelledClip,
+    RatingCollator,
+    RatingDataset,
+    content_number,
+)
 from lmm_qa.training.config import TrainingConfig
 from lmm_qa.training.dataset import Example, load
 from lmm_qa.training.run import available_tasks
@@ -141,7 +148,8 @@ def first_batch(
         TrainingError: one of its clips cannot be read.
     """
     training, count = config.training, len(examples)
-    keys = list(EpochSampler(count, min(training.batch_size, count), training.seed))
+    contents = [content_number(example) for example in examples]
+    keys = list(EpochSampler(contents, min(training.batch_size, count), training.seed))
     drawn = {index for _, index in keys}
     clips = [
         LabelledClip(example.on(settings.scale), content_id(example.path) if index in drawn else "")

@@ -5,6 +5,7 @@
     level_mass      - log(probability of all level words together, over the whole vocabulary)
     fidelity        1 - sqrt(P P*) - sqrt((1 - P)(1 - P*))            P = Phi((s_a - s_b) / sqrt(v_a + v_b)), pairs a, b
     plcc            1 - Pearson(s, MOS)
+    consistency     ((s_a - s_b) / (a_K - a_1))^2 over pairs a, b that show the same content, such as a mirror image
     answers         - log p(token), p = softmax over the vocabulary, for each token of an answer
 
 cross_entropy + level_mass is the cross-entropy over the whole vocabulary. Each loss is a scalar over the given clips:
@@ -165,6 +166,24 @@ def plcc(score: Tensor, mos: Tensor) -> Tensor:
     varied = (x.norm() > CONSTANT * score.norm()) & (y.norm() > CONSTANT * mos.norm())
     loss: Tensor = (1 - F.cosine_similarity(x, y, dim=0)) * varied
     return loss
+
+
+def consistency(score: Tensor, contents: Tensor, anchors: Tensor) -> Tensor:
+    """Mean squared difference of the scores of clips with the same content, relative to the length of the scale.
+
+    Args:
+        score: (B,) in MOS units.
+        contents: (B,) int64: equal numbers for equal content, -1 for clips that are alone.
+        anchors: (K,) MOS of the levels.
+
+    Returns:
+        A scalar; 0 with zero gradients if no two clips have the same content.
+    """
+    score = _float32(score)
+    a, b = torch.triu_indices(len(score), len(score), offset=1, device=score.device)
+    same = (contents[a] == contents[b]) & (contents[a] >= 0)
+    difference = (score[a] - score[b]) / (anchors.max() - anchors.min())
+    return (difference.square() * same).sum() / same.sum().clamp(min=1)
 
 
 def answers(logits: Tensor, target_ids: Tensor, weights: Tensor, tasks: Tensor, count: int) -> Tensor:

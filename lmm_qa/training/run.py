@@ -48,6 +48,7 @@ from lmm_qa.training.collate import (
     LabelledClip,
     RatingCollator,
     RatingDataset,
+    content_number,
     explanation_target,
 )
 from lmm_qa.training.config import AuxiliaryConfig, TrainingConfig
@@ -233,7 +234,8 @@ class TrainingRun:
         commit = getattr(backbone.model.config, "_commit_hash", None) or self.settings.revision
         weights = weights_fingerprint(local) if local.is_dir() else f"{self.settings.backbone}@{commit}"
         folder = self.config.training.cache_dir.expanduser() / "vision"
-        cache = VisionCache(folder, f"{weights} {backbone.choices['dtype'].value}", self.settings)
+        measure = any(self.dataset(split, None).measure for split in self.clips)
+        cache = VisionCache(folder, f"{weights} {backbone.choices['dtype'].value}", self.settings, measure)
         needed = [clip for split in self.clips for clip in self.dataset(split, cache).sampled_clips()]
         share = cache.missing(needed[self.state.process_index :: self.state.num_processes])
         progress = _Progress(f"vision features, cached in {folder}", self.log)
@@ -251,7 +253,8 @@ class TrainingRun:
         if self.auxiliary is not None and share_prefix and backbone.choices["attention"].value != "sdpa":
             backbone.model.set_attn_implementation("sdpa")  # flash-attn supports padding masks only
         # All batches are full: a batch may span two epochs.
-        sampler = EpochSampler(len(self.clips["train"]), self.steps * self.record["clips_per_step"], training.seed)
+        contents = [content_number(clip.example) for clip in self.clips["train"]]
+        sampler = EpochSampler(contents, self.steps * self.record["clips_per_step"], training.seed)
         trainer = RatingTrainer(
             loss=config.loss,
             auxiliary=self.auxiliary,
@@ -497,6 +500,8 @@ def _run_record(
             digest.update(f"{split} {clip.content_id} {example.mos!r} {example.std!r}\n".encode())
             if example.found is not None or example.explanation is not None:
                 digest.update(f"{example.found} {example.absent} {example.explanation!r}\n".encode())
+            if example.evidence is not None or example.same_as is not None:
+                digest.update(f"{example.evidence} {example.same_as!r}\n".encode())
     plain = config.model_dump(mode="json")
     for key in ("output_dir", "cache_dir", "num_workers", "report_to", "cache_vision_features"):
         plain["training"].pop(key)

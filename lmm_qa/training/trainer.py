@@ -70,7 +70,8 @@ class RatingTrainer(Trainer):
         """The loss over the clips of all processes, so that pairs and correlations extend across processes."""
         self.clip_names += inputs["names"]
         ratings, answers = next_token_logits(model, inputs)
-        local = (ratings[:, self.level_ids], ratings.logsumexp(-1), *_labels(inputs, self.accelerator.device))
+        contents = torch.tensor(inputs["contents"], device=self.accelerator.device)
+        local = (ratings[:, self.level_ids], ratings.logsumexp(-1), *_labels(inputs, contents.device), contents)
         processes = self.accelerator.num_processes
         gathered = [self._gather(values) for values in local]
         loss, parts = weighted_loss(self.loss, self.anchors, *gathered)
@@ -194,7 +195,7 @@ def level_logits(model: Any, batch: Batch, level_ids: list[int]) -> tuple[Tensor
 
 
 def weighted_loss(
-    loss: LossConfig, anchors: Tensor, logits: Tensor, normalizer: Tensor, mos: Tensor, std: Tensor
+    loss: LossConfig, anchors: Tensor, logits: Tensor, normalizer: Tensor, mos: Tensor, std: Tensor, contents: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The rating loss and its unweighted parts.
 
@@ -204,6 +205,7 @@ def weighted_loss(
         normalizer: (B,) logsumexp over the vocabulary.
         mos: (B,).
         std: (B,), NaN where unknown.
+        contents: (B,), see `losses.consistency`.
     """
     anchors = anchors.to(logits.device)
     score, variance = losses.score_and_variance(logits, anchors)
@@ -215,6 +217,8 @@ def weighted_loss(
         parts["fidelity"] = losses.fidelity(score, variance, mos, std)
     if loss.plcc:
         parts["plcc"] = losses.plcc(score, mos)
+    if loss.consistency and (contents >= 0).any():
+        parts["consistency"] = losses.consistency(score, contents, anchors)
     total = torch.stack([getattr(loss, name) * value for name, value in parts.items()]).sum()
     return total, parts
 

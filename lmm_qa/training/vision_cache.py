@@ -24,11 +24,14 @@ from lmm_qa.atomic import replacing
 from lmm_qa.config import Sampling
 from lmm_qa.errors import ClipError, TrainingError
 from lmm_qa.model.backbone import Backbone
-from lmm_qa.model.inputs import ClipInput, patch_factor, prepare_inputs, remove_question, vision_features
+from lmm_qa.model.inputs import patch_factor, prepare_inputs, remove_question, vision_features
 from lmm_qa.model.prompt import SLOTS
 from lmm_qa.model.rater_config import RaterConfig
 from lmm_qa.rater import clip_input
+from lmm_qa.video.decode import Frames
 from lmm_qa.video.decoder_pool import DecoderPool
+from lmm_qa.video.measurement.classifier import evidence_names, measurement_id, predict
+from lmm_qa.video.measurement.features import FeatureExtractor
 
 Tensors = dict[str, torch.Tensor]
 
@@ -54,7 +57,9 @@ class CachedClip(NamedTuple):
     features: Tensors
     """See `lmm_qa.model.inputs.vision_features`."""
     slots: dict[str, float]
-    """Values of the prompt's slots."""
+    """Values of the prompt's slots that are numbers."""
+    measured: dict[str, float] | None
+    """What was measured: see `lmm_qa.video.measurement.evidence.evidence_text`; None if the clip was not measured."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,8 @@ class VisionCache:
     """Fingerprint of the backbone and its number format."""
     settings: RaterConfig
     """For the views, and what the prompt puts before the question."""
+    measure: bool = False
+    """Measure every frame of the clips, for prompts with the slot `{measured}`."""
 
     def path(self, clip: SampledClip) -> Path:
         """The file of a sampled clip, whether it exists or not."""
@@ -77,6 +84,8 @@ class VisionCache:
             "weights": self.weights,
             "made by": [FORMAT, version("transformers")],
         }
+        if self.measure:
+            parts["measured by"] = measurement_id()
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
         return self.folder / key[:2] / f"{key}.safetensors"
 
@@ -97,8 +106,10 @@ class VisionCache:
                 "compute what is missing"
             ) from None
         slots = dict(zip(SLOTS, stored.pop("slots").tolist(), strict=True))
+        numbers = stored.pop("measured", None)
+        measured = None if numbers is None else dict(zip(evidence_names(), numbers.tolist(), strict=True))
         features = {name: stored.pop(name) for name in FEATURES if name in stored}
-        return CachedClip(stored, features, slots)
+        return CachedClip(stored, features, slots, measured)
 
     def missing(self, clips: Sequence[SampledClip]) -> list[SampledClip]:
         """Those that are not in the cache, each once, in order."""
@@ -127,17 +138,18 @@ class VisionCache:
         factor, done = patch_factor(backbone.processor) or 1, 0
         with DecoderPool(workers) as pool:
             for sampling, group in by_sampling.items():
-                decoded = pool.imap((clip.path for clip in group), sampling, self.settings.views, factor)
+                measure = FeatureExtractor if self.measure else None
+                decoded = pool.imap((clip.path for clip in group), sampling, self.settings.views, factor, measure)
                 for clip, frames in zip(group, decoded, strict=True):
                     if isinstance(frames, ClipError):
                         raise TrainingError(f"{clip.path} could be decoded before, but not now: {frames}") from frames
-                    self._store(clip, backbone, clip_input(frames))
+                    self._store(clip, backbone, frames)
                     done += 1
                     progress(done, len(clips))
 
     @torch.inference_mode()
-    def _store(self, clip: SampledClip, backbone: Backbone, pixels: ClipInput) -> None:
-        prompt, processor = self.settings.prompt, backbone.processor
+    def _store(self, clip: SampledClip, backbone: Backbone, frames: Frames) -> None:
+        prompt, processor, pixels = self.settings.prompt, backbone.processor, clip_input(frames)
         inputs = remove_question(
             processor, prepare_inputs(processor, [pixels], prompt), prompt, len(pixels.views), pixels.slots
         )
@@ -145,6 +157,9 @@ class VisionCache:
         for pixel_values in ("pixel_values", "pixel_values_videos"):
             inputs.pop(pixel_values, None)
         inputs["slots"] = torch.tensor([pixels.slots[name] for name in SLOTS], dtype=torch.float64)
+        if frames.features:
+            numbers = predict(frames.features).numbers
+            inputs["measured"] = torch.tensor([numbers[name] for name in evidence_names()], dtype=torch.float64)
         tensors = {name: value.cpu().contiguous() for name, value in {**inputs, **features}.items()}
         path = self.path(clip)
         try:

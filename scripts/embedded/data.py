@@ -115,6 +115,7 @@ def make_data(clips: Path, portraits: Path | None, pictures: Path | None, out: P
             chosen = [one.path(folder) for one in segments if (one.kind, one.round) == (kind, number)]
             make_copies(chosen, out / "train", causes, ladders, settings, workers)
     write_table(out / "train", {segment.path(folder).name: segment for segment in segments})
+    add_variants(out / "train", settings["variants"], workers)
     for split in ("val", "test"):
         originals = [Segment(clips / row["clip"], "clip", 0) for row in index if row["split"] == split]
         paths = [segment.source for segment in originals]
@@ -170,6 +171,50 @@ def write_table(folder: Path, segments: Mapping[str, Segment]) -> None:
                      "defects": [*row["defects"], *unknown], "explanation": explanation})  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / "table.jsonl", rows)
+
+
+def add_variants(folder: Path, share: float, workers: int) -> None:
+    """Add variants of some copies to FOLDER/table.jsonl: files that show the same, for the loss `consistency`.
+
+    Args:
+        folder: of the copies.
+        share: of the copies that get a variant.
+    """
+    rows = read_rows(folder / "table.jsonl")
+    chosen = [row for row in rows if draw(Path(row["clip"]), "variant", 1000) < 1000 * share]
+    variants = [{**row, "clip": variant_name(row["clip"]), "same_as": row["clip"], "explanation": None}
+                for row in chosen]  # fmt: skip
+    missing = [row["same_as"] for row in variants if not (folder / row["clip"]).exists()]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for number, _ in enumerate(pool.map(partial(make_variant, folder), missing, chunksize=4), 1):
+            if number % 50 == 0 or number == len(missing):
+                print(f"{folder.name}: {number} of {len(missing)} variants", flush=True)
+    originals = {row["clip"] for row in chosen}
+    write_rows(folder / "table.jsonl", [
+        {**row, "same_as": row["clip"] if row["clip"] in originals else None} for row in rows] + variants)  # fmt: skip
+
+
+def variant_name(clip: str) -> str:
+    """The file name of the variant of a copy; it says what the variant is."""
+    kind = ("mirrored", "trimmed", "encoded")[draw(Path(clip), "kind", 3)]
+    return f"{Path(clip).stem}__{kind}.mp4"
+
+
+def make_variant(folder: Path, clip: str) -> None:
+    """Write the variant of a copy: mirrored, without 5% at both ends, or encoded again without visible loss."""
+    frames, fps, _ = read_clip(folder / clip, SEARCHED_SECONDS)
+    name = variant_name(clip)
+    options = NEAR_LOSSLESS
+    if name.endswith("__mirrored.mp4"):
+        frames = frames[:, :, ::-1].copy()
+    elif name.endswith("__trimmed.mp4"):
+        cut = max(1, len(frames) // 20)
+        frames = frames[cut : len(frames) - cut]
+    else:
+        options = {**NEAR_LOSSLESS, "crf": "15"}
+    partial_file = folder / f".{name}"
+    encode(frames, "libx264", options, Fraction(fps).limit_denominator(1001), str(partial_file))
+    partial_file.replace(folder / name)
 
 
 def make_segment(segment: Segment, folder: Path, length: float) -> str | None:

@@ -9,13 +9,14 @@ resumes an interrupted run; finished steps are skipped. Hours on 2 cores.
 Steps, and what they leave in the work folder:
 
     data         degraded copies with labels                     data/{train,val,test}
+    features     measured features of the copies                 data/{train,val}/features.npz
+    classifier   trees on these features                         classifier.safetensors
+    evidence     what trees of other sources predict             data/{train,val}/evidence.jsonl
     base         tokenizer, processor and initial weights        base
     vision       vision tower alone, with dense targets          vision
     joint        all weights: lmm-qa train joint.yaml            joint
     adapter      LoRA: lmm-qa train adapter.yaml                 adapter
     pack         base and adapter in bfloat16                    model
-    features     measured features of the copies                 data/{train,val}/features.npz
-    classifier   trees on these features                         classifier.safetensors
     calibration  defect profile                                  model/adapter/defects.json
     evaluate     figures on the copies of the split test         report.json
 
@@ -40,6 +41,7 @@ sys.path.insert(0, str(HERE.parent))  # the modules import each other as embedde
 from embedded.data import ViewCache, make_data  # noqa: E402
 
 from lmm_qa.training.config import TrainingConfig  # noqa: E402
+from lmm_qa.video.measurement import classifier as package_classifier  # noqa: E402
 
 
 class Experiment:
@@ -94,33 +96,35 @@ class Experiment:
                   workers)  # fmt: skip
         from embedded.base import build_base
         from embedded.calibration import answer_questions, fit_calibration
-        from embedded.classifier import measure_copies, train_classifier
+        from embedded.classifier import add_evidence, evidence_weight, measure_copies, train_classifier
         from embedded.evaluate import evaluate
         from embedded.pack import pack_model
         from embedded.vision import train_vision
 
+        for split in ("train", "val"):
+            self.step(f"features of {split}", data / split / "features.npz", measure_copies, data / split, workers)
+        self.step("classifier", work / "classifier.safetensors", train_classifier, data,
+                  work / "classifier.safetensors", settings["classifier"], predictions)  # fmt: skip
+        package_classifier.FILE = work / "classifier.safetensors"  # raters measure with it from here on
+        for split in ("train", "val"):
+            self.step(f"evidence of {split}", data / split / "evidence.jsonl", add_evidence, data, split, predictions)
         self.step("base", work / "base" / "model.safetensors", build_base, settings, data / "train",
                   self.views["train"], work / "base")  # fmt: skip
         self.step("vision", work / "vision" / "model.safetensors", train_vision, work / "base", data, self.views,
                   work / "vision", settings["vision_phase"], workers)  # fmt: skip
         self.step("joint", work / "joint" / "rater.json", self.train, "joint", "vision")
         self.step("adapter", work / "adapter" / "rater.json", self.train, "adapter", "joint")
-        self.step("pack", rater / "rater.json", pack_model, work / "joint", work / "adapter", model)
-        for split in ("train", "val"):
-            self.step(f"features of {split}", data / split / "features.npz", measure_copies, data / split, workers)
-        self.step("classifier", work / "classifier.safetensors", train_classifier, data,
-                  work / "classifier.safetensors", settings["classifier"], predictions)  # fmt: skip
+        self.step("pack", rater / "rater.json", pack_model, work / "joint", work / "adapter", model,
+                  evidence_weight(data, predictions))  # fmt: skip
         self.step("answers", answers, answer_questions, rater, data / "val", answers)
         self.step("calibration", rater / "defects.json", fit_calibration, predictions, answers, rater / "defects.json")
         if (data / "test" / "labels.jsonl").exists():
             self.step("evaluate", work / "report.json", self.report, evaluate, rater)
 
-    def report(self, evaluate: Callable[[str, Path], dict[str, Any]], rater: Path) -> None:
-        """Evaluate the packed model, with the classifier that was trained with it instead of the package's."""
-        from lmm_qa.defects import classifier
-
-        classifier.FILE = self.work / "classifier.safetensors"
-        report = evaluate(str(rater), self.work / "data" / "test" / "labels.jsonl")
+    def report(self, evaluate: Callable[..., dict[str, Any]], rater: Path) -> None:
+        """Evaluate the packed model."""
+        labels = self.work / "data" / "test" / "labels.jsonl"
+        report = evaluate({"new": rater}, labels, self.work / "evaluation", explain=True, workers=self.workers)
         (self.work / "report.json").write_text(json.dumps(report, indent=1) + "\n")
 
 

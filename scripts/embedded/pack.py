@@ -15,12 +15,13 @@ from lmm_qa.model.rater_config import FILE_NAME, RaterConfig
 from lmm_qa.training.run import RUN_FILE
 
 
-def pack_model(joint: Path, adapter: Path, out: Path) -> None:
+def pack_model(joint: Path, adapter: Path, out: Path, evidence_weight: float) -> None:
     """Write OUT/base (a transformers model directory) and OUT/adapter (a rater directory).
 
     Args:
         joint: run directory with all weights.
         adapter: run directory of the adapter on top of them.
+        evidence_weight: see `embedded.classifier.evidence_weight`.
     """
     base, rater = out / "base", out / "adapter"
     rater.mkdir(parents=True, exist_ok=True)
@@ -35,7 +36,7 @@ def pack_model(joint: Path, adapter: Path, out: Path) -> None:
     (rater / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     settings = RaterConfig.read(adapter / FILE_NAME)
     training = {"recipe": "scripts/embedded/make.py", "phases": {one.name: summary(one) for one in (joint, adapter)}}
-    update = {"backbone": "../base", "backbone_weights": None, "training": training}
+    update = {"backbone": "../base", "backbone_weights": None, "evidence_weight": evidence_weight, "training": training}
     (rater / FILE_NAME).write_text(settings.model_copy(update=update).model_dump_json(indent=2) + "\n")
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {size / 1e6:.1f} MB")

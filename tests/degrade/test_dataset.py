@@ -22,6 +22,7 @@ from lmm_qa.defects.explanation import mentioned_defects
 from lmm_qa.defects.vocabulary import reference_defects
 from lmm_qa.degrade.causes import COMPRESSION, DEGRADATIONS, FACIAL, PICTURE, TEMPORAL, degrade
 from lmm_qa.degrade.dataset import DegradationPlan, DegradedDataset, FailedSource, read_clip, training_columns
+from lmm_qa.degrade.detail import edge_sharpness
 from lmm_qa.degrade.full_reference import make_copy, quality_ceiling
 from lmm_qa.errors import ClipError, ClipTruncated, MissingExtra, ResultsError, UsageError
 from lmm_qa.evaluation.labels import read_labels
@@ -134,7 +135,7 @@ def test_a_row_describes_its_copy(sources: Path, tmp_path: Path) -> None:
     assert row["source"] == row["group"] == "real.mp4"
     assert row["vmaf"] is None
     assert row["scale"] == [1, 5]
-    assert row["ceiling"] == pytest.approx(quality_ceiling(384, 384, bits), abs=1e-4)
+    assert row["ceiling"] == pytest.approx(quality_ceiling(384, 384, bits, edge_sharpness(frames)), abs=1e-4)
     assert row["mos"] == pytest.approx(1 + 4 * copy.quality * row["ceiling"], abs=1e-3)
     assert row["face_found"] is True
     assert by_name["small--clean.mp4"]["face_found"] is False

@@ -56,13 +56,15 @@ def test_vmaf_to_quality() -> None:
 
 
 def test_quality_ceiling() -> None:
-    assert quality_ceiling(512, 512, 0.1) == 1
-    assert quality_ceiling(1080, 1920, 0.06) == 1
-    assert quality_ceiling(352, 640, 0.1) == pytest.approx(0.9)
-    assert quality_ceiling(100, 100, 0.1) == pytest.approx(0.8)
-    assert quality_ceiling(512, 512, 0.06 / 8) == pytest.approx(0.85)
-    assert quality_ceiling(512, 512, 0.03) == pytest.approx(0.95)
-    assert quality_ceiling(224, 224, 0) == pytest.approx(0.65)
+    assert quality_ceiling(512, 512, 0.1, 0.5) == 1
+    assert quality_ceiling(1080, 1920, 0.06, 0.38) == 1
+    assert quality_ceiling(352, 640, 0.1, 0.5) == pytest.approx(0.9)
+    assert quality_ceiling(100, 100, 0.1, 0.5) == pytest.approx(0.8)
+    assert quality_ceiling(512, 512, 0.06 / 8, 0.5) == pytest.approx(0.85)
+    assert quality_ceiling(512, 512, 0.03, 0.5) == pytest.approx(0.95)
+    assert quality_ceiling(512, 512, 0.1, 0.31) == pytest.approx(0.775)
+    assert quality_ceiling(512, 512, 0.1, 0.1) == pytest.approx(0.55)
+    assert quality_ceiling(224, 224, 0, 0) == pytest.approx(0.65 * 0.55)
 
 
 def test_quality_to_mos() -> None:

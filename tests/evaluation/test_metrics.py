@@ -140,6 +140,27 @@ def test_paired_difference_uses_the_same_resamples() -> None:
         bootstrap(x, y, seed=1) - bootstrap(x, y, seed=2)
 
 
+def test_units_are_drawn_with_all_their_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = noisy_scores(60)
+    units = [f"source {number % 12}" for number in range(60)]
+    found = bootstrap(x, y, units=units, resamples=20, seed=3)
+    assert found.values == bootstrap(x, y, resamples=1).values
+    (counts,) = metrics._resamples(12, 20, 3)
+    for resample, row in enumerate(counts):
+        drawn = [clip for unit, number in enumerate(row) for clip in range(unit, 60, 12) for _ in range(number)]
+        assert found.resampled["srcc"][resample] == pytest.approx(spearmanr(x[drawn], y[drawn]).statistic, abs=1e-12)
+    monkeypatch.setattr(metrics, "CHUNK", 60)
+    chunked = bootstrap(x, y, units=units, resamples=20, seed=3)
+    assert np.array_equal(chunked.resampled["srcc"], found.resampled["srcc"])
+
+
+def test_clips_of_one_source_that_are_alike_widen_the_interval() -> None:
+    x, y = (np.repeat(values, 10) for values in noisy_scores(30))
+    by_clip = bootstrap(x, y, ["srcc"]).intervals()["srcc"]
+    by_source = bootstrap(x, y, ["srcc"], units=[number // 10 for number in range(300)]).intervals()["srcc"]
+    assert by_source.high - by_source.low > 2 * (by_clip.high - by_clip.low)
+
+
 def test_srcc_within_is_the_mean_over_groups() -> None:
     x, y = noisy_scores(90, noise=0.3)
     groups = [np.arange(0, 30), np.arange(30, 60), np.arange(60, 90)]
@@ -174,3 +195,5 @@ def test_invalid_options_are_refused() -> None:
         bootstrap(x, y, resamples=0)
     with pytest.raises(ScoresError, match="no metric is called pearson; the metrics are: main, srcc"):
         bootstrap(x, y, ["pearson"])
+    with pytest.raises(ValueError, match="received 3 and 0"):
+        bootstrap(x, y, units=[1, 2, 3])

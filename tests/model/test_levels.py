@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import scipy.special
+import scipy.stats
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -37,6 +38,18 @@ def test_the_reading_is_that_of_float64_arithmetic(logits: np.ndarray, scale: Sc
     assert reading.score == pytest.approx(score, abs=1e-6 * width)
     assert reading.std == pytest.approx(math.sqrt(probabilities @ (anchors - score) ** 2), abs=1e-3 * width)
     assert reading.probabilities[reading.level] == max(reading.probabilities)
+
+
+@given(near_logits, scales, st.floats(0, 1), st.floats(0, 20))
+def test_a_measured_quality_multiplies_the_distribution_by_a_normal_density(
+    logits: np.ndarray, scale: Scale, quality: float, weight: float
+) -> None:
+    reading = read_levels(logits, 30.0, scale, quality, weight)
+    density = scipy.stats.norm(4 * quality, 1 / math.sqrt(2 * weight) if weight else 1e9).logpdf(np.arange(5))
+    probabilities = scipy.special.softmax(logits.astype(np.float64) + density)
+    assert reading.probabilities == pytest.approx(probabilities, abs=1e-4)
+    assert reading.mass == read_levels(logits, 30.0, scale).mass, "the share of the words is that of the model alone"
+    assert read_levels(logits, 30.0, scale, None, weight) == read_levels(logits, 30.0, scale)
 
 
 @given(level_logits, scales)

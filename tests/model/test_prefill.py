@@ -27,7 +27,7 @@ from model_inputs import (
 
 from lmm_qa.errors import ConfigError, ModelError
 from lmm_qa.model.backbone import Backbone
-from lmm_qa.model.inputs import ClipInput
+from lmm_qa.model.inputs import ClipInput, prepare_inputs
 from lmm_qa.model.prefill import SharedPrefill
 from lmm_qa.model.prompt import Prompt
 from lmm_qa.model.source import EMBEDDED
@@ -76,9 +76,10 @@ def test_a_shared_prefill_equals_separate_ones(backbone: Backbone) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_vision_tower_runs_once_for_all_questions(family: str, load: Callable[[str], Backbone]) -> None:
     backbone = load(family)
-    clips, looks = different_clips(backbone), []
+    clips, seen = different_clips(backbone), []
     tower = next(part for name, part in backbone.model.named_modules() if name.endswith(("visual", "vision_tower")))
-    hook = tower.register_forward_hook(lambda *_: looks.append(1))
+    embedding = next(part for part in tower.modules() if isinstance(part, torch.nn.Conv2d | torch.nn.Conv3d))
+    hook = embedding.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].numel()))
     try:
         prefill = SharedPrefill(backbone, clips)
         prefill.level_logits(QUESTIONS)
@@ -86,7 +87,9 @@ def test_the_vision_tower_runs_once_for_all_questions(family: str, load: Callabl
     finally:
         hook.remove()
     assert backbone.can_share_prefill == (family not in HYBRID)
-    assert len(looks) == (3 * len(QUESTIONS) + 3 if family in HYBRID else 3)
+    inputs = [prepare_inputs(backbone.processor, [clip], PROMPT) for clip in clips]
+    pixels = sum(value.numel() for each in inputs for name, value in each.items() if name.startswith("pixel_values"))
+    assert sum(seen) == pixels * (len(QUESTIONS) + 1 if family in HYBRID else 1)
 
 
 @pytest.mark.usefixtures("grouping")

@@ -66,6 +66,16 @@ def test_slots_are_filled() -> None:
         prompt.messages(1, seconds=2.0)
 
 
+def test_what_was_measured_is_a_text() -> None:
+    prompt = Prompt.parse(FAIR | {"question": "Measured: {measured}. It has {frames:.0f} frames. How is it?"}, "here")
+    assert prompt.uses_measurement and not Prompt.parse(FAIR, "here").uses_measurement
+    (message,) = prompt.messages(1, measured="blur {3}", frames=2.0)
+    assert message["content"][-1]["text"] == "Measured: blur {3}. It has 2 frames. How is it?"
+    with pytest.raises(ConfigError, match=r"needs a value for \['measured'\]"):
+        prompt.messages(1, frames=2.0)
+    assert "the slot {measured} is a text without a format, received '.1f'" in refusal(question="{measured:.1f}")
+
+
 def test_paraphrases_are_checked_like_the_question() -> None:
     assert "paraphrase has unknown slots ['length']" in refusal(paraphrases=["Fine?", "{length}"])
     assert "paraphrase is empty" in refusal(paraphrases=[" "])

@@ -57,10 +57,12 @@ def test_every_path_rates_every_clip(rater: Rater, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(bench_rating, "QUESTIONS", 2)
     report = bench_rating.bench(rater, CLIPS, batch_size=2, workers=1, runs=1)
-    assert report["scores"]["rater"] == pytest.approx([rater.rate(clip).score for clip in CLIPS[:2]], abs=1e-4)
+    plain = bench_rating.without_measurement(rater)
+    assert report["scores"]["rater"] == pytest.approx([plain.rate(clip).score for clip in CLIPS[:2]], abs=1e-4)
     clean, blurred = report["scores"]["reference"]
     assert 1 < blurred < clean < 5
-    assert report["paths"].keys() == {"reference", "rater", "decoding only", "forward only"}
+    assert report["paths"].keys() == {"reference", "rater", "decoding only", "forward only", "measured"}
+    assert report["measured_over_rater"] > 1 and "measured: told" in bench_rating.table(report)
     for each in report["paths"].values():
         assert each["clips_per_second"] == pytest.approx(3 / each["seconds"][0], rel=0.01)
         assert each["peak_host_bytes"] > 1 << 27

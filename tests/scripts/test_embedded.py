@@ -94,6 +94,38 @@ def test_the_training_table_says_nothing_about_defects_that_its_sources_cannot_s
     assert picture["explanation"] is None
 
 
+def test_variants_show_the_same_as_their_originals(tmp_path: Path) -> None:
+    from embedded.data import add_variants
+
+    from lmm_qa.degrade.dataset import read_clip
+
+    names = [f"{number}.mp4" for number in range(6)]
+    for name in names:
+        shutil.copyfile(SAMPLES / "avatar_clean.mp4", tmp_path / name)
+    write_rows(tmp_path / "table.jsonl", [{"clip": name, "mos": 3.5, "group": "a", "defects": ["blur"],
+                                           "explanation": "It is fair."} for name in names])  # fmt: skip
+    add_variants(tmp_path, 1.0, 1)
+    rows = read_rows(tmp_path / "table.jsonl")
+    originals, variants = rows[:6], rows[6:]
+    assert [row["same_as"] for row in rows] == 2 * names and len(variants) == 6
+    assert [row["explanation"] for row in originals] == ["It is fair."] * 6
+    assert all(row["explanation"] is None and row["mos"] == 3.5 and row["defects"] == ["blur"] for row in variants)
+    kinds = {row["clip"].rpartition("__")[2] for row in variants}
+    assert len(kinds) >= 2 and kinds <= {"mirrored.mp4", "trimmed.mp4", "encoded.mp4"}
+    clean, _, _ = read_clip(tmp_path / "0.mp4", 60)
+    for row in variants:
+        frames, _, _ = read_clip(tmp_path / row["clip"], 60)
+        cut = len(clean) // 20 if "trimmed" in row["clip"] else 0
+        expected = (
+            clean[cut : len(clean) - cut, :, ::-1] if "mirrored" in row["clip"] else clean[cut : len(clean) - cut]
+        )
+        assert frames.shape == expected.shape
+        assert np.abs(frames.astype(int) - expected).mean() < 3
+    before = (tmp_path / "table.jsonl").read_bytes()
+    add_variants(tmp_path, 0.0, 1)
+    assert len(read_rows(tmp_path / "table.jsonl")) == len(before.splitlines())
+
+
 def test_patches_are_those_of_the_processor() -> None:
     import torch
     from embedded.vision import patchify
@@ -114,8 +146,9 @@ def tiny_settings() -> dict[str, Any]:
     settings["vision"] |= {"depth": 1, "embed_dim": 48, "num_heads": 2}
     settings["text"] |= {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
                          "num_key_value_heads": 1, "mrope_section": [4, 6, 6]}  # fmt: skip
-    settings["data"] |= {"strengths": [[0.8]], "held_out_strengths": [0.4, 0.8], "causes": ["blur", "stall"],
-                         "pairs": 0, "length": 1.0}  # fmt: skip
+    settings["data"] |= {"strengths": [[[0.8]]], "val_strengths": [[0.4, 0.8]], "test_strengths": [[0.4, 0.8]],
+                         "causes": ["blur", "stall"], "cause_groups": 1, "pairs": 0, "length": 1.0,
+                         "variants": 0}  # fmt: skip
     settings["vision_phase"] |= {"max_steps": 2, "batch_size": 2, "eval_steps": 1}
     settings["joint_phase"] = ["training.epochs=0.7", "training.batch_size=2", "training.eval_steps=2",
                                "augmentation.temporal_offsets=1"]  # fmt: skip
@@ -151,8 +184,13 @@ def test_one_command_makes_a_rater_and_does_nothing_twice(tmp_path: Path) -> Non
     calibration = DefectCalibration.read(work / "model" / "adapter" / "defects.json")
     assert calibration.defects.keys() <= {"blur", "stall"} and calibration.defects
     report = json.loads((work / "report.json").read_text())
-    assert report["copies"] == 5 and report["average_precision"].keys() == {"blur", "stall"}
-    assert report["robustness"].keys() == {"reencoding", "mirroring", "trimming"}
+    assert report["copies"] == 5 and report["raters"]["new"]["failed"] == {}
+    values = {(one["section"], one["measure"]): one["values"]["new"]["value"] for one in report["measures"]}
+    assert values["Profile: average precision", "mean over the defects"] == pytest.approx(
+        np.mean([values["Profile: average precision", defect] for defect in ("blur", "stall")]), abs=1e-4
+    )
+    assert values["Sameness", "remuxed: largest change"] < 0.001
+    assert {("Sameness", "phase: largest change"), ("Explanations", "recall")} <= values.keys()
     phases = json.loads((work / "model" / "adapter" / "rater.json").read_text())["training"]["phases"]
     assert phases["adapter"]["clips"] == {"train": 6, "validation": 5, "calibration": 0}
 

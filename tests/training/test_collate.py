@@ -54,6 +54,9 @@ from lmm_qa.training.dataset import Example
 from lmm_qa.training.trainer import next_token_logits
 from lmm_qa.training.vision_cache import SampledClip, VisionCache
 from lmm_qa.video.decode import read_frames
+from lmm_qa.video.measurement.classifier import evidence_names
+from lmm_qa.video.measurement.evidence import evidence_text
+from lmm_qa.video.measurement.features import FeatureExtractor
 
 Load = Callable[[str], Backbone]
 
@@ -127,14 +130,24 @@ def test_vision_features_replace_the_pixels(family: str, frames: str, load: Load
 
 @pytest.mark.parametrize(("clips", "samples"), [(5, 17), (5, 5), (7, 3)])
 def test_each_epoch_has_every_clip_once_in_its_own_order(clips: int, samples: int) -> None:
-    keys = list(EpochSampler(clips, samples, seed=1))
-    assert len(keys) == len(EpochSampler(clips, samples, seed=1)) == samples
+    keys = list(EpochSampler([-1] * clips, samples, seed=1))
+    assert len(keys) == len(EpochSampler([-1] * clips, samples, seed=1)) == samples
     assert max(Counter(keys).values()) == 1
     orders = [[index for number, index in keys if number == epoch] for epoch in range(-(-samples // clips))]
     assert all(sorted(order) == list(range(clips)) for order in orders if len(order) == clips)
-    assert list(EpochSampler(clips, samples, seed=1)) == keys
+    assert list(EpochSampler([-1] * clips, samples, seed=1)) == keys
     if samples > 2 * clips:
-        assert orders[0] != orders[1] and keys != list(EpochSampler(clips, samples, seed=2))
+        assert orders[0] != orders[1] and keys != list(EpochSampler([-1] * clips, samples, seed=2))
+
+
+def test_clips_that_show_the_same_follow_each_other() -> None:
+    contents = [-1, 7, 3, -1, 7, 3, 7, -1]
+    orders = [[index for epoch, index in EpochSampler(contents, 80, seed=1) if epoch == number] for number in range(10)]
+    assert all(sorted(order) == list(range(8)) for order in orders)
+    for order in orders:
+        seen = "".join("ab"[contents[index] == 3] if contents[index] > 0 else "-" for index in order)
+        assert "aaa" in seen and "bb" in seen, seen
+    assert len({tuple(order) for order in orders}) > 5
 
 
 @pytest.fixture
@@ -189,6 +202,67 @@ def test_batches_contain_their_samples(dataset: RatingDataset) -> None:
     assert batch["mos"] == [3.0] * 3 and [math.isnan(std) for std in batch["std"]] == [False, True, True]
     equal(batch["inputs"], collate_inputs(dataset.processor, [part["inputs"] for part in parts]))
     assert batch["vision_features"] == {}
+
+
+EVIDENCE = {name: 0.5 for name in evidence_names()}
+
+
+@pytest.fixture
+def measured_dataset(dataset: RatingDataset) -> RatingDataset:
+    """The dataset with a prompt that contains what was measured; the table says it for the first clip."""
+    prompt = Prompt(question="Measured: {measured}. How good is it?", stem="It is")
+    first, *rest = dataset.clips
+    clips = [first._replace(example=replace(first.example, evidence=EVIDENCE)), *rest]
+    settings = dataset.settings.override(prompt=prompt)
+    augmentation = AugmentationConfig(evidence_dropout=0.25, temporal_offsets=1)
+    return RatingDataset(clips, settings, dataset.processor, 10_000, None, augmentation, seed=4)
+
+
+def question_of(dataset: RatingDataset, key: Any) -> str:
+    """What a sample says between the pictures and the answer."""
+    sample = dataset[key]
+    return str(dataset.processor.tokenizer.decode(sample["inputs"]["input_ids"][0, sample["prefix_length"] :]))
+
+
+def test_evidence_of_the_table_is_rounded_at_random_and_sometimes_missing(measured_dataset: RatingDataset) -> None:
+    texts = [question_of(measured_dataset, (epoch, 0)) for epoch in range(60)]
+    missing = [text for text in texts if "Measured: unknown." in text]
+    assert 5 < len(missing) < 30
+    assert {text.partition("blur ")[2][:1] for text in texts if text not in missing} == {"4", "5"}
+    assert question_of(measured_dataset, (3, 0)) == texts[3]
+
+
+def test_clips_without_evidence_are_measured_as_in_rating(measured_dataset: RatingDataset, tmp_path: Path) -> None:
+    assert measured_dataset.measure
+    path, settings = measured_dataset.clips[1].example.path, measured_dataset.settings
+    frames = read_frames(path, settings.sampling, settings.views, measured_dataset.factor, FeatureExtractor)
+    evidence = clip_input(frames).slots["measured"]
+    measured_dataset.augmentation = None
+    assert f"Measured: {evidence}. How" in question_of(measured_dataset, 1)
+    assert f"Measured: {evidence_text(EVIDENCE)}. How" in question_of(measured_dataset, 0)
+
+
+def test_clips_are_not_measured_if_their_tables_or_the_prompt_make_it_superfluous(
+    dataset: RatingDataset, measured_dataset: RatingDataset
+) -> None:
+    known = [clip._replace(example=replace(clip.example, evidence=EVIDENCE)) for clip in measured_dataset.clips]
+    assert not dataset.measure
+    assert not RatingDataset(known, measured_dataset.settings, dataset.processor, 10_000, None).measure
+
+
+@pytest.mark.parametrize("measure", [False, True])
+def test_the_cache_keeps_what_was_measured(
+    measured_dataset: RatingDataset, load: Load, tmp_path: Path, measure: bool
+) -> None:
+    cache = VisionCache(tmp_path, "weights", measured_dataset.settings, measure)
+    measured_dataset.augmentation = None
+    cache.fill(measured_dataset.sampled_clips(), load("qwen2_vl"), 1, lambda *_: None)
+    decoded = question_of(measured_dataset, 1)
+    measured_dataset.vision_cache = cache
+    assert (question_of(measured_dataset, 1) == decoded) == measure
+    assert ("Measured: unknown." in question_of(measured_dataset, 1)) == (not measure)
+    other = VisionCache(tmp_path, "weights", measured_dataset.settings, not measure)
+    assert other.missing(measured_dataset.sampled_clips()) == measured_dataset.sampled_clips()
 
 
 def test_cache_files_are_named_by_everything_that_determines_their_content(tmp_path: Path) -> None:
@@ -379,7 +453,7 @@ def test_times_of_frames_are_not_rounded_by_mixed_precision(load: Load) -> None:
     inputs = dict(prepare_inputs(processor, [pixels], PROMPT))
     prefix_length = inputs["input_ids"].shape[1] - len(question_tokens(processor, PROMPT, 1, SLOTS))
     sample = Sample(name="a", inputs=inputs, prefix_length=prefix_length, vision_features={}, mos=3.0, std=math.nan,
-                    auxiliary=[])  # fmt: skip
+                    content=-1, auxiliary=[])  # fmt: skip
     batch = RatingCollator(processor)([sample, sample])
     half = _apply_to_tensors(
         lambda tensor: tensor.bfloat16() if tensor.is_floating_point() else tensor, batch["inputs"]

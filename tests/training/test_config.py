@@ -16,8 +16,9 @@ from pydantic.fields import FieldInfo
 from lmm_qa.config import Sampling, Settings, View
 from lmm_qa.errors import ConfigError, ModelError, UsageError
 from lmm_qa.model.prompt import Prompt, load_prompt
+from lmm_qa.model.rater_config import RaterConfig
 from lmm_qa.model.source import resolve_model
-from lmm_qa.training.config import RENAMED_KEYS, TrainingConfig
+from lmm_qa.training.config import RENAMED_KEYS, RatingConfig, TrainingConfig
 
 CONFIGS = ROOT / "configs"
 TRAINING_CONFIGS = sorted(CONFIGS.glob("*.yaml"))
@@ -138,6 +139,12 @@ def test_comments_are_found(tmp_path: Path) -> None:
         (("c", "d"), "Two lines"),
         (("c", "e"), ""),
     ]
+
+
+def test_a_tuned_rater_starts_without_the_weight_of_its_backbone() -> None:
+    """Training does not see the measured quality beside the model's distribution."""
+    config = RatingConfig().rater_config(RaterConfig(evidence_weight=0.5), (1, 5))
+    assert config.evidence_weight == 0
 
 
 def test_one_file_lists_every_key() -> None:

@@ -26,7 +26,9 @@ from lmm_qa.defects.vocabulary import VISIBLE, reference_defects
 from lmm_qa.errors import ClipNotFound, ClipTruncated, ClipUnreadable, ConfigError, ManifestError, UsageError
 from lmm_qa.evaluation.labels import read_names
 from lmm_qa.evaluation.thqa import find_leaks
+from lmm_qa.tables import write_rows
 from lmm_qa.training.dataset import CheckedClip, Data, DatasetCheck, Example, Splits, check, load
+from lmm_qa.video.measurement.classifier import evidence_names
 
 HOLD_NOTHING = {"validation_share": 0, "calibration_share": 0}
 
@@ -229,6 +231,18 @@ CELLS: tuple[tuple[list[str] | None, str, tuple[Finding, ...] | None, set[str]],
     (None, "?", None, CAUSED),
 )
 """A cell of JSONL or parquet, and of CSV; what is there, and what of `CAUSED` is not absent."""
+
+
+def test_evidence_is_an_object_with_all_numbers(tmp_path: Path) -> None:
+    evidence = dict.fromkeys(evidence_names(), 0.25)
+    rows = [{"clip": "a.mp4", "mos": 3, "evidence": evidence}, {"clip": "b.mp4", "mos": 3},
+            {"clip": "c.mp4", "mos": 3, "evidence": json.dumps(evidence)}]  # fmt: skip
+    write_rows(tmp_path / "t.jsonl", rows)
+    assert [example.evidence for example in read(tmp_path, {"path": "t.jsonl"})] == [evidence, None, evidence]
+    for cell in ({"blur": 0.5}, evidence | {"blur": 1.5}, [0.5], "much"):
+        write_rows(tmp_path / "t.jsonl", [{"clip": "a.mp4", "mos": 3, "evidence": cell}])
+        with pytest.raises(ManifestError, match=r"row 1: the evidence of 'a\.mp4' is "):
+            read(tmp_path, {"path": "t.jsonl"})
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])

@@ -19,6 +19,7 @@ from lmm_qa.model.levels import Scale, read_levels
 from lmm_qa.training.losses import (
     VARIANCE_FLOOR,
     answers,
+    consistency,
     cross_entropy,
     fidelity,
     level_mass,
@@ -217,6 +218,18 @@ def test_cross_entropy_and_level_mass_are_the_cross_entropy_over_the_vocabulary(
     mass = level_mass(levels, vocabulary.logsumexp(1))
     torch.testing.assert_close(cross_entropy(levels, targets) + mass, whole)
     torch.testing.assert_close(mass, -vocabulary.softmax(1)[:, :5].sum(1).log().mean())
+
+
+def test_consistency_is_the_mean_squared_difference_within_contents() -> None:
+    score = torch.tensor([1.0, 3.0, 2.0, 2.5, 5.0, 4.0], requires_grad=True)
+    contents = torch.tensor([8, 5, 8, 5, -1, -1])
+    anchors = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    loss = consistency(score, contents, anchors)
+    assert loss.item() == pytest.approx(((1 / 4) ** 2 + (0.5 / 4) ** 2) / 2)
+    loss.backward()
+    assert score.grad is not None and (score.grad != 0).tolist() == [True] * 4 + [False] * 2
+    alone = consistency(score, torch.tensor([1, 2, 3, 4, -1, -1]), anchors)
+    assert alone.item() == 0
 
 
 def test_answers_have_equal_weight_whatever_their_length() -> None:

@@ -12,10 +12,10 @@ from clips import ffmpeg_frames, numbered_picture, read_number, write_clip
 from PIL import Image
 
 from lmm_qa.config import Sampling, View
-from lmm_qa.defects.features import FeatureExtractor
 from lmm_qa.errors import UsageError
 from lmm_qa.video.decode import read_frames, read_windows
 from lmm_qa.video.frame_array import FrameArray, read_batch
+from lmm_qa.video.measurement.features import FeatureExtractor
 
 SAMPLING = Sampling(frames=4)
 VIEWS = (View(max_pixels=112 * 112), View(kind="crop", size=56), View(kind="face", size=56))

@@ -177,12 +177,8 @@ class MotionFeatureRecorder:
         if len(self._pending) > 1:
             rows = np.stack(self._pending)
             change = absolute_difference(rows[1:], rows[:-1])
-            count, height, width = change.shape
-            run = _RUN if width >= _RUN else 1
-            runs = change[..., : width // run * run].reshape(count, height, -1, run).max(-1)
-            bends = np.abs(np.diff(rows[1:].astype(np.int16), 2)) if width > 2 else np.zeros((count, 1, 1))
-            series = (change, change == 0, runs <= 1, bends)
-            self._measured.append(np.stack([each.mean((1, 2), dtype=np.float32) for each in series]))
+            series = (_means(change), _shares(change == 0), _shares(_copied_runs(change)), _means(_bends(rows[1:])))
+            self._measured.append(np.stack(series))
         self._pending = [] if last else self._pending[-1:]
 
     def _part_changes(self, parts: Sequence[Box], boxes: Floats, indices: Sequence[int]) -> Floats:
@@ -202,18 +198,55 @@ class MotionFeatureRecorder:
         windows = [small[low[1] : high[1], low[0] : high[0]] for small in self._small]
         starts, ends = starts - low, ends - low
         changes = np.empty((len(parts), count - 1))
-        for number, (before, after) in enumerate(pairwise(windows)):
-            change = absolute_difference(after, before)
-            for part, ((x, y), (stop_x, stop_y)) in enumerate(zip(starts[number], ends[number], strict=True)):
-                changes[part, number] = change[y:stop_y, x:stop_x].mean()
+        change = absolute_difference(*(np.stack(each) for each in (windows[1:], windows[:-1])))
+        for part in range(len(parts)):
+            places = np.concatenate([starts[:, part], ends[:, part]], axis=1)
+            new = np.flatnonzero((places[1:] != places[:-1]).any(1)) + 1
+            # Frames in which the part has the same place are measured together.
+            for begin, stop in pairwise([0, *new.tolist(), count - 1]):
+                x, y, stop_x, stop_y = places[begin].tolist()
+                pixels = np.ascontiguousarray(change[begin:stop, y:stop_y, x:stop_x])
+                sums = pixels.reshape(stop - begin, -1).sum(1, dtype=np.uint32)
+                changes[part, begin:stop] = sums / ((stop_y - y) * (stop_x - x))
         return changes
+
+
+def _copied_runs(change: Grey) -> NDArray[np.bool_]:
+    """(n, height, runs): whether no pixel of a run has changed by more than 1."""
+    width = change.shape[2]
+    if width < _RUN:
+        return change <= 1
+    runs = np.ascontiguousarray(change[..., : width // _RUN * _RUN]).view(np.uint64)
+    return np.asarray(runs & np.uint64(0xFEFEFEFEFEFEFEFE) == 0)
+
+
+def _bends(rows: Grey) -> NDArray[np.int16]:
+    """(n, height, width - 2): absolute second differences along rows; 0 if those are too short."""
+    if rows.shape[2] <= 2:
+        return np.zeros((len(rows), 1, 1), np.int16)
+    values = rows.astype(np.int16)
+    bends = values[..., 1:-1] * np.int16(-2)
+    bends += values[..., 2:]
+    bends += values[..., :-2]
+    return np.asarray(np.abs(bends))
+
+
+def _means(values: NDArray[Any]) -> NDArray[np.float32]:
+    """(n,): mean of the integers of each frame."""
+    sums = values.reshape(len(values), -1).sum(1, dtype=np.uint32)
+    return np.asarray(sums.astype(np.float32) / np.float32(values[0].size))
+
+
+def _shares(values: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """(n,): share of true values of each frame."""
+    return np.array([np.count_nonzero(frame) for frame in values], np.float32) / np.float32(values[0].size)
 
 
 def _rhythm(name: str, values: Floats) -> dict[str, float]:
     """Quantiles of a series of logarithms, and how it deviates from its running median."""
     deviation = values - median_filter(values, _MEDIAN_FRAMES, mode="nearest")
     steps, turns = np.diff(values), np.diff(values, 2) if len(values) > 2 else np.zeros(1)
-    repeats = np.array([_autocorrelation(deviation, lag) for lag in range(17)])
+    repeats = _autocorrelations(deviation, 17)
     features = {
         f"{name}_beat": float(np.log(deviation.std() + 0.003)),
         f"{name}_beat_usual": float(np.log(np.median(abs(deviation)) + 0.003)),
@@ -229,12 +262,14 @@ def _rhythm(name: str, values: Floats) -> dict[str, float]:
     }
 
 
-def _autocorrelation(values: Floats, lag: int) -> float:
-    """-1 to 1; 0 for a series that is too short."""
-    if len(values) <= lag + 4:
-        return 0.0
+def _autocorrelations(values: Floats, count: int) -> Floats:
+    """(count,): at the lags from 0, -1 to 1; 0 where the series is too short."""
     centred = values - values.mean()
-    return float((centred[lag:] * centred[: len(values) - lag]).mean() / (centred.var() + 1e-9))
+    variance = centred.var()
+    repeats = np.zeros(count)
+    for lag in range(min(count, max(0, len(values) - 4))):
+        repeats[lag] = (centred[lag:] * centred[: len(values) - lag]).mean() / (variance + 1e-9)
+    return repeats
 
 
 def _correlation(a: Floats, b: Floats) -> float:

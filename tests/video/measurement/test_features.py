@@ -1,4 +1,4 @@
-"""python -m pytest tests/defects/test_features.py"""
+"""python -m pytest tests/video/measurement/test_features.py"""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from paths import SAMPLES
 from PIL import Image
 
 from lmm_qa.config import Sampling, View
-from lmm_qa.defects.features import MAX_SHORT_SIDE, FeatureExtractor, limit_size, measure, window
-from lmm_qa.defects.motion_features import MotionFeatureRecorder
 from lmm_qa.degrade.causes import degrade
 from lmm_qa.degrade.dataset import read_clip
 from lmm_qa.video.decode import Frames, read_frames
 from lmm_qa.video.decoder_pool import DecoderPool
+from lmm_qa.video.measurement.features import MAX_SHORT_SIDE, FeatureExtractor, limit_size, measure, window
+from lmm_qa.video.measurement.motion_features import MotionFeatureRecorder
 from lmm_qa.video.sampling import sample_indices
 from lmm_qa.video.temporal import FrameDynamicsRecorder
 

@@ -1,4 +1,4 @@
-"""python -m pytest tests/defects/test_motion_features.py"""
+"""python -m pytest tests/video/measurement/test_motion_features.py"""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter, shift
 
-from lmm_qa.defects.motion_features import MAX_FRAMES, MotionFeatureRecorder
 from lmm_qa.video.display import UPRIGHT, Orientation
+from lmm_qa.video.measurement.motion_features import MAX_FRAMES, MotionFeatureRecorder
 
 Frames = NDArray[np.uint8]
 BOX = np.array([[0.3, 0.2, 0.7, 0.6]])

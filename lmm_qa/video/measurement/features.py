@@ -1,4 +1,4 @@
-"""Measured features of a clip: some 500 numbers, from which `lmm_qa.defects.classifier` estimates the defects.
+"""Measured features of a clip: some 500 numbers, from which trees estimate its defects (`.classifier`).
 
 They are measured at native resolution: on six pairs of neighbouring frames, and on all frames. Most are
 logarithms. Where possible, parts of a clip are compared with each other: clips differ in more than their defects.
@@ -21,7 +21,7 @@ logarithms. Where possible, parts of a clip are compared with each other: clips 
 | `{mouth,teeth,lower,face}_*_{small,native}`, ... | detail of parts of the face relative to each other |
 | `buffering`, `stall*`, `pace`, `uneven`, `flicker`, `switch*` | results of `lmm_qa.video.temporal` |
 | `stands*`, `peak*`, `jumps*`, `light_spread`, `detail_*`, `quiet*`, `*_alike` | statistics of the frame dynamics |
-| others | see `lmm_qa.defects.motion_features` |
+| others | see `lmm_qa.video.measurement.motion_features` |
 
 The classifier refers to features by name: a new name or value needs a new classifier.
 """
@@ -39,9 +39,9 @@ from PIL import Image
 from scipy.ndimage import median_filter, uniform_filter
 
 from lmm_qa.config import Sampling
-from lmm_qa.defects.motion_features import MotionFeatureRecorder
 from lmm_qa.video.display import UPRIGHT, Orientation
 from lmm_qa.video.face import Box, follow_face
+from lmm_qa.video.measurement.motion_features import MotionFeatureRecorder
 from lmm_qa.video.temporal import (
     STILL_CHANGE,
     FrameDynamics,
@@ -258,6 +258,25 @@ def _histogram(values: Picture) -> Floats:
     return np.asarray(np.array(counts) / max(values.size, 1))
 
 
+def _mean(values: Picture) -> float:
+    """Exact mean of at most 16 million values."""
+    return float(values.sum(dtype=np.uint32)) / max(values.size, 1)
+
+
+def _share(values: NDArray[np.bool_]) -> float:
+    """Share of true values."""
+    return np.count_nonzero(values) / values.size
+
+
+def _second_differences(pictures: Picture) -> NDArray[np.int16]:
+    """Absolute second differences along the rows of (n, H, W) pictures, (n, H, W - 2)."""
+    values = pictures.astype(np.int16)
+    bends = values[..., 1:-1] * -2
+    bends += values[..., 2:]
+    bends += values[..., :-2]
+    return np.abs(bends, out=bends)
+
+
 def _bin_shares(histogram: Floats, edges: Sequence[int]) -> Floats:
     return np.diff(np.concatenate([[0], np.cumsum(histogram)])[list(edges)])
 
@@ -270,19 +289,33 @@ def _quantiles(histogram: Floats, shares: Sequence[float] | Floats) -> Floats:
     return np.asarray(level + np.clip(within, 0, 1) - 0.5)
 
 
-def _blocks(pictures: Floats, side: int) -> Floats:
-    """(n, H, W) -> (n, H / side, side, W / side, side), without incomplete blocks."""
+def _blocks_of_rows(pictures: Picture, length: int) -> Picture:
+    """(n, H, W) -> (n, H, W / length, length), without incomplete blocks."""
+    count, height, width = pictures.shape
+    return pictures[..., : width // length * length].reshape(count, height, -1, length)
+
+
+def _block_sums(pictures: Floats, side: int) -> Floats:
+    """(n, H, W) -> (n, H / side, W / side): sums of the blocks of side x side pixels, without incomplete blocks."""
     count, height, width = pictures.shape
     rows, columns = height // side, width // side
-    return pictures[:, : rows * side, : columns * side].reshape(count, rows, side, columns, side)
+    # First over the rows of a block: adding long rows is much faster than adding the few pixels of a block.
+    strips = pictures[:, : rows * side, : columns * side].reshape(count, rows, side, columns * side).sum(2)
+    return np.asarray(strips.reshape(count, rows, columns, side) @ np.ones(side, pictures.dtype))
 
 
 def _block_statistics(pictures: Floats) -> tuple[Floats, Floats]:
     """Mean and standard deviation of each block of 8 x 8 pixels, (n, rows, columns)."""
-    blocks = _blocks(pictures, 8)
-    mean = blocks.mean((2, 4))
-    square = np.einsum("nabcd,nabcd->nac", blocks, blocks) / 64
+    mean = _block_sums(pictures, 8) / 64
+    square = _block_sums(pictures * pictures, 8) / 64
     return mean, np.sqrt(np.maximum(square - mean**2, 0))
+
+
+def _column_sums(pictures: Picture) -> NDArray[np.int64]:
+    """(W,): sum of each column of (n, H, W) pictures, exact. Adds 16-bit numbers as long as they suffice."""
+    starts = range(0, pictures.shape[1], 256)
+    sums = [pictures[:, start : start + 256].sum(1, dtype=np.uint16) for start in starts]
+    return np.asarray(np.sum(sums, axis=(0, 1), dtype=np.int64))
 
 
 def _range(name: str, values: Floats, floor: float) -> Features:
@@ -308,7 +341,7 @@ def _texture(greys: Picture) -> Features:
         )
         histogram, histogram_4 = _histogram(steps), _histogram(steps_4)
         step, step_2, step_4 = (
-            _log(float(each @ levels), 0.05) for each in (histogram, _histogram(steps_2), histogram_4)
+            _log(mean, 0.05) for mean in (float(histogram @ levels), _mean(steps_2), float(histogram_4 @ levels))
         )
         features[f"step_{axis}"] = step
         features[f"step_2_{axis}"] = step_2 - step
@@ -317,12 +350,12 @@ def _texture(greys: Picture) -> Features:
         for lowest, share in zip((0, 1, 2, 4, 8, 16, 32), shares, strict=True):
             features[f"steps_from_{lowest}_{axis}"] = _log(share, 1e-4)
         equal = steps == 0
-        equal_runs = (equal[..., 1:] & equal[..., :-1]).mean()
+        equal_runs = _share(equal[..., 1:] & equal[..., :-1])
         features[f"equal_runs_{axis}"] = _log(equal_runs, 1e-3) - _log(shares[0], 1e-3)
         features[f"sharpness_{axis}"] = _sharpness(steps, steps_4, int(_quantiles(histogram_4, [0.97])[0]))
-        bends = _histogram(absolute_difference(steps[..., 1:], steps[..., :-1]))
-        features[f"bends_{axis}"] = _log(float(bends @ levels), 0.05) - step
-        columns = np.log(steps.mean((0, 1)) + 0.05)
+        bends = absolute_difference(steps[..., 1:], steps[..., :-1])
+        features[f"bends_{axis}"] = _log(_mean(bends), 0.05) - step
+        columns = np.log(_column_sums(steps) / (steps.shape[0] * steps.shape[1]) + 0.05)
         eights = columns[: len(columns) // 8 * 8].reshape(-1, 8)
         phase = np.median(eights - eights.mean(1, keepdims=True), axis=0)
         phase -= np.median(phase)
@@ -331,7 +364,7 @@ def _texture(greys: Picture) -> Features:
         features[f"blocks_any_{axis}"] = phase.max()
         features[f"blocks_spread_{axis}"] = phase.std()
         features |= _grid("step", axis, steps)
-        features |= _grid("bend", axis, np.abs(np.diff(pictures.astype(np.int16), 2)))
+        features |= _grid("bend", axis, _second_differences(pictures))
     values = greys.astype(np.float32)
     neighbours = (values[:, :-2, 1:-1] + values[:, 2:, 1:-1] + values[:, 1:-1, :-2] + values[:, 1:-1, 2:]) / 4
     coarse, fine = (_block_statistics(each)[1].ravel() for each in (values, values[:, 1:-1, 1:-1] - neighbours))
@@ -350,9 +383,9 @@ def _texture(greys: Picture) -> Features:
 
 def _sharpness(steps: Picture, steps_4: Picture, threshold: int) -> float:
     """How much of a strong edge over four pixels happens within one pixel; a sample of the edges."""
-    edges = np.nonzero(steps_4 >= max(12, threshold))
-    edges = tuple(axis[:: len(axis) // 4000 + 1] for axis in edges)
-    if not edges[0].size:
+    found = np.flatnonzero(steps_4 >= max(12, threshold))
+    edges = np.unravel_index(found[:: len(found) // 4000 + 1], steps_4.shape)
+    if not found.size:
         return -0.5
     largest = np.max([steps[edges[0], edges[1], edges[2] + offset] for offset in range(4)], axis=0)
     return _log(largest.mean() / steps_4[edges].mean(), 0.01)
@@ -360,7 +393,8 @@ def _sharpness(steps: Picture, steps_4: Picture, threshold: int) -> float:
 
 def _grid(kind: str, axis: str, values: NDArray[Any]) -> Features:
     """Whether steps or bends along rows repeat at a fixed distance: blocks of an encoder, also resized ones."""
-    columns = np.log(np.minimum(values, 12).mean((0, 1), dtype=np.float32) + 0.05)
+    count = np.float32(values.shape[0] * values.shape[1])
+    columns = np.log(_column_sums(np.minimum(values, 12).astype(np.uint8)).astype(np.float32) / count + 0.05)
     residual = columns - median_filter(columns, 15, mode="nearest")
     spectrum = np.abs(np.fft.rfft(residual * np.hanning(len(columns)), _SPECTRUM_SIZE))
     searched = spectrum[_SPECTRUM_SIZE // 64 : _SPECTRUM_SIZE // 3]
@@ -391,10 +425,11 @@ def _banding(colours: Picture, greys: Picture) -> Features:
         "comb_period": _log(np.mean(periods), 0.1),
         "comb_period_least": _log(np.min(periods), 0.1),
     }
-    steps = absolute_difference(colours[:, ::3, 1:], colours[:, ::3, :-1]).max(-1).astype(np.int16)
-    nines = steps[..., : steps.shape[-1] // 9 * 9].reshape(*steps.shape[:2], -1, 9)
-    largest = nines.max(-1)
-    total = nines.sum(-1)
+    red, green, blue = np.moveaxis(absolute_difference(colours[:, ::3, 1:], colours[:, ::3, :-1]), -1, 0)
+    steps = np.maximum(np.maximum(red, green), blue)
+    nines = np.ascontiguousarray(np.moveaxis(_blocks_of_rows(steps, 9), -1, 0))
+    largest = nines.max(0).astype(np.int16)
+    total = nines.sum(0, dtype=np.int16)
     rest = total - largest
     for name, limit, lowest, share in (("small", 40, 3, 0.0), ("some", 40, 6, 0.5), ("large", 90, 10, 0.6)):
         smooth_runs = total <= limit
@@ -414,8 +449,8 @@ def _chroma(colours: Picture) -> Features:
         plane = np.ascontiguousarray(halves[..., channel])
         for distance in (1, 2, 4):
             steps = absolute_difference(plane[..., distance:], plane[..., :-distance])
-            features[f"{name}_step_{distance}"] = _log(steps.mean(dtype=np.float32), 0.02)
-            features[f"{name}_equal_{distance}"] = _log((steps == 0).mean(), 0.01)
+            features[f"{name}_step_{distance}"] = _log(_mean(steps), 0.02)
+            features[f"{name}_equal_{distance}"] = _log(_share(steps == 0), 0.01)
         chroma = _block_statistics(plane.astype(np.float32))[1].ravel()
         for share, value in zip((10, 50, 90), np.percentile(chroma, (10, 50, 90)), strict=True):
             features[f"{name}_contrast_{share}"] = _log(value, 0.05)
@@ -497,11 +532,10 @@ def _optical_flow(first: Floats, second: Floats, side: int) -> tuple[Floats, Flo
     down[:, 1:-1] = (middle[:, 2:] - middle[:, :-2]) / 2
     change = second - first
 
-    def summed(product: Floats) -> Floats:
-        return np.asarray(_blocks(product, side).sum((2, 4)))
-
-    xx, yy, xy = summed(across * across), summed(down * down), summed(across * down)
-    xt, yt = summed(across * change), summed(down * change)
+    xx, yy, xy, xt, yt = (
+        _block_sums(product, side)
+        for product in (across * across, down * down, across * down, across * change, down * change)
+    )
     damping = 2.0 * side**2
     determinant = (xx + damping) * (yy + damping) - xy**2
     right = -((yy + damping) * xt - xy * yt) / determinant
@@ -625,17 +659,17 @@ def _match(faces: Floats, pairs: Sequence[tuple[int, int]], part: Box) -> tuple[
     """
     scale = _FACE_WINDOW_SIDE / (_FACE_WINDOW[1] - _FACE_WINDOW[0])
     x, y, stop_x, stop_y = (round((edge - _FACE_WINDOW[0]) * scale) for edge in part)
-    ones, others = zip(*pairs, strict=True)
-    template = faces[list(ones), y:stop_y, x:stop_x]
+    (ones, one), (others, other) = (np.unique(side, return_inverse=True) for side in zip(*pairs, strict=True))
+    template = faces[ones, y:stop_y, x:stop_x]
     template = template - template.mean((1, 2), keepdims=True)
     radius, span = _SEARCH_RADIUS, 2 * _SEARCH_RADIUS + 1
-    field = faces[list(others), y - radius : stop_y + radius, x - radius : stop_x + radius]
-    count, height, width = template.shape
+    field = faces[others, y - radius : stop_y + radius, x - radius : stop_x + radius]
+    count, (height, width) = len(pairs), template.shape[1:]
     shape = field.shape[1:]
-    products = np.fft.irfft2(np.fft.rfft2(template, shape).conj() * np.fft.rfft2(field, shape), shape)
+    products = np.fft.irfft2(np.fft.rfft2(template, shape).conj()[one] * np.fft.rfft2(field, shape)[other], shape)
     moments = uniform_filter(np.stack([field, field**2]).astype(np.float64), (1, 1, height, width))
-    mean, square = moments[..., height // 2 :, width // 2 :][..., :span, :span]
-    variance = (template**2).mean((1, 2))
+    mean, square = moments[:, other, height // 2 :, width // 2 :][..., :span, :span]
+    variance = (template**2).mean((1, 2))[one]
     error = variance[:, None, None] + square - mean**2 - 2 * products[:, :span, :span] / (height * width)
     row, column = np.divmod(error.reshape(count, -1).argmin(1), span)
     each = np.arange(count)
