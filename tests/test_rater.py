@@ -229,7 +229,7 @@ def test_a_timeline_is_told_what_was_measured_on_the_whole_clip(told: Rater, goo
     windows = read_windows(good[-1], settings.sampling, settings.views, told.factor, WINDOW, STEP)
     last = clip_input(windows[len(windows) - 1])
     (read,) = told.backbone.level_logits(
-        [replace(last, slots={**last.slots, "measured": rating.measured})], settings.prompt
+        [replace(last, slots={**last.slots, "measured": str(rating.measured)})], settings.prompt
     )
     reading = read_levels(read.logits, read.log_normalizer, settings.declared_scale())
     assert rating.timeline.scores[-1] == pytest.approx(reading.score, abs=TOLERANCE)
