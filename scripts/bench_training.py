@@ -99,7 +99,7 @@ def stepper(model: Any, config: TrainingConfig, backbone: Backbone) -> Callable[
             part |= send_to_device(part, backbone.device, non_blocking=True)
         with autocast:
             logits = level_logits(model, batch, tokens)
-        labels = (torch.tensor(batch[name], device=backbone.device) for name in ("mos", "std"))
+        labels = (torch.tensor(batch[name], device=backbone.device) for name in ("mos", "std", "contents"))
         loss, _ = weighted_loss(config.loss, anchors, *logits, *labels)
         loss.backward()
         optimizer.step()

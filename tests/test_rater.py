@@ -384,6 +384,10 @@ def assert_peft_alone_agrees(adapter: Path, base: str, rater: Rater, clip: Path)
     levels = logits[[word for (word,) in words]].numpy()
     (reading,) = rater.backbone.level_logits([clip_input(frames)], prompt)
     assert reading.logits == pytest.approx(levels, abs=TOLERANCE)
+    if rater.settings.evidence_weight:
+        assert frames.features
+        steps = np.arange(5) - 4 * predict(frames.features).quality
+        levels = levels - rater.settings.evidence_weight * steps**2
     assert list(rating.probabilities.values()) == pytest.approx(softmax(levels), abs=TOLERANCE)
 
 

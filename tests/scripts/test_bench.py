@@ -83,16 +83,19 @@ def test_questions_share_a_prefill_or_have_one_each(rater: Rater, monkeypatch: p
     from lmm_qa.defects.questions import questions
 
     monkeypatch.setattr(bench_rating, "QUESTIONS", 5)
-    looks: list[int] = []
+    patches: list[int] = []
     tower = next(part for name, part in rater.backbone.model.named_modules() if name.endswith("visual"))
-    hook = tower.register_forward_hook(lambda *_: looks.append(1))
+    hook = tower.patch_embed.register_forward_hook(lambda _, inputs, __: patches.append(len(inputs[0])))
     try:
         cost = bench_rating.cost_of_questions(rater, CLIPS[1:2], runs=1)
     finally:
         hook.remove()
     # Looks at the clip: score and five questions on one prefill, and one by one, to compare; then the score alone and
-    # with the questions, of frames that lie ready, of decoded ones, as a rating and its profile, and as the reference.
-    assert len(looks) == (1 + 6) + (1 + 1) + (1 + 1) + (1 + 1) + (1 + 6)
+    # with the questions, of frames that lie ready, of decoded ones, as a rating and its profile, and as the reference,
+    # which has twice as many patches: frames as separate images are not merged in pairs.
+    (clip,) = bench_rating.prepare(rater, CLIPS[1:2], 1)
+    looks = sum(patches) / len(clip["pixel_values_videos"])
+    assert looks == (1 + 6) + (1 + 1) + (1 + 1) + (1 + 1) + 2 * (1 + 6)
     assert (cost["questions"], cost["clips"]) == (5, 1)
     assert cost["largest_difference"] < 1e-4, "on one prefill or on many"
     times = cost["times_the_score"]
