@@ -254,7 +254,7 @@ def regressor(name: str, groups: NDArray[np.str_]) -> Any:
     if name == "trees":
         return ExtraTreesRegressor(200, min_samples_leaf=2, max_features=0.2, random_state=0, n_jobs=1)
     limited = FunctionTransformer(np.clip, kw_args={"a_min": -4, "a_max": 4})
-    penalties = {"ridge__alpha": [1e1, 1e2, 1e3, 1e4, 1e5]}
+    penalties = {"ridge__alpha": [3e2, 3e3, 3e4]}
     folds = min(3, len(set(groups)))
     model = make_pipeline(StandardScaler(), limited, Ridge())
     return GridSearchCV(model, penalties, scoring="neg_mean_squared_error", cv=GroupKFold(folds))
@@ -279,6 +279,7 @@ def predict(copies: Copies, train: NDArray[np.intp], test: NDArray[np.intp]) -> 
     for other in ("network", "random"):
         for name in ("ridge", "trees"):
             mean(f"statistics + {other} {name}", ("statistics", name), (other, name))
+        mean(f"statistics trees + {other} ridge", ("statistics", "trees"), (other, "ridge"))
         mean(f"statistics + {other} both", *((kind, name) for kind in ("statistics", other)
                                             for name in ("ridge", "trees")))  # fmt: skip
     for kind in copies.features:
@@ -289,7 +290,7 @@ def predict(copies: Copies, train: NDArray[np.intp], test: NDArray[np.intp]) -> 
 def agreement(copies: Copies, test: NDArray[np.intp], predicted: Floats) -> dict[str, float]:
     """SRCC over all copies of the test set and mean SRCC within its sources, for several sets of causes.
 
-    The undamaged copies belong to each set.
+    The undamaged copies belong to each set. Sources of fewer than `FEWEST_COPIES` copies are left out within sources.
     """
     causes = [set(copies.rows[number]["causes"]) for number in test]
     chosen = {
@@ -303,7 +304,8 @@ def agreement(copies: Copies, test: NDArray[np.intp], predicted: Floats) -> dict
         figures[name] = srcc(predicted[kept], quality)
         within = [srcc(predicted[kept][own], quality[own]) for source in sorted(set(sources))
                   if (own := sources == source).sum() >= FEWEST_COPIES and len(set(quality[own])) > 1]  # fmt: skip
-        figures[f"{name}, within sources"] = float(np.mean(within)) if within else float("nan")
+        if within:
+            figures[f"{name}, within sources"] = float(np.mean(within))
     return figures
 
 
@@ -327,16 +329,21 @@ def draws(sources: NDArray[np.str_], sizes: Sequence[int]) -> Iterator[tuple[str
     yield "all", np.ones(len(sources), bool)
 
 
-def compare(train: Copies, val: Copies) -> dict[str, Any]:
-    """Means over draws and test sets, by test set, number of sources, predictor and measure."""
+def compare(train: Copies, val: Copies) -> Iterator[dict[str, Any]]:
+    """Means over draws and test sets, by test set, number of sources, predictor and measure.
+
+    Yields:
+        The figures after each test set.
+    """
     joined = Copies(train.rows + val.rows,
-                    {kind: np.concatenate([values, val.features[kind]]) for kind, values in train.features.items()},
+                    {kind: np.concatenate([values, val.features[kind]]) for kind, values in train.features.items()}
+                    if val.rows else train.features,
                     np.concatenate([train.quality, val.quality]), np.concatenate([train.sources, val.sources]),
                     np.concatenate([train.repositories, val.repositories]))  # fmt: skip
     places = np.arange(len(train.rows))
     folds = GroupKFold(min(FOLDS, len(set(train.repositories))))
     splits = [("cross-validation", *fold) for fold in folds.split(places, groups=train.repositories)]
-    if len(val.rows):
+    if val.rows:
         strange = places[~np.isin(train.repositories, val.repositories)]
         splits.append(("val", strange, np.arange(len(train.rows), len(joined.rows))))
     collected: dict[str, dict[str, dict[str, dict[str, list[float]]]]] = {}
@@ -347,9 +354,9 @@ def compare(train: Copies, val: Copies) -> dict[str, Any]:
                     at = collected.setdefault(what, {}).setdefault(size, {}).setdefault(name, {})
                     at.setdefault(measure, []).append(value)
             print(f"{what}: {len(test)} copies from {len(set(joined.sources[known[drawn]]))} sources", flush=True)
-    return {what: {size: {name: {measure: round(float(np.nanmean(values)), 4) for measure, values in measures.items()}
-                          for name, measures in names.items()} for size, names in sizes.items()}
-            for what, sizes in collected.items()}  # fmt: skip
+        yield {what: {size: {name: {measure: round(float(np.mean(values)), 4) for measure, values in one.items()}
+                             for name, one in names.items()} for size, names in sizes.items()}
+               for what, sizes in collected.items()}  # fmt: skip
 
 
 def measured_features(file: Path) -> dict[str, Floats]:
@@ -383,9 +390,10 @@ def main() -> None:
                       "repositories": len(set(one.repositories))}
               for split, one in (("train", train), ("val", val))}  # fmt: skip
     print(json.dumps(counts), flush=True)
-    report = {"copies": counts, "srcc": compare(train, val)}
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
-    for what, sizes in report["srcc"].items():
+    figures: dict[str, Any] = {}
+    for figures in compare(train, val):
+        arguments.out.write_text(json.dumps({"copies": counts, "srcc": figures}, indent=1) + "\n")
+    for what, sizes in figures.items():
         for size, names in sizes.items():
             print(f"\n{what}, {size} sources")
             for name, measures in names.items():
