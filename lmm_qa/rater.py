@@ -43,7 +43,7 @@ from lmm_qa.ratings.rows import STEP, WINDOW, CalibrationUse, Details, Failure, 
 from lmm_qa.video.decode import Frames, Windows, read_frames, read_windows
 from lmm_qa.video.decoder_pool import DecoderPool
 from lmm_qa.video.frame_array import FrameArray, read_batch
-from lmm_qa.video.measurement.classifier import QUALITY, predict
+from lmm_qa.video.measurement.classifier import predict
 from lmm_qa.video.measurement.evidence import evidence_text
 from lmm_qa.video.measurement.features import FeatureExtractor
 
@@ -336,7 +336,7 @@ class Rater:
 
     def _read(self, logits: LevelLogits, one: ClipInput) -> LevelReading:
         settings = self.settings
-        quality = one.quality if settings.prompt.uses_measurement else None
+        quality = one.measurement.quality if one.measurement and settings.prompt.uses_measurement else None
         scale = settings.declared_scale()
         return read_levels(logits.logits, logits.log_normalizer, scale, quality, settings.evidence_weight)
 
@@ -384,7 +384,7 @@ class Rater:
         for start in range(0, len(windows), WINDOWS_PER_PREFILL):
             stop = min(start + WINDOWS_PER_PREFILL, len(windows))
             inputs = [clip_input(windows[number]) for number in range(start, stop)]
-            inputs = [replace(one, slots={**one.slots, **measured}, quality=whole.quality) for one in inputs]
+            inputs = [replace(one, slots={**one.slots, **measured}, measurement=whole.measurement) for one in inputs]
             readings += self._read_levels(inputs)
         scores = [reading.score for reading in readings]
         if self.calibration:
@@ -424,16 +424,16 @@ class Rater:
 def clip_input(frames: Frames) -> ClipInput:
     """The model's input for a decoded clip."""
     info = frames.info
-    numbers = predict(frames.features).numbers if frames.features else None
+    measurement = predict(frames.features) if frames.features else None
     slots: dict[str, float | str] = {
         "seconds": info.duration,
         "fps": info.fps,
         "frames": float(len(frames.indices)),
         "width": float(info.width),
         "height": float(info.height),
-        MEASURED: evidence_text(numbers),
+        MEASURED: evidence_text(measurement.numbers if measurement else None),
     }
-    return ClipInput(frames.views, frames.seconds, info.duration, slots, numbers[QUALITY] if numbers else None)
+    return ClipInput(frames.views, frames.seconds, info.duration, slots, measurement)
 
 
 def frames_id(frames: Frames) -> str:

@@ -57,7 +57,7 @@ def ask_profiles(
         prefill: of the clips, made with `prompt`.
         prompt: the rating prompt; its level logits are read along with the answers.
         calibration: turns answers into probabilities; questions whose answers it does not use are not asked.
-        frames: the decoded clips, with their measured features.
+        frames: the decoded clips, with their frame dynamics.
 
     Returns:
         Profile and level logits of each clip.
@@ -68,9 +68,10 @@ def ask_profiles(
         if calibration.asks(name)
     }
     profiles, level_logits = [], []
-    for clip, answers in zip(frames, prefill.level_logits([*prompts.values(), prompt]), strict=True):
+    logits = prefill.level_logits([*prompts.values(), prompt])
+    for clip, seen, answers in zip(frames, prefill.clips, logits, strict=True):
         *closed, levels = answers
-        measured = classifier.predict(clip.features).log_odds if clip.features else {}
+        measured = seen.measurement.log_odds if seen.measurement else {}
         odds = {name: _yes_log_odds(answer) for name, answer in zip(prompts, closed, strict=True)}
         profiles.append(read_profile(odds, calibration, clip.dynamics, measured))
         level_logits.append(levels)

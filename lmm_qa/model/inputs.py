@@ -19,7 +19,7 @@ from lmm_qa.errors import LevelTokenError
 from lmm_qa.model import compat
 from lmm_qa.model.chat_template import render_chat
 from lmm_qa.model.prompt import MEASURED, Frames, Prompt, Slots
-from lmm_qa.video.measurement.classifier import evidence_names
+from lmm_qa.video.measurement.classifier import Measurement, evidence_names
 from lmm_qa.video.measurement.evidence import evidence_text
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ class ClipInput:
     """Seconds."""
     slots: Slots
     """Values for the prompt's slots."""
-    quality: float | None = None
-    """Measured quality of the clip, 0 to 1; None if it was not measured."""
+    measurement: Measurement | None = None
+    """What was measured of the whole clip; None if it was not measured."""
 
 
 def patch_factor(processor: Any) -> int | None:

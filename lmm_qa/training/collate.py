@@ -43,7 +43,6 @@ from lmm_qa.training.config import AugmentationConfig, AuxiliaryConfig
 from lmm_qa.training.dataset import Example
 from lmm_qa.training.vision_cache import SampledClip, Tensors, VisionCache
 from lmm_qa.video.decode import read_frames
-from lmm_qa.video.measurement.classifier import predict
 from lmm_qa.video.measurement.evidence import evidence_text
 from lmm_qa.video.measurement.features import FeatureExtractor
 
@@ -238,8 +237,8 @@ class RatingDataset(Dataset[Sample]):
             inputs = append_question(self.processor, cached.inputs, prompt, len(views), slots)
             return inputs, cached.features, slots
         frames = read_frames(example.path, sampling, views, self.factor, FeatureExtractor if self.measure else None)
-        numbers = predict(frames.features).numbers if frames.features else None
         seen = clip_input(frames)
+        numbers = seen.measurement.numbers if seen.measurement else None
         seen = replace(seen, slots={**seen.slots, MEASURED: self._evidence(clip, numbers, epoch)})
         return dict(prepare_inputs(self.processor, [seen], prompt)), {}, seen.slots
 

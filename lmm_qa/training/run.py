@@ -50,6 +50,7 @@ from lmm_qa.training.collate import (
     RatingDataset,
     content_number,
     explanation_target,
+    measures,
 )
 from lmm_qa.training.config import AuxiliaryConfig, TrainingConfig
 from lmm_qa.training.dataset import CheckedClip, DatasetCheck, Splits, check, load
@@ -234,7 +235,8 @@ class TrainingRun:
         commit = getattr(backbone.model.config, "_commit_hash", None) or self.settings.revision
         weights = weights_fingerprint(local) if local.is_dir() else f"{self.settings.backbone}@{commit}"
         folder = self.config.training.cache_dir.expanduser() / "vision"
-        measure = any(self.dataset(split, None).measure for split in self.clips)
+        examples = [clip.example for clips in self.clips.values() for clip in clips]
+        measure = measures(self.settings.prompt, examples)
         cache = VisionCache(folder, f"{weights} {backbone.choices['dtype'].value}", self.settings, measure)
         needed = [clip for split in self.clips for clip in self.dataset(split, cache).sampled_clips()]
         share = cache.missing(needed[self.state.process_index :: self.state.num_processes])

@@ -24,13 +24,12 @@ from lmm_qa.atomic import replacing
 from lmm_qa.config import Sampling
 from lmm_qa.errors import ClipError, TrainingError
 from lmm_qa.model.backbone import Backbone
-from lmm_qa.model.inputs import patch_factor, prepare_inputs, remove_question, vision_features
+from lmm_qa.model.inputs import ClipInput, patch_factor, prepare_inputs, remove_question, vision_features
 from lmm_qa.model.prompt import SLOTS
 from lmm_qa.model.rater_config import RaterConfig
 from lmm_qa.rater import clip_input
-from lmm_qa.video.decode import Frames
 from lmm_qa.video.decoder_pool import DecoderPool
-from lmm_qa.video.measurement.classifier import evidence_names, measurement_id, predict
+from lmm_qa.video.measurement.classifier import evidence_names, measurement_id
 from lmm_qa.video.measurement.features import FeatureExtractor
 
 Tensors = dict[str, torch.Tensor]
@@ -143,13 +142,13 @@ class VisionCache:
                 for clip, frames in zip(group, decoded, strict=True):
                     if isinstance(frames, ClipError):
                         raise TrainingError(f"{clip.path} could be decoded before, but not now: {frames}") from frames
-                    self._store(clip, backbone, frames)
+                    self._store(clip, backbone, clip_input(frames))
                     done += 1
                     progress(done, len(clips))
 
     @torch.inference_mode()
-    def _store(self, clip: SampledClip, backbone: Backbone, frames: Frames) -> None:
-        prompt, processor, pixels = self.settings.prompt, backbone.processor, clip_input(frames)
+    def _store(self, clip: SampledClip, backbone: Backbone, pixels: ClipInput) -> None:
+        prompt, processor = self.settings.prompt, backbone.processor
         inputs = remove_question(
             processor, prepare_inputs(processor, [pixels], prompt), prompt, len(pixels.views), pixels.slots
         )
@@ -157,9 +156,8 @@ class VisionCache:
         for pixel_values in ("pixel_values", "pixel_values_videos"):
             inputs.pop(pixel_values, None)
         inputs["slots"] = torch.tensor([pixels.slots[name] for name in SLOTS], dtype=torch.float64)
-        if frames.features:
-            numbers = predict(frames.features).numbers
-            inputs["measured"] = torch.tensor([numbers[name] for name in evidence_names()], dtype=torch.float64)
+        if pixels.measurement:
+            inputs["measured"] = torch.tensor([*pixels.measurement.numbers.values()], dtype=torch.float64)
         tensors = {name: value.cpu().contiguous() for name, value in {**inputs, **features}.items()}
         path = self.path(clip)
         try:

@@ -14,13 +14,12 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from fractions import Fraction
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from embedded.data import FACTOR, SCALE
+from embedded.data import FACTOR, LONGEST, SCALE, write_clip
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from sklearn.ensemble import ExtraTreesRegressor
@@ -29,7 +28,7 @@ from sklearn.model_selection import GroupKFold
 
 from lmm_qa.config import View
 from lmm_qa.defects.vocabulary import BY_NAME, reference_defects
-from lmm_qa.degrade.causes import REPRODUCIBLE_X264, encode
+from lmm_qa.degrade.causes import REPRODUCIBLE_X264
 from lmm_qa.degrade.dataset import read_clip
 from lmm_qa.model.levels import LEVELS
 from lmm_qa.tables import read_rows, write_rows
@@ -39,7 +38,6 @@ from lmm_qa.video.measurement.classifier import QUALITY, Forests, log_odds
 from lmm_qa.video.measurement.features import FeatureExtractor
 
 RATE_FACTORS = (9.0, 23.0)
-LONGEST = 60.0  # seconds
 FOLDS = 5
 
 
@@ -83,7 +81,7 @@ def measure_copy(clip: Path) -> dict[str, float]:
     options = {**REPRODUCIBLE_X264, "crf": f"{rng.uniform(*RATE_FACTORS):.1f}"}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, clip.name)
-        encode(frames, "libx264", options, Fraction(fps).limit_denominator(1001), str(path))
+        write_clip(frames, fps, options, path)
         features = read_frames(path, FeatureExtractor.sampling, (View(max_pixels=784),), FACTOR,
                                measure=FeatureExtractor).features  # fmt: skip
     if features is None:
@@ -130,12 +128,17 @@ class Forest:
     not, and the mean strength of all copies there.
     """
 
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        options = {**settings, "max_features": 0.4, "random_state": 0, "n_jobs": -1}
-        options.pop("quality_leaves", None)
-        self.most = options.pop("features")
-        self.first = ExtraTreesRegressor(**{**options, "n_estimators": max(options["n_estimators"] // 4, 1)})
-        self.model = ExtraTreesRegressor(**options)
+    def __init__(self, trees: int, leaves: int, features: int) -> None:
+        """
+        Args:
+            trees: number of trees.
+            leaves: most leaves of a tree.
+            features: number of features that are selected.
+        """
+        options: dict[str, Any] = {"max_leaf_nodes": leaves, "max_features": 0.4, "random_state": 0, "n_jobs": -1}
+        self.most = features
+        self.first = ExtraTreesRegressor(max(trees // 4, 1), **options)
+        self.model = ExtraTreesRegressor(trees, **options)
         self.selected: NDArray[np.intp] = np.array([], np.intp)
         self.strength: list[NDArray[np.float64]] = []
 
@@ -181,17 +184,18 @@ def train_classifier(folder: Path, out: Path, settings: Mapping[str, Any], predi
     """
     copies = read_copies(folder, ("train", "val"))
     forests: dict[str, Forest] = {}
-    held_out: dict[str, dict[int, tuple[float, float]]] = {}
+    held_out: dict[str, NDArray[np.float64]] = {}  # by target, (n, 2): see `Forest.predict`
     precisions = {}
     count = min(FOLDS, len(set(copies.groups.tolist())))
     folds = [*GroupKFold(count, shuffle=True, random_state=0).split(copies.features, groups=copies.groups)]
     for name, labels in [*copies.present.items(), (QUALITY, copies.quality)]:
         known, strength = ~np.isnan(labels), copies.strength.get(name)
 
-        def fitted(rows: NDArray[np.intp], labels: NDArray[np.float64] = labels,
+        leaves = settings["quality_leaves" if strength is None else "max_leaf_nodes"]
+
+        def fitted(rows: NDArray[np.intp], labels: NDArray[np.float64] = labels, leaves: int = leaves,
                    strength: NDArray[np.float64] | None = strength) -> Forest:  # fmt: skip
-            leaves = settings["quality_leaves"] if strength is None else settings["max_leaf_nodes"]
-            return Forest({**settings, "max_leaf_nodes": leaves}).fit(
+            return Forest(settings["n_estimators"], leaves, settings["features"]).fit(
                 copies.features[rows], labels[rows], None if strength is None else strength[rows]
             )
 
@@ -201,7 +205,7 @@ def train_classifier(folder: Path, out: Path, settings: Mapping[str, Any], predi
         predicted = np.zeros((len(labels), 2))
         for train, test in folds:
             predicted[test] = fitted(train[known[train]]).predict(copies.features[test])
-        held_out[name] = {number: (float(a), float(b)) for number, (a, b) in enumerate(predicted)}
+        held_out[name] = predicted
         forests[name] = fitted(np.flatnonzero(known))
         if strength is None:
             precisions["quality (SRCC)"] = round(float(spearmanr(predicted[:, 0], labels)[0]), 3)
@@ -213,14 +217,14 @@ def train_classifier(folder: Path, out: Path, settings: Mapping[str, Any], predi
               f"SRCC of the severity {order}", flush=True)  # fmt: skip
     if len(forests) < 2:
         raise SystemExit("no defect is present in copies of enough sources: nothing can be trained")
+    defects = [name for name in held_out if name != QUALITY]
+    evidence = {QUALITY: held_out[QUALITY][:, 0]} | {name: held_out[name][:, 1] for name in defects}
     rows = [
         {"clip": clip, "group": str(copies.groups[number]),
-         "defects": {name: {"log_odds": round(float(log_odds(np.array(found[number][0]))), 4),
+         "defects": {name: {"log_odds": round(float(log_odds(held_out[name][number, 0])), 4),
                             "present": bool(copies.present[name][number])}
-                     for name, found in held_out.items()
-                     if name != QUALITY and not np.isnan(copies.present[name][number])},
-         "evidence": {name: round(min(max(held_out[name][number][name != QUALITY], 0.0), 1.0), 4)
-                      for name in [QUALITY, *(name for name in held_out if name != QUALITY)]}}
+                     for name in defects if not np.isnan(copies.present[name][number])},
+         "evidence": {name: round(min(max(float(values[number]), 0.0), 1.0), 4) for name, values in evidence.items()}}
         for number, clip in enumerate(copies.clips)
     ]  # fmt: skip
     write_rows(predictions, rows)

@@ -11,7 +11,7 @@ import csv
 import itertools
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -25,7 +25,7 @@ from PIL import Image
 
 from lmm_qa.config import Sampling, View
 from lmm_qa.defects.vocabulary import BY_NAME
-from lmm_qa.degrade.causes import DEGRADATIONS, FACIAL, Pixels, encode
+from lmm_qa.degrade.causes import DEGRADATIONS, FACIAL, REPRODUCIBLE_X264, Pixels, encode
 from lmm_qa.degrade.dataset import NEAR_LOSSLESS, DegradationPlan, DegradedDataset, FailedSource, read_clip
 from lmm_qa.manifest import Clip
 from lmm_qa.tables import read_rows, write_rows
@@ -34,6 +34,7 @@ from lmm_qa.video.decode import read_frames
 SCALE = (1.0, 5.0)
 FACTOR = 28  # patch size x merge size of the vision tower, pixels
 FPS = 25  # of segments made from photographs
+LONGEST = 60.0  # seconds of a copy that are read
 SEARCHED_SECONDS = 12.0  # segments are cut from the first seconds of a clip
 SHORT_SIDES = (256, 320, 384, 448, 512, 576)
 LUMA = np.array((0.299, 0.587, 0.114), np.float32)  # ITU-R BT.601
@@ -196,25 +197,48 @@ def add_variants(folder: Path, share: float, workers: int) -> None:
 
 def variant_name(clip: str) -> str:
     """The file name of the variant of a copy; it says what the variant is."""
-    kind = ("mirrored", "trimmed", "encoded")[draw(Path(clip), "kind", 3)]
-    return f"{Path(clip).stem}__{kind}.mp4"
+    return f"{Path(clip).stem}__{variant_kind(clip)}.mp4"
+
+
+def variant_kind(clip: str) -> str:
+    """Which of the `VARIANTS` a copy gets."""
+    return tuple(VARIANTS)[draw(Path(clip), "kind", len(VARIANTS))]
 
 
 def make_variant(folder: Path, clip: str) -> None:
     """Write the variant of a copy: mirrored, without 5% at both ends, or encoded again without visible loss."""
-    frames, fps, _ = read_clip(folder / clip, SEARCHED_SECONDS)
     name = variant_name(clip)
-    options = NEAR_LOSSLESS
-    if name.endswith("__mirrored.mp4"):
-        frames = frames[:, :, ::-1].copy()
-    elif name.endswith("__trimmed.mp4"):
-        cut = max(1, len(frames) // 20)
-        frames = frames[cut : len(frames) - cut]
-    else:
-        options = {**NEAR_LOSSLESS, "crf": "15"}
     partial_file = folder / f".{name}"
-    encode(frames, "libx264", options, Fraction(fps).limit_denominator(1001), str(partial_file))
+    VARIANTS[variant_kind(clip)](folder / clip, partial_file)
     partial_file.replace(folder / name)
+
+
+def mirror(clip: Path, out: Path) -> None:
+    """Exchange left and right."""
+    frames, fps, _ = read_clip(clip, LONGEST)
+    write_clip(frames[:, :, ::-1], fps, NEAR_LOSSLESS, out)
+
+
+def trim(clip: Path, out: Path) -> None:
+    """Cut 5% at both ends."""
+    frames, fps, _ = read_clip(clip, LONGEST)
+    cut = len(frames) // 20
+    write_clip(frames[cut : len(frames) - cut], fps, NEAR_LOSSLESS, out)
+
+
+def reencode(clip: Path, out: Path) -> None:
+    """Encode again without visible loss."""
+    frames, fps, _ = read_clip(clip, LONGEST)
+    write_clip(frames, fps, {**REPRODUCIBLE_X264, "crf": "15"}, out)
+
+
+def write_clip(frames: Pixels, fps: float, options: Mapping[str, str], out: Path) -> None:
+    """Encode with x264."""
+    encode(np.ascontiguousarray(frames), "libx264", dict(options), Fraction(fps).limit_denominator(1001), str(out))
+
+
+VARIANTS: dict[str, Callable[[Path, Path], None]] = {"mirrored": mirror, "trimmed": trim, "encoded": reencode}
+"""How to write a clip that shows the same as another one."""
 
 
 def make_segment(segment: Segment, folder: Path, length: float) -> str | None:

@@ -30,11 +30,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,10 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import kendalltau, spearmanr
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from embedded.data import mirror, reencode, trim
 
 from lmm_qa import Rater
 from lmm_qa.defects.diagnosis import profile_id
@@ -53,11 +57,9 @@ from lmm_qa.degrade.causes import (
     DEGRADATIONS,
     FACIAL,
     PICTURE,
-    REPRODUCIBLE_X264,
     TEMPORAL,
-    encode,
 )
-from lmm_qa.degrade.dataset import NEAR_LOSSLESS, REQUIRED_COLUMNS, read_clip
+from lmm_qa.degrade.dataset import REQUIRED_COLUMNS
 from lmm_qa.errors import ClipError, LmmQaError, ScoresError
 from lmm_qa.evaluation import metrics
 from lmm_qa.manifest import Clip, content_id, expand
@@ -90,7 +92,6 @@ MOST_CLEAN = 40  # clean copies of which variants are made
 NEGLIGIBLE = 0.15  # change of the score, on a scale from 1 to 5
 SURE, STRONG = 0.9, 0.6  # probability of a defect, strength of its cause
 TOLERANCE = 0.5  # seconds
-LONGEST = 60.0  # seconds
 PHASE = "phase"
 
 Truth = Mapping[str, bool]
@@ -367,12 +368,10 @@ def defect_classifier(file: Path | None) -> Iterator[None]:
     """Within the context, profiles are made with this classifier; None: with that of the package."""
     before = classifier.FILE
     classifier.FILE = file or before
-    classifier._bundled_forests.cache_clear()
     try:
         yield
     finally:
         classifier.FILE = before
-        classifier._bundled_forests.cache_clear()
 
 
 def is_rated(ratings: Ratings, clip: str) -> bool:
@@ -392,25 +391,6 @@ def read_truths(labels: Path) -> dict[str, Truth]:
 
 
 # --- variants --------------------------------------------------------------------------------------------------------
-
-
-def mirror(clip: Path, out: Path) -> None:
-    """Exchange left and right."""
-    frames, fps, _ = read_clip(clip, LONGEST)
-    write_clip(frames[:, :, ::-1], fps, NEAR_LOSSLESS, out)
-
-
-def trim(clip: Path, out: Path) -> None:
-    """Cut 5% at both ends."""
-    frames, fps, _ = read_clip(clip, LONGEST)
-    cut = len(frames) // 20
-    write_clip(frames[cut : len(frames) - cut], fps, NEAR_LOSSLESS, out)
-
-
-def reencode(clip: Path, out: Path) -> None:
-    """Encode again without visible loss."""
-    frames, fps, _ = read_clip(clip, LONGEST)
-    write_clip(frames, fps, {**REPRODUCIBLE_X264, "crf": "15"}, out)
 
 
 def remux(clip: Path, out: Path) -> None:
@@ -453,11 +433,6 @@ def write_variants(clips: Sequence[Clip], folder: Path) -> dict[str, list[Clip]]
 def variant_name(kind: str, clip: str) -> str:
     """Name of a variant in rating rows."""
     return f"variants/{kind}/{clip}"
-
-
-def write_clip(frames: NDArray[np.uint8], fps: float, options: Mapping[str, str], out: Path) -> None:
-    """Encode with x264."""
-    encode(np.ascontiguousarray(frames), "libx264", dict(options), Fraction(fps).limit_denominator(1001), str(out))
 
 
 # --- resampling ------------------------------------------------------------------------------------------------------
@@ -552,7 +527,7 @@ def correlation(section: str, name: str, metric: str, copies: Copies, scores: Fl
 
 def rank_correlation(scores: Floats, mos: Floats) -> float:
     """SRCC; equal scores order nothing."""
-    return float(spearmanr(scores, mos).statistic) if np.ptp(scores) > 0 else 0.0
+    return float(spearmanr(scores, mos).statistic) if len(scores) and np.ptp(scores) > 0 else 0.0
 
 
 def ladders(copies: Copies, scores: Floats) -> Iterator[Measure]:

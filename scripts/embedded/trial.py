@@ -32,7 +32,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.stats import spearmanr
 from sklearn.ensemble import ExtraTreesRegressor
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GridSearchCV, GroupKFold
@@ -44,13 +43,13 @@ sys.path.insert(0, str(HERE.parent))
 
 from embedded.classifier import RATE_FACTORS  # noqa: E402
 from embedded.data import CAUSES  # noqa: E402
+from embedded.evaluate import MAIN_CAUSES, rank_correlation  # noqa: E402
 
 from lmm_qa.degrade.causes import FACIAL, REPRODUCIBLE_X264, Pixels, transcode  # noqa: E402
 from lmm_qa.tables import Row, read_rows  # noqa: E402
 from lmm_qa.video.decode import iterate_frames  # noqa: E402
 from lmm_qa.video.probe import scan_container  # noqa: E402
 
-MAIN_CAUSES = ("blur", "noise", "rescale", "h264", "h265", "stall", "drop")
 SOURCES = (25, 50, 100)
 DRAWS = 3
 FOLDS = 5
@@ -301,17 +300,12 @@ def agreement(copies: Copies, test: NDArray[np.intp], predicted: Floats) -> dict
     figures = {}
     for name, kept in chosen.items():
         quality, sources = copies.quality[test][kept], copies.sources[test][kept]
-        figures[name] = srcc(predicted[kept], quality)
-        within = [srcc(predicted[kept][own], quality[own]) for source in sorted(set(sources))
+        figures[name] = rank_correlation(predicted[kept], quality)
+        within = [rank_correlation(predicted[kept][own], quality[own]) for source in sorted(set(sources))
                   if (own := sources == source).sum() >= FEWEST_COPIES and len(set(quality[own])) > 1]  # fmt: skip
         if within:
             figures[f"{name}, within sources"] = float(np.mean(within))
     return figures
-
-
-def srcc(predicted: Floats, quality: Floats) -> float:
-    """0 if all predictions are the same."""
-    return float(spearmanr(predicted, quality)[0]) if len(predicted) > 1 and np.ptp(predicted) > 0 else 0.0
 
 
 def draws(sources: NDArray[np.str_], sizes: Sequence[int]) -> Iterator[tuple[str, NDArray[np.bool_]]]:

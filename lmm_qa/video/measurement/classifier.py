@@ -126,19 +126,24 @@ def log_odds(probabilities: NDArray[np.floating[Any]]) -> NDArray[np.floating[An
 
 def measurement_id() -> str:
     """Short hash of everything that determines what is measured of a clip."""
-    return hashlib.sha256(f"{VERSION} ".encode() + FILE.read_bytes()).hexdigest()[:16]
+    return _measurement_id(VERSION, FILE)
+
+
+@cache
+def _measurement_id(version: int, file: Path) -> str:
+    return hashlib.sha256(f"{version} ".encode() + file.read_bytes()).hexdigest()[:16]
 
 
 def evidence_names() -> tuple[str, ...]:
     """Names in `Measurement.numbers`, in their order."""
-    return QUALITY, *(name for name in _bundled_forests().targets if name != QUALITY)
+    return QUALITY, *(name for name in _forests(FILE).targets if name != QUALITY)
 
 
 def predict(features: Mapping[str, float]) -> Measurement:
     """What the forests of the package predict; see `Forests.predict`."""
-    return _bundled_forests().predict(features)
+    return _forests(FILE).predict(features)
 
 
 @cache
-def _bundled_forests() -> Forests:
-    return Forests.read(FILE)
+def _forests(file: Path) -> Forests:
+    return Forests.read(file)

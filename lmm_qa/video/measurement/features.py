@@ -41,7 +41,7 @@ from scipy.ndimage import median_filter, uniform_filter
 from lmm_qa.config import Sampling
 from lmm_qa.video.display import UPRIGHT, Orientation
 from lmm_qa.video.face import Box, follow_face
-from lmm_qa.video.measurement.motion_features import MotionFeatureRecorder
+from lmm_qa.video.measurement.motion_features import MotionFeatureRecorder, second_differences
 from lmm_qa.video.temporal import (
     STILL_CHANGE,
     FrameDynamics,
@@ -268,15 +268,6 @@ def _share(values: NDArray[np.bool_]) -> float:
     return np.count_nonzero(values) / values.size
 
 
-def _second_differences(pictures: Picture) -> NDArray[np.int16]:
-    """Absolute second differences along the rows of (n, H, W) pictures, (n, H, W - 2)."""
-    values = pictures.astype(np.int16)
-    bends = values[..., 1:-1] * -2
-    bends += values[..., 2:]
-    bends += values[..., :-2]
-    return np.abs(bends, out=bends)
-
-
 def _bin_shares(histogram: Floats, edges: Sequence[int]) -> Floats:
     return np.diff(np.concatenate([[0], np.cumsum(histogram)])[list(edges)])
 
@@ -364,7 +355,7 @@ def _texture(greys: Picture) -> Features:
         features[f"blocks_any_{axis}"] = phase.max()
         features[f"blocks_spread_{axis}"] = phase.std()
         features |= _grid("step", axis, steps)
-        features |= _grid("bend", axis, _second_differences(pictures))
+        features |= _grid("bend", axis, second_differences(pictures))
     values = greys.astype(np.float32)
     neighbours = (values[:, :-2, 1:-1] + values[:, 2:, 1:-1] + values[:, 1:-1, :-2] + values[:, 1:-1, 2:]) / 4
     coarse, fine = (_block_statistics(each)[1].ravel() for each in (values, values[:, 1:-1, 1:-1] - neighbours))

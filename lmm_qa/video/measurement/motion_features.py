@@ -177,7 +177,12 @@ class MotionFeatureRecorder:
         if len(self._pending) > 1:
             rows = np.stack(self._pending)
             change = absolute_difference(rows[1:], rows[:-1])
-            series = (_means(change), _shares(change == 0), _shares(_copied_runs(change)), _means(_bends(rows[1:])))
+            series = (
+                _means(change),
+                _shares(change == 0),
+                _shares(_copied_runs(change)),
+                _means(second_differences(rows[1:])),
+            )
             self._measured.append(np.stack(series))
         self._pending = [] if last else self._pending[-1:]
 
@@ -220,15 +225,15 @@ def _copied_runs(change: Grey) -> NDArray[np.bool_]:
     return np.asarray(runs & np.uint64(0xFEFEFEFEFEFEFEFE) == 0)
 
 
-def _bends(rows: Grey) -> NDArray[np.int16]:
-    """(n, height, width - 2): absolute second differences along rows; 0 if those are too short."""
-    if rows.shape[2] <= 2:
-        return np.zeros((len(rows), 1, 1), np.int16)
-    values = rows.astype(np.int16)
+def second_differences(pictures: Grey) -> NDArray[np.int16]:
+    """(n, height, width - 2): absolute second differences along the rows of pictures; 0 if those are too short."""
+    if pictures.shape[2] <= 2:
+        return np.zeros((len(pictures), 1, 1), np.int16)
+    values = pictures.astype(np.int16)
     bends = values[..., 1:-1] * np.int16(-2)
     bends += values[..., 2:]
     bends += values[..., :-2]
-    return np.asarray(np.abs(bends))
+    return np.asarray(np.abs(bends, out=bends))
 
 
 def _means(values: NDArray[Any]) -> NDArray[np.float32]:

@@ -24,9 +24,8 @@ def test_trees_vote_as_scikit_learn_has_them_vote(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     features = rng.normal(size=(300, 6)).astype(np.float32)
     strength = {"blur": np.clip(features[:, 0] * features[:, 1], 0, 1), "noise": np.clip(features[:, 2] - 1, 0, 1)}
-    settings = {"n_estimators": 20, "max_leaf_nodes": 12, "features": 5}
-    models = {name: Forest(settings).fit(features, (each > 0) * 1.0, each) for name, each in strength.items()}
-    models[QUALITY] = Forest(settings).fit(features, np.clip(features[:, 4] / 4 + 0.5, 0, 1))
+    models = {name: Forest(20, 12, 5).fit(features, (each > 0) * 1.0, each) for name, each in strength.items()}
+    models[QUALITY] = Forest(20, 12, 5).fit(features, np.clip(features[:, 4] / 4 + 0.5, 0, 1))
     names = [f"feature {number}" for number in range(6)]
     export_forests(models, names).save(tmp_path / "trees.safetensors", "a test")
     forests = Forests.read(tmp_path / "trees.safetensors")
@@ -48,8 +47,7 @@ def test_the_severity_of_a_leaf_is_the_mean_strength_of_its_copies() -> None:
 
     features = np.array([[0.0]] * 3 + [[1.0]] * 4, np.float32)
     strength = np.array([0, 0, 0.3, 0.4, 0.6, 0.8, 0.0])
-    settings = {"n_estimators": 2, "max_leaf_nodes": 2, "features": 1}
-    found = Forest(settings).fit(features, (strength > 0) * 1.0, strength).predict(features[[0, 6]])
+    found = Forest(2, 2, 1).fit(features, (strength > 0) * 1.0, strength).predict(features[[0, 6]])
     assert found[:, 1] == pytest.approx([0.1, 0.45])
     balanced = [(1 / 4) / (1 / 4 + 2 / 3), (3 / 4) / (3 / 4 + 1 / 3)]
     assert found[:, 0] == pytest.approx(balanced)
