@@ -37,15 +37,16 @@ from lmm_qa.errors import ClipError, UsageError
 from lmm_qa.manifest import Clip, content_id
 from lmm_qa.model.inputs import ClipInput, patch_factor
 from lmm_qa.model.levels import LevelLogits, LevelReading, read_levels
-from lmm_qa.model.prompt import MEASURED
+from lmm_qa.model.prompt import LIP_SYNC, MEASURED
 from lmm_qa.model.rater_plan import RaterOptions, RaterPlan, plan_rater
 from lmm_qa.ratings.rows import STEP, WINDOW, CalibrationUse, Details, Failure, Rating, Timeline, read_timeline
 from lmm_qa.video.decode import Frames, Windows, read_frames, read_windows
 from lmm_qa.video.decoder_pool import DecoderPool
 from lmm_qa.video.frame_array import FrameArray, read_batch
 from lmm_qa.video.measurement.classifier import predict
-from lmm_qa.video.measurement.evidence import evidence_text
+from lmm_qa.video.measurement.evidence import evidence_text, lip_sync_text
 from lmm_qa.video.measurement.features import FeatureExtractor
+from lmm_qa.video.sound import NO_SOUND
 
 if TYPE_CHECKING:
     from lmm_qa.model.backbone import Backbone
@@ -322,7 +323,7 @@ class Rater:
                 explanation=explanation.text if explanation else None,
                 explained_by=explanation.source if explanation else None,
                 timeline=timeline,
-                measured=str(one.slots[MEASURED]) if self.settings.prompt.uses_measurement else None,
+                measured=str(one.slots[MEASURED]) if MEASURED in self.settings.prompt.slots else None,
             )
             for clip, one, reading, profile, explanation, timeline in zip(
                 clips, inputs, readings, profiles, explanations, timelines, strict=True
@@ -370,7 +371,8 @@ class Rater:
                 levels = [prompt.levels[reading.level] for reading in readings]
                 contents = [clip.content_id for clip in clips]
                 check = self.settings.explanation_check
-                explanations = write_explanations(prefill, prompt, levels, profiles, contents, check)
+                frames = [clip.frames for clip in clips]
+                explanations = write_explanations(prefill, prompt, levels, profiles, contents, frames, check)
         return list(zip(readings, profiles, explanations, strict=True))
 
     def _timeline(self, windows: Windows, whole: ClipInput) -> Timeline:
@@ -379,7 +381,7 @@ class Rater:
         Args:
             whole: the whole clip, for what was measured: a window is not measured by itself.
         """
-        measured = {MEASURED: whole.slots[MEASURED]}
+        measured = {slot: whole.slots[slot] for slot in (MEASURED, LIP_SYNC)}
         readings: list[LevelReading] = []
         for start in range(0, len(windows), WINDOWS_PER_PREFILL):
             stop = min(start + WINDOWS_PER_PREFILL, len(windows))
@@ -406,7 +408,7 @@ class Rater:
             probabilities=dict(zip(prompt.levels, reading.probabilities, strict=True)),
             std=reading.std,
             level_mass=reading.mass,
-            frames=replace(decoded.frames, views=(), dynamics=None, features=None),
+            frames=without_arrays(decoded.frames),
             model=self.source.name,
             adapter=str(self.source.adapter) if self.source.adapter else None,
             prompt=f"{prompt.question} {prompt.stem.lstrip()}",
@@ -432,8 +434,15 @@ def clip_input(frames: Frames) -> ClipInput:
         "width": float(info.width),
         "height": float(info.height),
         MEASURED: evidence_text(measurement.numbers if measurement else None),
+        LIP_SYNC: lip_sync_text(*((sync.offset, sync.strength) if (sync := frames.lip_sync) else (None, None))),
     }
     return ClipInput(frames.views, frames.seconds, info.duration, slots, measurement)
+
+
+def without_arrays(frames: Frames) -> Frames:
+    """What a rating tells about the frames, without pictures, sound and measurements."""
+    sound = replace(frames.sound, samples=NO_SOUND.samples) if frames.sound else None
+    return replace(frames, views=(), dynamics=None, features=None, sound=sound)
 
 
 def frames_id(frames: Frames) -> str:

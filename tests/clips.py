@@ -23,6 +23,7 @@ import numpy as np
 from lmm_qa.config import Sampling, View
 from lmm_qa.video.decode import Frames, read_frames
 from lmm_qa.video.display import Orientation
+from lmm_qa.video.sound import Sound
 from lmm_qa.video.temporal import FrameDynamics
 
 BITS = 8
@@ -201,8 +202,9 @@ class RecordingMeasurement:
 
     sampling = Sampling(strategy="pairs", frames=4)
 
-    def __init__(self, orientation: Orientation) -> None:
+    def __init__(self, orientation: Orientation, sound: Sound | None) -> None:
         self.orientation = orientation
+        self.sound = sound
         self.heights: list[int] = []
         self.numbers: dict[int, int] = {}
 
@@ -221,6 +223,9 @@ class RecordingMeasurement:
             "measured_frames": len(dynamics.seconds),
         }
         return received | {f"number_{place}": self.numbers[index] for place, index in enumerate(indices)}
+
+    def lip_sync(self) -> None:
+        return None
 
 
 class BrokenMeasurement(RecordingMeasurement):

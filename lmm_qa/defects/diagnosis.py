@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lmm_qa.defects.calibration import DefectCalibration
-from lmm_qa.defects.explanation import explain, explanation_prompt, opening
-from lmm_qa.defects.profile import AnswerSource, Profile, read_profile
+from lmm_qa.defects.explanation import explain, explanation_prompt, lip_sync_sentence, opening
+from lmm_qa.defects.profile import LIP_SYNC, AnswerSource, Profile, read_profile
 from lmm_qa.defects.questions import questions
+from lmm_qa.defects.vocabulary import BY_NAME
 from lmm_qa.model.levels import LevelLogits
 from lmm_qa.model.prompt import Prompt
 from lmm_qa.model.rater_config import ExplanationCheck
 from lmm_qa.model.source import ModelSource
 from lmm_qa.video.decode import Frames
-from lmm_qa.video.measurement import classifier
+from lmm_qa.video.measurement import classifier, lip_sync
 
 if TYPE_CHECKING:
     from lmm_qa.model.prefill import SharedPrefill
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 MAX_TOKENS = 96
 """Length limit of an explanation: about three clauses and a positive remark in the embedded model's vocabulary."""
 
-PROFILE_VERSION = 2
+PROFILE_VERSION = 3
 """Raise it when the measured features, or the code that makes profiles and explanations, change their results."""
 
 
@@ -73,7 +74,7 @@ def ask_profiles(
         *closed, levels = answers
         measured = seen.measurement.log_odds if seen.measurement else {}
         odds = {name: _yes_log_odds(answer) for name, answer in zip(prompts, closed, strict=True)}
-        profiles.append(read_profile(odds, calibration, clip.dynamics, measured))
+        profiles.append(read_profile(odds, calibration, clip.dynamics, measured, clip.lip_sync))
         level_logits.append(levels)
     return profiles, level_logits
 
@@ -90,27 +91,36 @@ def write_explanations(
     levels: Sequence[str],
     profiles: Sequence[Profile],
     content_ids: Sequence[str],
+    frames: Sequence[Frames],
     check: ExplanationCheck,
 ) -> list[Explanation]:
     """Let the model explain each rating; text that contradicts the rating is replaced.
+
+    The model sees pictures. A lip-sync offset that was found is added in a sentence.
 
     Args:
         prefill, prompt: as for `ask_profiles`.
         levels: the level word of each clip.
         profiles: of each clip.
         content_ids: of each clip; seeds of the replacement text, so that a clip always gets the same one.
+        frames: of each clip, with what was measured of its lip sync.
         check: what the model's text must satisfy; see `lmm_qa.defects.explanation.objection`.
     """
     openings = [opening(prompt, level) for level in levels]
+    visible = [tuple(one for one in profile.found if BY_NAME[one.defect].visible) for profile in profiles]
     requests = [
-        explanation_prompt(prompt, profile.found).model_copy(update={"stem": stem})
-        for profile, stem in zip(profiles, openings, strict=True)
+        explanation_prompt(prompt, shown).model_copy(update={"stem": stem})
+        for shown, stem in zip(visible, openings, strict=True)
     ]
     texts = prefill.generate(requests, MAX_TOKENS)
     explanations = []
-    for text, level, profile, seed, stem in zip(texts, levels, profiles, content_ids, openings, strict=True):
-        shown, objection = explain(text, level, prompt.levels, profile.found, profile.absent, seed, stem, check)
-        explanations.append(Explanation(shown, objection or "model"))
+    for text, level, profile, shown, seed, stem, clip in zip(
+        texts, levels, profiles, visible, content_ids, openings, frames, strict=True
+    ):
+        words, objection = explain(text, level, prompt.levels, shown, profile.absent, seed, stem, check)
+        if clip.lip_sync and any(one.defect == LIP_SYNC for one in profile.found):
+            words = f"{words} {lip_sync_sentence(clip.lip_sync)}"
+        explanations.append(Explanation(words, objection or "model"))
     return explanations
 
 
@@ -128,6 +138,7 @@ def profile_id(source: ModelSource, answers_from: AnswerSource) -> str:
     for content in (
         calibration.read_bytes() if calibration else b"",
         classifier.FILE.read_bytes(),
+        lip_sync.FILE.read_bytes(),
         *((prompts / name).read_bytes() for name in ("defects.yaml", "explanation.yaml")),
     ):
         digest.update(hashlib.sha256(content).digest())

@@ -22,6 +22,7 @@ from lmm_qa.config import Settings
 from lmm_qa.defects.vocabulary import BY_NAME
 from lmm_qa.model.prompt import Prompt
 from lmm_qa.model.rater_config import ExplanationCheck
+from lmm_qa.video.measurement.lip_sync import LipSync
 
 MAX_NAMED = 3
 """The model is told at most this many defects, the likeliest first."""
@@ -34,6 +35,9 @@ REPEATED_WORDS = 5
 
 MIN_WORDS = 3
 """An explanation, or a sentence under the grammar check, with fewer words counts as incomplete."""
+
+CLEAR_MATCH = 2.0
+"""Strength of the match of lips and sound from which its offset is stated."""
 
 Spans = tuple[tuple[float, float], ...]
 
@@ -205,6 +209,14 @@ def template_text(
         introduction = rng.choice(_INTRODUCE_POSITIVE if clauses else _INTRODUCE_POSITIVE[:1])
         text += " " + _capitalize(introduction.format(rng.choice(remarks)))
     return text
+
+
+def lip_sync_sentence(lip_sync: LipSync) -> str:
+    """How lips and sound are out of step: `The sound is about 0.4 s ahead of the lips.`"""
+    seconds = abs(lip_sync.offset)
+    if lip_sync.strength < CLEAR_MATCH or seconds < 0.1:
+        return "The sound does not fit the lips."
+    return f"The sound is about {seconds:.1f} s {'behind' if lip_sync.offset > 0 else 'ahead of'} the lips."
 
 
 def is_good(level: str, levels: Sequence[str]) -> bool:

@@ -15,6 +15,7 @@ from typing import Literal
 from lmm_qa.defects.calibration import DefectCalibration
 from lmm_qa.defects.explanation import Finding
 from lmm_qa.defects.vocabulary import DEFECTS
+from lmm_qa.video.measurement.lip_sync import LipSync
 from lmm_qa.video.temporal import FrameDynamics, Span, buffering, stalls, switches
 
 AnswerSource = Literal["adapter", "base"]
@@ -25,6 +26,9 @@ CERTAIN = 0.99
 
 LONG_STILL = 1.0
 """Seconds for which a picture stands still beyond doubt: real pictures have noise, and people blink and breathe."""
+
+LIP_SYNC, LIP_SYNC_THRESHOLD = "lip_sync", 0.8
+"""The defect that is measured from lips and sound alone, and the probability from which it is found."""
 
 BLACK, WHITE, FLAT = 20.0, 231.0, 0.1
 """Mean luma (black is 0 or 16, white 235 or 255) and detail, in grey levels, of pictures that are nothing else."""
@@ -58,6 +62,7 @@ def read_profile(
     calibration: DefectCalibration,
     dynamics: FrameDynamics | None,
     measured: Mapping[str, float],
+    lip_sync: LipSync | None = None,
 ) -> Profile:
     """Make the profile of a clip.
 
@@ -67,17 +72,21 @@ def read_profile(
             and was not, or if it depends on features and there are none.
         dynamics: frame dynamics of the clip, for the times of defects; None if not every frame was decoded.
         measured: log-odds of each defect from the measured features; empty without features.
+        lip_sync: of the clip; None if lips and sound could not be compared.
     """
     defects = {defect.name: _probability(defect.name, answers, calibration, measured) for defect in DEFECTS}
+    thresholds = {name: each.threshold for name, each in calibration.defects.items()}
+    if lip_sync:
+        defects[LIP_SYNC], thresholds[LIP_SYNC] = lip_sync.probability, LIP_SYNC_THRESHOLD
     spans = _spans(dynamics) if dynamics else {}
     for name in _beyond_doubt(dynamics, spans) if dynamics else ():
         if name in calibration.defects:
-            defects[name] = max(defects[name] or 0.0, CERTAIN, calibration.defects[name].threshold)
+            defects[name] = max(defects[name] or 0.0, CERTAIN, thresholds[name])
     whole_clip = (0.0, dynamics.duration) if dynamics else None
     found = [
         Finding(name, probability, tuple(span for span in spans.get(name, ()) if span != whole_clip))
         for name, probability in defects.items()
-        if probability is not None and probability >= calibration.defects[name].threshold
+        if probability is not None and probability >= thresholds[name]
     ]
     return Profile(
         defects,

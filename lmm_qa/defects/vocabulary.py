@@ -17,9 +17,9 @@ class Defect:
     place: str
     """Where in the picture it appears, in words."""
     causes: tuple[str, ...] = ()
-    """The degradations in `lmm_qa.degrade.causes` that produce it; empty if none does."""
+    """The degradations in `lmm_qa.degrade` that produce it; empty if none does."""
     visible: bool = True
-    """Whether frames without sound can show it. If not, it is never judged."""
+    """Whether frames without sound can show it. If not, no model is asked about it, and it is measured."""
 
 
 _CODECS = ("jpeg", "h264", "h265", "vp9", "av1")
@@ -55,8 +55,8 @@ DEFECTS = (
     Defect("bitrate_switch", "bit-rate switch", "A part of the clip is of lower quality than the rest.",
            "whole picture", ("bitrate_switch",)),
     Defect("quantisation", "3D quantisation", "A 3D head of coarse geometry or texture: facets, few colours.", "head"),
-    Defect("lip_sync", "lip-sync offset", "Sound and lips are out of step; frames alone cannot show it.",
-           "mouth", visible=False),
+    Defect("lip_sync", "lip-sync offset", "Sound and lips are out of step.", "mouth",
+           ("audio_lead", "audio_lag", "wrong_audio", "drift"), visible=False),
 )
 # fmt: on
 
@@ -75,43 +75,46 @@ _SIDE_EFFECTS: Mapping[str, tuple[str, ...]] = {
     "bitrate_switch": ("compression", "blur"),
     "banding": ("colour", "compression"),
     "defocus": ("mouth", "seam"),
-    "mouth_smear": ("lips", "seam", "blur"),
-    "mouth_freeze": ("mouth", "geometry", "movement", "seam"),
+    "mouth_smear": ("lips", "seam", "blur", "lip_sync"),
+    "mouth_freeze": ("mouth", "geometry", "movement", "seam", "lip_sync"),
     "face_warp": ("identity", "movement", "background"),
     "seam": ("colour", "mouth", "blur"),
     "identity_drift": ("geometry", "blur", "movement"),
     "flicker": ("exposure", "jerkiness"),
     "buffering": ("stall", "lips", "jerkiness"),
     "stall": ("lips", "jerkiness", "buffering"),
-    "jitter": ("stall", "movement", "lips", "buffering"),
-    "drop": ("stall", "movement", "lips", "buffering"),
+    "jitter": ("stall", "movement", "lips", "buffering", "lip_sync"),
+    "drop": ("stall", "movement", "lips", "buffering", "lip_sync"),
     "overexposure": ("colour", "banding"),
     "underexposure": ("noise", "banding"),
 }
 """Further defects that a degradation may cause: where it was applied, their presence is unknown."""
 
 
-def check_names(names: Iterable[str]) -> None:
-    """Check that these are names of visible defects.
+def check_names(names: Iterable[str], known: Iterable[str] = VISIBLE) -> None:
+    """Check that these are names of defects, by default of visible ones.
 
     Raises:
         ValueError: some are not.
     """
-    if unknown := set(names) - set(VISIBLE):
-        raise ValueError(f"no such defects: {', '.join(sorted(unknown))}; known: {', '.join(VISIBLE)}")
+    if unknown := set(names) - set(known):
+        raise ValueError(f"no such defects: {', '.join(sorted(unknown))}; known: {', '.join(known)}")
 
 
 def reference_defects(degradations: Iterable[tuple[str, float]]) -> dict[str, bool | None]:
     """Which defects a degraded copy of a good clip has: True, False, or None if unknown.
 
     Args:
-        degradations: causes (see `lmm_qa.degrade.causes`) and their strengths, 0 to 1.
+        degradations: causes (see `lmm_qa.degrade`) and their strengths, 0 to 1.
 
     Returns:
-        An entry for each defect that some cause produces.
+        An entry for each visible defect that some cause produces, and for others that one of these causes produces.
     """
     applied = [(cause, strength) for cause, strength in degradations if strength > 0]
-    known: dict[str, bool | None] = {defect.name: False for defect in DEFECTS if defect.causes}
+    causes = {cause for cause, _ in applied}
+    known: dict[str, bool | None] = {
+        defect.name: False for defect in DEFECTS if defect.causes and (defect.visible or causes & set(defect.causes))
+    }
     for cause, _ in applied:
         known.update({name: None for name in _SIDE_EFFECTS.get(cause, ()) if name in known})
     for cause, strength in applied:

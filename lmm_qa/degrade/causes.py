@@ -25,8 +25,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from lmm_qa.video.face import Box, Face, find_face
+from lmm_qa.video.sound import Waveform
 
 if TYPE_CHECKING:
+    from av.audio.stream import AudioStream
     from av.video.stream import VideoStream
 
 Pixels = NDArray[np.uint8]
@@ -416,11 +418,19 @@ def degrade(
     return DEGRADATIONS[cause](_Source(frames, fps, face), strength, np.random.default_rng(seed))
 
 
-def encode(frames: Pixels, codec: str, options: dict[str, str], fps: Fraction, file: io.BytesIO | str) -> None:
+def encode(
+    frames: Pixels,
+    codec: str,
+    options: dict[str, str],
+    fps: Fraction,
+    file: io.BytesIO | str,
+    sound: Waveform | None = None,
+) -> None:
     """Encode frames as 4:2:0 video, into a Matroska buffer or a file whose suffix determines the container.
 
     Args:
         frames: (T, H, W, 3) uint8; an odd last row or column is repeated, since 4:2:0 needs even sides.
+        sound: starts with the first frame; stored without loss (FLAC, 16 bits).
     """
     import av
 
@@ -429,9 +439,19 @@ def encode(frames: Pixels, codec: str, options: dict[str, str], fps: Fraction, f
     with av.open(file, mode="w", format="matroska" if isinstance(file, io.BytesIO) else None) as container:
         stream = cast("VideoStream", container.add_stream(codec, rate=fps, options=options))
         stream.height, stream.width, stream.pix_fmt = padded.shape[1], padded.shape[2], "yuv420p"
+        track: AudioStream | None = None
+        if sound is not None:
+            layout = "mono" if len(sound.values) == 1 else "stereo"
+            track = container.add_stream("flac", rate=sound.rate, layout=layout, format="s16")
         for frame in padded:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+        if sound is not None and track is not None:
+            values = np.rint(np.clip(sound.values, -1, 1) * 32767).astype(np.int16)
+            heard = av.AudioFrame.from_ndarray(values.T.reshape(1, -1), format="s16", layout=layout)
+            heard.rate, heard.pts, heard.time_base = sound.rate, 0, Fraction(1, sound.rate)
+            container.mux(track.encode(heard))
+            container.mux(track.encode())
 
 
 def _h264(frames: Pixels, strength: float, fps: float) -> Pixels:

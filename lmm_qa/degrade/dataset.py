@@ -1,7 +1,8 @@
 """Labelled sets of degraded clips: clean clips in, degraded copies as files and a table of their labels out.
 
 The table can be used as it is with `lmm-qa rate`, `evaluate`, `calibrate` and `train`: it has the columns `clip`, `mos`
-and `group`, and for training `defects` and `explanation`. Copies have no sound. Copies that exist are not made again.
+and `group`, and for training `defects` and `explanation`. Copies have the sound of their source, if it has one. Copies
+that exist are not made again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from importlib.util import find_spec
@@ -30,6 +31,7 @@ from lmm_qa.degrade.causes import (
     COMPRESSION,
     DEGRADATIONS,
     FACIAL,
+    FULL_FRAME,
     PICTURE,
     REPRODUCIBLE_X264,
     TEMPORAL,
@@ -37,7 +39,8 @@ from lmm_qa.degrade.causes import (
     encode,
 )
 from lmm_qa.degrade.detail import edge_sharpness
-from lmm_qa.degrade.full_reference import make_copy, mos, quality_ceiling
+from lmm_qa.degrade.full_reference import DegradedCopy, make_copy, mos, quality_ceiling
+from lmm_qa.degrade.sound import GREATEST_OFFSET, SOUND, degrade_sound, fit, follow_pictures
 from lmm_qa.errors import ClipError, ClipTruncated, ClipUnreadable, LmmQaError, MissingExtra, ResultsError, UsageError
 from lmm_qa.manifest import Clip, content_id
 from lmm_qa.model.prompt import DEFAULT_PROMPT, load_prompt
@@ -46,6 +49,7 @@ from lmm_qa.video.decode import iterate_frames
 from lmm_qa.video.face import Face, find_face
 from lmm_qa.video.playback import playback
 from lmm_qa.video.probe import scan_container
+from lmm_qa.video.sound import SoundState, Waveform, read_sound, read_waveform
 from lmm_qa.video.views import on_screen
 
 MIN_SIDE = 64
@@ -60,6 +64,9 @@ REQUIRED_COLUMNS = ("clip", "mos", "group", "source", "causes", "strengths", "se
 IMPERCEPTIBLE = 0.95
 """A degradation that leaves more quality than this may go unnoticed: whether the copy has the defect is unknown."""
 
+CAUSES = (*DEGRADATIONS, *SOUND)
+"""All causes, in the order in which they are applied."""
+
 Degradations = tuple[tuple[str, float], ...]
 """Causes and their strengths."""
 
@@ -69,6 +76,7 @@ class DegradationPlan:
     """Which copies are made of each source: a clean one, every cause at every strength, and pairs of causes."""
 
     causes: tuple[str, ...] = tuple(DEGRADATIONS)
+    """Those of `SOUND` are applied to sources with sound only."""
     strengths: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
     pairs: int = 0
     """Number of random pairs of causes of different groups (face, picture, encoder, player)."""
@@ -83,8 +91,8 @@ class DegradationPlan:
         Raises:
             UsageError: a cause is unknown, a number is out of range, or there are fewer pairs than requested.
         """
-        if unknown := [cause for cause in self.causes if cause not in DEGRADATIONS]:
-            raise UsageError(f"unknown cause {unknown[0]!r}: use {', '.join(DEGRADATIONS)}")
+        if unknown := [cause for cause in self.causes if cause not in CAUSES]:
+            raise UsageError(f"unknown cause {unknown[0]!r}: use {', '.join(CAUSES)}")
         if not self.causes or not self.strengths:
             raise UsageError("no copies were requested: give at least one cause and one strength")
         for what, values in (("cause", self.causes), ("strength", self.strengths)):
@@ -117,8 +125,8 @@ class DegradationPlan:
         return [(), *singles, *(pairs[number] for number in drawn)]
 
     def _cause_pairs(self) -> list[tuple[str, str]]:
-        group = {cause: group for group in (FACIAL, PICTURE, COMPRESSION, TEMPORAL) for cause in group}
-        ordered = [cause for cause in DEGRADATIONS if cause in self.causes]
+        group = {cause: group for group in (FACIAL, PICTURE, COMPRESSION, TEMPORAL, tuple(SOUND)) for cause in group}
+        ordered = [cause for cause in CAUSES if cause in self.causes]
         return [pair for pair in itertools.combinations(ordered, 2) if group[pair[0]] != group[pair[1]]]
 
 
@@ -133,10 +141,14 @@ class CopyTask:
     degradations: Degradations
     seed: int
     plan: DegradationPlan
+    other: Clip | None = None
+    """Whose sound `wrong_audio` uses."""
+    other_id: str | None = None
 
     def identity(self) -> Row:
         """The columns that identify a copy, wherever its source is stored."""
-        ordered = sorted(self.degradations, key=lambda each: list(DEGRADATIONS).index(each[0]))
+        ordered = sorted(self.degradations, key=lambda each: CAUSES.index(each[0]))
+        other = {"other_id": self.other_id} if self.other_id else {}
         return {
             "source_id": self.source_id,
             "causes": [cause for cause, _ in ordered],
@@ -144,6 +156,7 @@ class CopyTask:
             "seed": self.seed,
             "scale": list(self.plan.scale),
             "length": self.plan.length,
+            **other,
         }
 
 
@@ -181,10 +194,13 @@ class DegradedDataset:
             )
         self.failed: list[FailedSource] = []
         """Sources that could not be read to identify them; `make` yields them first."""
+        self.without_sound: list[str] = []
+        """Sources without sound, of which no copies with causes in the sound are made."""
         self._rows = self._read()
         self.tasks: list[CopyTask] = []
+        heard = [clip for clip in clips if _has_sound(clip.path)] if set(plan.causes) & SOUND.keys() else []
         for clip, stem in zip(clips, _stems([clip.name for clip in clips]), strict=True):
-            self.tasks += self._plan(clip, stem, plan)
+            self.tasks += self._plan(clip, stem, plan, heard)
         self.pending = [task for task in self.tasks if not self._exists(task)]
         """The copies that do not exist yet."""
 
@@ -253,17 +269,27 @@ class DegradedDataset:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _plan(self, clip: Clip, stem: str, plan: DegradationPlan) -> list[CopyTask]:
+    def _plan(self, clip: Clip, stem: str, plan: DegradationPlan, heard: Sequence[Clip]) -> list[CopyTask]:
         try:
             source_id = content_id(clip.path)
         except ClipError as error:
             self.failed.append(FailedSource(clip.name, f"{type(error).__name__}: {error}", len(plan.copies(""))))
             return []
         seed = _hash(plan.seed, source_id)
-        return [
-            CopyTask(f"{_copy_stem(stem, degradations)}.mp4", clip, source_id, degradations, seed, plan)
-            for degradations in plan.copies(source_id)
-        ]
+        if (in_sound := set(plan.causes) & SOUND.keys()) and clip not in heard:
+            self.without_sound.append(clip.name)
+            plan = replace(plan, causes=tuple(cause for cause in plan.causes if cause not in in_sound), pairs=0)
+        tasks = []
+        for degradations in plan.copies(source_id):
+            task = CopyTask(f"{_copy_stem(stem, degradations)}.mp4", clip, source_id, degradations, seed, plan)
+            if any(cause == "wrong_audio" for cause, _ in degradations):
+                others = [each for each in heard if content_id(each.path) != source_id]
+                if not others:
+                    raise UsageError(f"wrong_audio takes the sound of another clip, and only {clip.name} has sound")
+                other = others[seed % len(others)]
+                task = replace(task, other=other, other_id=content_id(other.path))
+            tasks.append(task)
+        return tasks
 
     def _exists(self, task: CopyTask) -> bool:
         row = self._rows.get(task.name)
@@ -315,25 +341,47 @@ def read_clip(path: Path, seconds: float) -> tuple[Pixels, float, float]:
 
 def _make(task: CopyTask, folder: Path) -> Row:
     """Make one copy, in a worker process."""
-    frames, fps, ceiling, face = _read_source(task.source.path, task.plan.length)
-    copy = make_copy(frames, task.degradations, task.seed, fps=fps, face=face)
+    frames, fps, ceiling, face, source_sound = _read_source(task.source.path, task.plan.length)
+    picture = [(cause, strength) for cause, strength in task.degradations if cause in DEGRADATIONS]
+    copy = make_copy(frames, picture, task.seed, fps=fps, face=face)
+    sound, sound_quality = _degraded_sound(task, source_sound, copy, len(frames) / fps)
+    quality = copy.quality * sound_quality
     temporary = folder / f".{task.name}"
-    encode(copy.frames, "libx264", NEAR_LOSSLESS, Fraction(fps).limit_denominator(1001), str(temporary))
+    encode(copy.frames, "libx264", NEAR_LOSSLESS, Fraction(fps).limit_denominator(1001), str(temporary), sound)
     temporary.replace(folder / task.name)
+    where = [(each.place, each.seconds) for each in copy.degradations]
+    where += [(FULL_FRAME, (0.0, len(frames) / fps))] * (len(task.degradations) - len(where))
     row = {
         "clip": task.name,
-        "mos": round(mos(copy.quality * ceiling, task.plan.scale), 4),
+        "mos": round(mos(quality * ceiling, task.plan.scale), 4),
         "group": task.source.name,
         "source": task.source.name,
         **task.identity(),
-        "places": [[round(edge, 4) for edge in each.place] for each in copy.degradations],
-        "seconds": [[round(second, 3) for second in each.seconds] for each in copy.degradations],
+        "places": [[round(edge, 4) for edge in place] for place, _ in where],
+        "seconds": [[round(second, 3) for second in seconds] for _, seconds in where],
         "vmaf": None if copy.vmaf is None else round(copy.vmaf, 3),
-        "quality": round(copy.quality, 4),
+        "quality": round(quality, 4),
         "ceiling": round(ceiling, 4),
         "face_found": face.found,
+        "sound": sound is not None,
     }
     return row | training_columns(row)
+
+
+def _degraded_sound(
+    task: CopyTask, source: Waveform | None, copy: DegradedCopy, seconds: float
+) -> tuple[Waveform | None, float]:
+    """The sound of a copy, and the quality that it leaves to a perfect clip."""
+    if source is None:
+        return None, 1.0
+    quality = 1.0
+    sound = follow_pictures(source, [(each.cause, each.seconds) for each in copy.degradations])
+    for cause in SOUND:
+        for strength in (strength for name, strength in task.degradations if name == cause):
+            other = _read_waveform(task.other.path, task.plan.length) if task.other else None
+            degraded = degrade_sound(sound, cause, strength, task.seed, seconds=seconds, other=other)
+            sound, quality = degraded.waveform, quality * degraded.quality
+    return fit(sound, seconds), quality
 
 
 def training_columns(row: Row) -> Row:
@@ -347,7 +395,8 @@ def training_columns(row: Row) -> Row:
         known |= {name: None for name in TIMED_DEFECTS if known[name] and name != "buffering"}
     strengths: list[float] = []
     found: list[Finding] = []
-    causes = {name: [each for each in BY_NAME[name].causes if each in strength] for name in known if known[name]}
+    shown = [name for name in known if known[name] and BY_NAME[name].visible]  # a model is asked about nothing else
+    causes = {name: [each for each in BY_NAME[name].causes if each in strength] for name in shown}
     for name in sorted(causes, key=lambda name: -max(strength[cause] for cause in causes[name])):
         spans = [(round(start, 1), round(end, 1)) for start, end in (seconds[cause] for cause in causes[name])]
         timed = tuple(span for span in spans if name in TIMED_DEFECTS and span[0] < span[1])
@@ -359,7 +408,7 @@ def training_columns(row: Row) -> Row:
     rng = random.Random(f"{row['seed']} {row['clip']}")
     text = template_text(found, absent, rng, strengths, is_good(level, prompt.levels))
     times = {each.defect: " and".join(f" from {start} to {end} s" for start, end in each.seconds) for each in found}
-    unknown = [f"?{name}" for name, present in known.items() if present is None]
+    unknown = [f"?{name}" for name, present in known.items() if present is None and BY_NAME[name].visible]
     return {
         "defects": [*(f"{name}{when}" for name, when in times.items()), *unknown],
         "explanation": opening(prompt, level) + text,
@@ -367,11 +416,27 @@ def training_columns(row: Row) -> Row:
 
 
 @lru_cache(maxsize=1)
-def _read_source(path: Path, seconds: float) -> tuple[Pixels, float, float, Face]:
-    """Frames, frame rate, quality ceiling and face. Copies of one source follow each other, so it is decoded once."""
+def _read_source(path: Path, seconds: float) -> tuple[Pixels, float, float, Face, Waveform | None]:
+    """Frames, frame rate, quality ceiling, face, and sound.
+
+    Copies of one source follow each other, so it is decoded once.
+    """
     frames, fps, bits_per_pixel = read_clip(path, seconds)
     ceiling = quality_ceiling(frames.shape[1], frames.shape[2], bits_per_pixel, edge_sharpness(frames))
-    return frames, fps, ceiling, find_face(frames)
+    return frames, fps, ceiling, find_face(frames), _read_waveform(path, seconds)
+
+
+def _read_waveform(path: Path, seconds: float) -> Waveform | None:
+    """The sound of a source for copies of a length, and what `audio_lead` needs of it after that."""
+    return read_waveform(path, scan_container(path).start, seconds + GREATEST_OFFSET)[1]
+
+
+def _has_sound(path: Path) -> bool:
+    try:
+        scan = scan_container(path)
+    except ClipError:  # reported when its copies are made
+        return False
+    return read_sound(path, scan.start, scan.info.duration).state is SoundState.PRESENT
 
 
 def _copy_stem(stem: str, degradations: Degradations) -> str:

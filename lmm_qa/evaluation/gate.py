@@ -62,7 +62,7 @@ class Limits(Settings):
     @field_validator("max_defect")
     @classmethod
     def _check_names(cls, limits: dict[str, float]) -> dict[str, float]:
-        check_names(limits)
+        check_names(limits, BY_NAME)
         return limits
 
 

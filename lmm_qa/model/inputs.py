@@ -18,9 +18,9 @@ from torch.nn import functional
 from lmm_qa.errors import LevelTokenError
 from lmm_qa.model import compat
 from lmm_qa.model.chat_template import render_chat
-from lmm_qa.model.prompt import MEASURED, Frames, Prompt, Slots
+from lmm_qa.model.prompt import LIP_SYNC, MEASURED, Frames, Prompt, Slots
 from lmm_qa.video.measurement.classifier import Measurement, evidence_names
-from lmm_qa.video.measurement.evidence import evidence_text
+from lmm_qa.video.measurement.evidence import evidence_text, lip_sync_text
 
 if TYPE_CHECKING:
     from transformers.video_utils import VideoMetadata
@@ -181,7 +181,11 @@ def count_tokens(processor: Any, frames: int, sizes: Sequence[tuple[int, int]], 
         sizes: (height, width) of each view in pixels.
     """
     views = tuple(np.zeros((frames, height, width, 3), np.uint8) for height, width in sizes)
-    slots: Slots = {**dict.fromkeys(prompt.slots, 0.0), MEASURED: evidence_text(dict.fromkeys(evidence_names(), 0.0))}
+    slots: Slots = {
+        **dict.fromkeys(prompt.slots, 0.0),
+        MEASURED: evidence_text(dict.fromkeys(evidence_names(), 0.0)),
+        LIP_SYNC: lip_sync_text(0.0, 0.0),
+    }
     clip = ClipInput(views, tuple(float(number) for number in range(frames)), float(frames), slots)
     return int(prepare_inputs(processor, [clip], prompt)["input_ids"].shape[1])
 

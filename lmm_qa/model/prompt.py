@@ -23,12 +23,12 @@ SLOTS = ("seconds", "fps", "frames", "width", "height")
 """Properties of a clip that a question may contain: duration in seconds, frame rate, number of sampled frames, width
 and height in pixels."""
 
-MEASURED = "measured"
-"""A further slot: what was measured on all frames, in words, for models that were tuned with it (see
-`lmm_qa.video.measurement.evidence`)."""
+MEASURED, LIP_SYNC = "measured", "lip_sync"
+"""Further slots, for models that were tuned with them: what was measured on all frames, and the offset between lips and
+sound, both in words (see `lmm_qa.video.measurement.evidence`)."""
 
 Slots = Mapping[str, float | str]
-"""Option type of the values of slots by name: numbers, and the text of `MEASURED`."""
+"""Option type of the values of slots by name: numbers, and the texts of `MEASURED` and `LIP_SYNC`."""
 
 SLOT_FORMAT = re.compile(r"(.?[<>=^])?[-+ ]?z?#?0?\d{0,2}[,_]?(\.\d{1,2})?[a-zA-Z%]?")
 """Formats of a slot: at most 99 characters and 99 digits, because a wider one is a text of any size."""
@@ -59,7 +59,8 @@ class Prompt(Settings):
     """A text before each view, such as "A part of the picture at native resolution:"; none by default. Otherwise the
     model is not told how views differ."""
     question: Text
-    """The user's message after the video(s). May use the slots in `SLOTS`, as in `{seconds:.1f}`, and `{measured}`."""
+    """The user's message after the video(s). May use the slots in `SLOTS`, as in `{seconds:.1f}`, `{measured}` and
+    `{lip_sync}`."""
     paraphrases: tuple[Text, ...] = Field((), max_length=1000)
     """The same question in other words, for training only, so that a rater does not depend on the wording."""
     stem: Text
@@ -99,7 +100,7 @@ class Prompt(Settings):
     @property
     def uses_measurement(self) -> bool:
         """Whether the question contains what was measured, so that every frame of a clip must be measured."""
-        return MEASURED in self.slots
+        return bool(self.slots & {MEASURED, LIP_SYNC})
 
     def messages(self, views: int, images: int = 1, **values: float | str) -> list[dict[str, Any]]:
         """The chat up to the assistant's turn, in the format of transformers' chat templates.
@@ -137,15 +138,16 @@ def _check_question(what: str, question: str) -> None:
         names = [name for _, name, _, _ in string.Formatter().parse(question) if name is not None]
     except ValueError as error:
         raise ValueError(f"{what} is not a valid template: {error}; write {{{{ and }}}} for braces") from None
-    if unknown := sorted(set(names) - {*SLOTS, MEASURED}):
-        raise ValueError(f"{what} has unknown slots {unknown}; known: {', '.join((*SLOTS, MEASURED))}")
+    texts = (MEASURED, LIP_SYNC)
+    if unknown := sorted(set(names) - {*SLOTS, *texts}):
+        raise ValueError(f"{what} has unknown slots {unknown}; known: {', '.join((*SLOTS, *texts))}")
     try:
         for _, name, form, _ in string.Formatter().parse(question):
-            if name == MEASURED and form:
-                raise ValueError(f"the slot {{{MEASURED}}} is a text without a format, received {form!r}")
+            if name in texts and form:
+                raise ValueError(f"the slot {{{name}}} is a text without a format, received {form!r}")
             if name is not None and not SLOT_FORMAT.fullmatch(form or ""):
                 raise ValueError(f"the format {form!r} is not one of a number")
-        question.format(**dict.fromkeys(SLOTS, 1.0), **{MEASURED: ""})
+        question.format(**dict.fromkeys(SLOTS, 1.0), **dict.fromkeys(texts, ""))
     except (LookupError, ValueError) as error:
         raise ValueError(f"{what} cannot be filled in: {error}; slots are numbers: {{seconds:.1f}}") from None
 

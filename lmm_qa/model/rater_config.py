@@ -11,8 +11,9 @@ from pydantic import Field
 
 from lmm_qa.config import Sampling, ScaleEnds, Settings, View
 from lmm_qa.model.levels import Scale
-from lmm_qa.model.prompt import DEFAULT_PROMPT, Prompt, load_prompt
+from lmm_qa.model.prompt import DEFAULT_PROMPT, LIP_SYNC, Prompt, load_prompt
 from lmm_qa.video.measurement.classifier import measurement_id
+from lmm_qa.video.measurement.lip_sync import lip_sync_id
 
 FILE_NAME = "rater.json"
 CALIBRATION_NAME = "calibration.json"
@@ -77,6 +78,8 @@ class RaterConfig(Settings):
             del settings["prompt"]["view_labels"]
         if self.prompt.uses_measurement:
             settings["measurement"] = measurement_id()
+        if LIP_SYNC in self.prompt.slots:
+            settings["lip_sync"] = lip_sync_id()
         if not self.evidence_weight or not self.prompt.uses_measurement:
             del settings["evidence_weight"]
         return settings

@@ -18,6 +18,8 @@ from lmm_qa.defects.profile import AnswerSource, Profile
 from lmm_qa.errors import ClipError
 from lmm_qa.tables import Row
 from lmm_qa.video.decode import Frames
+from lmm_qa.video.measurement.lip_sync import RATE, LipSync
+from lmm_qa.video.sound import Sound, SoundState
 from lmm_qa.video.temporal import Span
 
 WINDOW, STEP = 2.0, 0.5
@@ -98,6 +100,41 @@ class VideoInfo(RowPart):
     decoder: str | None = Field(None, description="`pyav`, `decord`, or `memory` for frames in memory")
 
 
+class AudioInfo(RowPart):
+    """The sound of the clip."""
+
+    state: str | None = Field(
+        None,
+        description="`present`, `none` (no sound), `silent` (below -55 LUFS) or `broken` (it could not be decoded)",
+    )
+    seconds: Seconds | None = Field(None, description="length of the sound during the pictures")
+    offset: Rounded | None = Field(
+        None, description="when the sound begins in the file, in seconds after the first frame; negative: before it"
+    )
+    loudness: Seconds | None = Field(None, description="integrated loudness in LUFS (EBU R 128)")
+    clipped: Rounded | None = Field(None, description="share of samples at full scale, 0 to 1")
+    error: str | None = Field(None, description="why it could not be decoded")
+
+
+class LipSyncInfo(RowPart):
+    """What lips and sound say about each other. Null: there is no sound, or no face was found."""
+
+    offset: Rounded | None = Field(
+        None, description="seconds by which the sound is late; negative: early. Means little if `strength` is below 2"
+    )
+    strength: Rounded | None = Field(
+        None,
+        description="how much better lips and sound match at this offset than in wrong pairings of the clip, in "
+        "standard deviations of those",
+    )
+    speech: Seconds | None = Field(None, description="seconds in which somebody is heard while a mouth is seen")
+    rate: int | None = Field(None, description="values per second of `mouth` and `voice`")
+    mouth: tuple[Rounded, ...] | None = Field(
+        None, description="opening of the mouth relative to the face; with a timeline only"
+    )
+    voice: tuple[Rounded, ...] | None = Field(None, description="loudness, 0 to 1; with a timeline only")
+
+
 class FoundDefect(RowPart):
     """A defect of the clip."""
 
@@ -164,6 +201,10 @@ class RatingRow(RowPart):
     )
     frames: SampledFrames | None = Field(None, description="the frames that the model received")
     video: VideoInfo | None = Field(None, description="properties of the clip")
+    audio: AudioInfo | None = Field(None, description="the sound of the clip; null for frames in memory")
+    lip_sync: LipSyncInfo | None = Field(
+        None, description="offset between lips and sound; null if the clip was not measured, or has no sound or no face"
+    )
     model: str | None = Field(None, description="name of the model")
     adapter: str | None = Field(None, description="directory of the adapter; null without one")
     prompt: str | None = Field(None, description="question and beginning of the answer")
@@ -299,12 +340,41 @@ class Rating:
                     duration=info.duration,
                     decoder=self.frames.decoder,
                 ),
+                "audio": _audio(self.frames.sound),
+                "lip_sync": _lip_sync(self.frames.lip_sync, curves=self.timeline is not None),
                 "defects": profile.defects if profile else None,
                 "found": None if found is None else tuple(found),
                 "defect_mass": profile.mass if profile else None,
                 "warnings": warnings or None,
             }
         ).to_row()
+
+
+def _audio(sound: Sound | None) -> AudioInfo | None:
+    if sound is None:
+        return None
+    known = sound.state is not SoundState.NONE
+    return AudioInfo.model_construct(
+        state=sound.state.value,
+        seconds=sound.seconds if known else None,
+        offset=sound.offset if known else None,
+        loudness=sound.loudness,
+        clipped=sound.clipped if known else None,
+        error=sound.error,
+    )
+
+
+def _lip_sync(lip_sync: LipSync | None, curves: bool) -> LipSyncInfo | None:
+    if lip_sync is None:
+        return None
+    return LipSyncInfo.model_construct(
+        offset=lip_sync.offset,
+        strength=lip_sync.strength,
+        speech=lip_sync.speech,
+        rate=RATE if curves else None,
+        mouth=lip_sync.mouth if curves else None,
+        voice=lip_sync.voice if curves else None,
+    )
 
 
 @dataclass(frozen=True)

@@ -36,14 +36,14 @@ from lmm_qa.model.inputs import (
     prepare_inputs,
     question_tokens,
 )
-from lmm_qa.model.prompt import MEASURED, Prompt, Slots
+from lmm_qa.model.prompt import LIP_SYNC, MEASURED, Prompt, Slots
 from lmm_qa.model.rater_config import RaterConfig
 from lmm_qa.rater import clip_input
 from lmm_qa.training.config import AugmentationConfig, AuxiliaryConfig
 from lmm_qa.training.dataset import Example
 from lmm_qa.training.vision_cache import SampledClip, Tensors, VisionCache
 from lmm_qa.video.decode import read_frames
-from lmm_qa.video.measurement.evidence import evidence_text
+from lmm_qa.video.measurement.evidence import UNKNOWN, evidence_text
 from lmm_qa.video.measurement.features import FeatureExtractor
 
 AUXILIARY_TASKS = ("defect_questions", "explanations")
@@ -233,24 +233,31 @@ class RatingDataset(Dataset[Sample]):
         views, example = self.settings.views, clip.example
         if self.vision_cache is not None:
             cached = self.vision_cache.load(SampledClip(example.path, clip.content_id, sampling))
-            slots: Slots = {**cached.slots, MEASURED: self._evidence(clip, cached.measured, epoch)}
+            texts = self._evidence(clip, cached.measured, cached.lip_sync, epoch)
+            slots: Slots = {**cached.slots, **texts}
             inputs = append_question(self.processor, cached.inputs, prompt, len(views), slots)
             return inputs, cached.features, slots
         frames = read_frames(example.path, sampling, views, self.factor, FeatureExtractor if self.measure else None)
         seen = clip_input(frames)
         numbers = seen.measurement.numbers if seen.measurement else None
-        seen = replace(seen, slots={**seen.slots, MEASURED: self._evidence(clip, numbers, epoch)})
+        texts = self._evidence(clip, numbers, str(seen.slots[LIP_SYNC]), epoch)
+        seen = replace(seen, slots={**seen.slots, **texts})
         return dict(prepare_inputs(self.processor, [seen], prompt)), {}, seen.slots
 
-    def _evidence(self, clip: LabelledClip, numbers: Mapping[str, float] | None, epoch: int | None) -> str:
-        """The content of the slot `{measured}`. In training it is sometimes missing, and rounded at random."""
+    def _evidence(
+        self, clip: LabelledClip, numbers: Mapping[str, float] | None, lip_sync: str, epoch: int | None
+    ) -> dict[str, str]:
+        """The content of the slots `{measured}` and `{lip_sync}`.
+
+        In training they are sometimes missing, and the numbers are rounded at random.
+        """
         numbers = clip.example.evidence or numbers
         if self.augmentation is None:
-            return evidence_text(numbers)
+            return {MEASURED: evidence_text(numbers), LIP_SYNC: lip_sync}
         rng = random.Random(f"evidence {self.seed} {epoch} {clip.content_id}")
         if rng.random() < self.augmentation.evidence_dropout:
-            return evidence_text(None)
-        return evidence_text(numbers, rng)
+            return {MEASURED: evidence_text(None), LIP_SYNC: UNKNOWN}
+        return {MEASURED: evidence_text(numbers, rng), LIP_SYNC: lip_sync}
 
     def auxiliary_examples(self, clip: LabelledClip, epoch: int, slots: Slots) -> list[AuxiliaryExample]:
         """The auxiliary examples of a clip in this epoch. `slots`: values of the prompts' slots."""
@@ -279,7 +286,8 @@ class RatingDataset(Dataset[Sample]):
 
 def measures(prompt: Prompt, examples: Iterable[Example]) -> bool:
     """Whether every frame of the clips must be measured: for the prompt, unless their tables say what was measured."""
-    return prompt.uses_measurement and any(example.evidence is None for example in examples)
+    unknown = MEASURED in prompt.slots and any(example.evidence is None for example in examples)
+    return unknown or LIP_SYNC in prompt.slots
 
 
 def sample_defect_questions(example: Example, count: int, rng: random.Random) -> dict[str, bool]:

@@ -98,7 +98,7 @@ class AugmentationConfig(Settings):
     cached vision features, each selection costs disk space and one run of the vision tower."""
 
     evidence_dropout: float = Field(0.1, ge=0, le=1)
-    """Probability that the slot `{measured}` says that the clip was not measured, for prompts that have the slot."""
+    """Probability that `{measured}` and `{lip_sync}` say that a clip was not measured, for prompts with these slots."""
 
 
 class AuxiliaryConfig(Settings):

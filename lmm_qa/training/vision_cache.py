@@ -30,7 +30,9 @@ from lmm_qa.model.rater_config import RaterConfig
 from lmm_qa.rater import clip_input
 from lmm_qa.video.decoder_pool import DecoderPool
 from lmm_qa.video.measurement.classifier import evidence_names, measurement_id
+from lmm_qa.video.measurement.evidence import UNKNOWN, lip_sync_text
 from lmm_qa.video.measurement.features import FeatureExtractor
+from lmm_qa.video.measurement.lip_sync import LipSync, lip_sync_id
 
 Tensors = dict[str, torch.Tensor]
 
@@ -59,6 +61,8 @@ class CachedClip(NamedTuple):
     """Values of the prompt's slots that are numbers."""
     measured: dict[str, float] | None
     """What was measured: see `lmm_qa.video.measurement.evidence.evidence_text`; None if the clip was not measured."""
+    lip_sync: str
+    """The content of the slot `{lip_sync}`."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class VisionCache:
             "made by": [FORMAT, version("transformers")],
         }
         if self.measure:
-            parts["measured by"] = measurement_id()
+            parts["measured by"] = [measurement_id(), lip_sync_id()]
         key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
         return self.folder / key[:2] / f"{key}.safetensors"
 
@@ -107,8 +111,9 @@ class VisionCache:
         slots = dict(zip(SLOTS, stored.pop("slots").tolist(), strict=True))
         numbers = stored.pop("measured", None)
         measured = None if numbers is None else dict(zip(evidence_names(), numbers.tolist(), strict=True))
+        lip_sync = lip_sync_text(*stored.pop("lip_sync").tolist()) if "lip_sync" in stored else UNKNOWN
         features = {name: stored.pop(name) for name in FEATURES if name in stored}
-        return CachedClip(stored, features, slots, measured)
+        return CachedClip(stored, features, slots, measured, lip_sync)
 
     def missing(self, clips: Sequence[SampledClip]) -> list[SampledClip]:
         """Those that are not in the cache, each once, in order."""
@@ -142,12 +147,12 @@ class VisionCache:
                 for clip, frames in zip(group, decoded, strict=True):
                     if isinstance(frames, ClipError):
                         raise TrainingError(f"{clip.path} could be decoded before, but not now: {frames}") from frames
-                    self._store(clip, backbone, clip_input(frames))
+                    self._store(clip, backbone, clip_input(frames), frames.lip_sync)
                     done += 1
                     progress(done, len(clips))
 
     @torch.inference_mode()
-    def _store(self, clip: SampledClip, backbone: Backbone, pixels: ClipInput) -> None:
+    def _store(self, clip: SampledClip, backbone: Backbone, pixels: ClipInput, lip_sync: LipSync | None) -> None:
         prompt, processor = self.settings.prompt, backbone.processor
         inputs = remove_question(
             processor, prepare_inputs(processor, [pixels], prompt), prompt, len(pixels.views), pixels.slots
@@ -158,6 +163,8 @@ class VisionCache:
         inputs["slots"] = torch.tensor([pixels.slots[name] for name in SLOTS], dtype=torch.float64)
         if pixels.measurement:
             inputs["measured"] = torch.tensor([*pixels.measurement.numbers.values()], dtype=torch.float64)
+        if lip_sync:
+            inputs["lip_sync"] = torch.tensor([lip_sync.offset, lip_sync.strength], dtype=torch.float64)
         tensors = {name: value.cpu().contiguous() for name, value in {**inputs, **features}.items()}
         path = self.path(clip)
         try:

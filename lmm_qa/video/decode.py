@@ -31,6 +31,7 @@ from lmm_qa.video.display import UNCROPPED, Display, Orientation, Picture
 from lmm_qa.video.playback import Playback, playback
 from lmm_qa.video.probe import ClipInfo, ContainerScan, scan_container
 from lmm_qa.video.sampling import frames_in_span, sample_indices, window_spans
+from lmm_qa.video.sound import Sound, read_sound
 from lmm_qa.video.temporal import FrameDynamics, FrameDynamicsRecorder, Span
 from lmm_qa.video.views import ViewRenderer, view_size
 from lmm_qa.video.webp import read_webp_frames
@@ -38,6 +39,8 @@ from lmm_qa.video.webp import read_webp_frames
 if TYPE_CHECKING:
     from av.filter import Graph
     from av.video.frame import VideoFrame
+
+    from lmm_qa.video.measurement.lip_sync import LipSync
 
 Result = TypeVar("Result")
 
@@ -78,8 +81,12 @@ class ClipMeasurement(Protocol):
     sampling: ClassVar[Sampling]
     """Selects the frames whose pictures are needed, independent of those that a rater sees."""
 
-    def __init__(self, orientation: Orientation) -> None:
-        """`orientation`: how stored frames are turned for display."""
+    def __init__(self, orientation: Orientation, sound: Sound | None) -> None:
+        """
+        Args:
+            orientation: how stored frames are turned for display.
+            sound: of the clip; None if the clip can have none.
+        """
 
     def add_frame(self, luma: npt.NDArray[np.uint8], second: float) -> None:
         """Receive the next frame.
@@ -101,6 +108,9 @@ class ClipMeasurement(Protocol):
             dynamics: of all frames of the clip.
         """
 
+    def lip_sync(self) -> LipSync | None:
+        """Return the offset between lips and sound; None if it cannot be measured. Called once, after `features`."""
+
 
 @dataclass(frozen=True)
 class Frames:
@@ -121,6 +131,10 @@ class Frames:
     """Result of the `measure` argument; None if there was none, if it failed, and if there are no `dynamics`."""
     measurement_error: str | None = None
     """Why `measure` failed, with the line of code; None if it did not."""
+    sound: Sound | None = None
+    """None for frames in memory."""
+    lip_sync: LipSync | None = None
+    """Result of the `measure` argument; None as `features`, and if no mouth and sound can be compared."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +160,9 @@ class Windows:
 
     def __getitem__(self, number: int) -> Frames:
         """Return a copy of one window's frames; indices, seconds and info refer to the clip; nothing is measured."""
-        return replace(self._select(self.positions[number]), dynamics=None, features=None, measurement_error=None)
+        return replace(
+            self._select(self.positions[number]), dynamics=None, features=None, measurement_error=None, lip_sync=None
+        )
 
     @property
     def whole(self) -> Frames:
@@ -188,9 +204,10 @@ def read_frames(
     def choose(seconds: Sequence[float]) -> list[int]:
         return sample_indices(seconds, sampling)
 
+    sound = read_sound(scan.path, scan.start, scan.info.duration)
     if _prefers_decord(scan) and (frames := _seek_with_decord(scan, choose, views, factor)):
-        return frames
-    return collect_frames(scan, iterate_frames, choose, views, factor, measure)[1]
+        return replace(frames, sound=sound)
+    return collect_frames(scan, iterate_frames, choose, views, factor, measure, sound=sound)[1]
 
 
 def read_windows(
@@ -221,9 +238,10 @@ def read_windows(
     """
     check_window(window, step)
     scan = scan_container(Path(path))
+    sound = read_sound(scan.path, scan.start, scan.info.duration)
 
     def collect(choose: Choice) -> tuple[Sequence[float], Frames]:
-        corrected, frames = collect_frames(scan, iterate_frames, choose, views, factor, measure)
+        corrected, frames = collect_frames(scan, iterate_frames, choose, views, factor, measure, sound=sound)
         return playback(corrected.seconds, corrected.info.duration).seconds, frames
 
     return select_windows(scan.info, collect, sampling, views, factor, window, step)
@@ -295,6 +313,7 @@ def collect_frames(
     factor: int,
     measure: type[ClipMeasurement] | None,
     decoder: str = "pyav",
+    sound: Sound | None = None,
 ) -> tuple[ContainerScan, Frames]:
     """Go through a clip from start to end, keep the chosen frames, measure all.
 
@@ -304,6 +323,7 @@ def collect_frames(
         choose: maps the moments of the clip's `Playback` to the indices of those to keep.
         views, factor, measure: as for `read_frames`.
         decoder: what returns the frames, for `Frames.decoder`.
+        sound: of the clip.
 
     Returns:
         The scan, corrected if it counted packets without a frame; and the frames.
@@ -316,7 +336,7 @@ def collect_frames(
     display = scan.display
     renderer = ViewRenderer(views, factor, display.pixel_shape)
     recorder = FrameDynamicsRecorder()
-    measurement = _GuardedMeasurement(measure, display.orientation) if measure else None
+    measurement = _GuardedMeasurement(measure, display.orientation, sound) if measure else None
     times: list[float | None] = []
     shown: list[int | None] = []
     notes: set[Note] = set()
@@ -325,7 +345,8 @@ def collect_frames(
             notes.add(Note.RESIZED)
             if frame.width * frame.height > display.width * display.height:
                 larger = replace(display, width=frame.width, height=frame.height, crop=UNCROPPED)
-                return collect_frames(_resize_scan(scan, larger), decode, choose, views, factor, measure, decoder)
+                resized = _resize_scan(scan, larger)
+                return collect_frames(resized, decode, choose, views, factor, measure, decoder, sound)
         if index in sampled or index in pictured:
             picture = display.picture(frame)
             if index in sampled:
@@ -340,12 +361,12 @@ def collect_frames(
         shown.append(frame.pts)
     if len(times) == len(scan.seconds):
         scan = replace(scan, info=replace(scan.info, warnings=(*scan.info.warnings, *sorted(notes))))
-        frames = stack_frames(scan, screen, moments, renderer, decoder)
         dynamics = recorder.dynamics(scan.seconds, scan.info.duration)
-        if not measurement:
-            return scan, replace(frames, dynamics=dynamics)
-        features = measurement.features(measured, dynamics)
-        return scan, replace(frames, dynamics=dynamics, features=features, measurement_error=measurement.error)
+        frames = replace(stack_frames(scan, screen, moments, renderer, decoder), dynamics=dynamics, sound=sound)
+        if measurement:
+            frames = replace(frames, features=measurement.features(measured, dynamics), lip_sync=measurement.lip_sync())
+            frames = replace(frames, measurement_error=measurement.error)
+        return scan, frames
     corrected = _without_doubtful(scan, shown)
     if corrected is None:
         # Two fields of one interlaced frame can be two packets.
@@ -353,7 +374,7 @@ def collect_frames(
         if not times or (exact and len(times) < len(scan.seconds)):
             raise truncated_error(scan.path, len(times), len(scan.seconds))
         corrected = _correct_scan(scan, times)
-    return collect_frames(corrected, decode, choose, views, factor, measure, decoder)
+    return collect_frames(corrected, decode, choose, views, factor, measure, decoder, sound)
 
 
 def _resize_scan(scan: ContainerScan, display: Display) -> ContainerScan:
@@ -379,15 +400,15 @@ def _without_doubtful(scan: ContainerScan, shown: Sequence[int | None]) -> Conta
     duration = scan.info.duration - start
     info = replace(scan.info, frames=len(seconds), duration=duration, fps=len(seconds) / duration)
     pts = tuple(scan.pts[at] for at in places)
-    return replace(scan, info=info, seconds=seconds, pts=pts)
+    return replace(scan, info=info, seconds=seconds, pts=pts, start=scan.start + start)
 
 
 class _GuardedMeasurement:
     """Calls a `ClipMeasurement` until a call fails; stores that error, so that the clip itself does not fail."""
 
-    def __init__(self, measure: type[ClipMeasurement], orientation: Orientation) -> None:
+    def __init__(self, measure: type[ClipMeasurement], orientation: Orientation, sound: Sound | None) -> None:
         self.error: str | None = None
-        self._measurement = self._call(lambda: measure(orientation))
+        self._measurement = self._call(lambda: measure(orientation, sound))
 
     def add_frame(self, luma: npt.NDArray[np.uint8], second: float) -> None:
         if measurement := self._measurement:
@@ -400,6 +421,10 @@ class _GuardedMeasurement:
     def features(self, indices: Sequence[int], dynamics: FrameDynamics) -> dict[str, float] | None:
         measurement = self._measurement
         return self._call(lambda: measurement.features(indices, dynamics)) if measurement else None
+
+    def lip_sync(self) -> LipSync | None:
+        measurement = self._measurement
+        return self._call(measurement.lip_sync) if measurement else None
 
     def _call(self, function: Callable[[], Result]) -> Result | None:
         try:

@@ -94,6 +94,8 @@ class ContainerScan:
     display: Display
     size: int = 0
     """Bytes of the stream."""
+    start: float = 0.0
+    """Presentation time of the first frame, in seconds on the clock of the file, which its sound shares."""
     pts: tuple[int | None, ...] = ()
     """Presentation time of each frame, in the stream's time base, in the order of `seconds`."""
     skipped: int = 0
@@ -154,6 +156,7 @@ def _make_scan(path: Path, video: OpenVideo, packets: _Packets, declared: int) -
     warnings = list(video.warnings)
     times, jumps = _continuous_times(packets.shown, video)
     seconds, duration = _frame_times(times, packets.shown, stream)
+    first = min((each.pts for each in packets.shown if each.pts is not None), default=0)
     order = sorted(range(len(times)), key=lambda at: times[at] or 0) if None not in times else list(range(len(times)))
     orientation, exact = read_orientation(frame)
     aspect = float(stream.sample_aspect_ratio or 1) or 1.0
@@ -194,6 +197,7 @@ def _make_scan(path: Path, video: OpenVideo, packets: _Packets, declared: int) -
         seconds,
         display,
         size=packets.size,
+        start=float(first * stream.time_base) if stream.time_base else 0.0,
         pts=tuple(packets.shown[at].pts for at in order),
         skipped=packets.skipped,
         doubtful=frozenset(packets.doubtful),

@@ -5,7 +5,12 @@ A model sees a few small pictures of a clip. What was measured on every frame at
 
     quality 62, blur 3, noise 0, compression 5, banding 0, ..., bitrate_switch 0
 
-The quality is from 0 to 99, the severity of each defect from 0 to 9.
+The quality is from 0 to 99, the severity of each defect from 0 to 9. For the slot `{lip_sync}`, what was measured of
+lips and sound (`lmm_qa.video.measurement.lip_sync`) is told in the same way:
+
+    sound 0.4 s early, match 7
+
+The match, from 0 to 9, is how far the best offset stands out from wrong pairings.
 """
 
 from __future__ import annotations
@@ -41,3 +46,16 @@ def evidence_text(numbers: Mapping[str, float] | None, rng: random.Random | None
         for name, value in numbers.items()
     ]
     return ", ".join(parts)
+
+
+def lip_sync_text(offset: float | None, strength: float | None) -> str:
+    """The content of the slot `{lip_sync}`.
+
+    Args:
+        offset, strength: see `lip_sync.LipSync`; None if lips and sound could not be compared.
+    """
+    if offset is None or strength is None:
+        return UNKNOWN
+    tenths = abs(round(offset, 1))
+    when = f"{tenths:.1f} s {'late' if offset > 0 else 'early'}" if tenths else "in time"
+    return f"sound {when}, match {round(min(max(strength, 0.0), 9.0))}"

@@ -40,8 +40,10 @@ from scipy.ndimage import median_filter, uniform_filter
 
 from lmm_qa.config import Sampling
 from lmm_qa.video.display import UPRIGHT, Orientation
-from lmm_qa.video.face import Box, follow_face
+from lmm_qa.video.face import Box, Face, follow_face
+from lmm_qa.video.measurement.lip_sync import LipSync, LipSyncMeter
 from lmm_qa.video.measurement.motion_features import MotionFeatureRecorder, second_differences
+from lmm_qa.video.sound import Sound, SoundState
 from lmm_qa.video.temporal import (
     STILL_CHANGE,
     FrameDynamics,
@@ -131,28 +133,46 @@ class FeatureExtractor:
 
     sampling: ClassVar[Sampling] = Sampling(strategy="pairs", frames=2 * FRAME_PAIRS)
 
-    def __init__(self, orientation: Orientation = UPRIGHT) -> None:
+    def __init__(self, orientation: Orientation = UPRIGHT, sound: Sound | None = None) -> None:
         self._pictures: dict[int, Picture] = {}
         self._motion = MotionFeatureRecorder(orientation)
+        self._sound = sound
+        self._lips = LipSyncMeter(orientation) if sound and sound.state is SoundState.PRESENT else None
+        self._face: Face | None = None
+        self._indices: Sequence[int] = ()
 
     def add_frame(self, luma: Picture, second: float) -> None:
         self._motion.add_frame(luma, second)
+        if self._lips:
+            self._lips.add_frame(luma, second)
 
     def add_picture(self, index: int, picture: Picture) -> None:
         self._pictures[index] = pad_to_minimum(limit_size(picture), MIN_SIDE)
 
     def features(self, indices: Sequence[int], dynamics: FrameDynamics) -> Features:
-        return measure([self._pictures[index] for index in indices], indices, dynamics, self._motion)
+        pictures = [self._pictures[index] for index in indices]
+        self._face, self._indices = follow_face(pictures), indices
+        return measure(pictures, self._face, indices, dynamics, self._motion)
+
+    def lip_sync(self) -> LipSync | None:
+        if self._lips is None or self._sound is None or self._face is None or not self._face.found:
+            return None
+        return self._lips.measure(self._face.boxes, self._indices, self._sound.samples)
 
 
 def measure(
-    pictures: Sequence[Picture], indices: Sequence[int], dynamics: FrameDynamics, motion: MotionFeatureRecorder
+    pictures: Sequence[Picture],
+    face: Face,
+    indices: Sequence[int],
+    dynamics: FrameDynamics,
+    motion: MotionFeatureRecorder,
 ) -> Features:
     """Measure a clip.
 
     Args:
         pictures: the two frames of each pair, in order: (height, width, 3) uint8 RGB, all of one size, at least
             `MIN_SIDE` and at most `MAX_SHORT_SIDE` (see `limit_size`).
+        face: in these pictures.
         indices: their frame numbers.
         dynamics: of all frames.
         motion: has recorded all frames.
@@ -161,7 +181,6 @@ def measure(
         Features by name; the same names in the same order for every clip; all finite.
     """
     height, width = pictures[0].shape[:2]
-    face = follow_face(pictures)
     crops = np.stack([_centre_crop(picture) for picture in pictures])
     greys = np.stack([_to_grey(crop) for crop in crops])
     windows = np.stack(
