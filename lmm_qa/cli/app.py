@@ -552,17 +552,20 @@ def degrade(
     Each source gives a clean copy, one copy per cause and strength, and the pairs. Nobody has rated these clips: the
     MOS comes from VMAF against the source, or from a documented curve for causes that VMAF cannot measure, limited by
     the size and bit rate of the source. The table can be used as labels for evaluate, calibrate and train. Copies have
-    no sound. Exit code 3: done, but some sources could not be used.
+    the sound of their source. Exit code 3: done, but some sources could not be used.
 
     Causes: defocus, mouth_smear, mouth_freeze, teeth_smear, face_warp, background_wobble, seam, identity_drift;
     flicker, overexposure, underexposure, colour_cast, banding, blur, motion_blur, rescale, noise; jpeg, h264, h265,
-    vp9, av1, bitrate_switch; buffering, stall, drop, jitter.
+    vp9, av1, bitrate_switch; buffering, stall, drop, jitter. In the sound, and only if they are named, because a model
+    that does not hear cannot learn from them: audio_lead, audio_lag, wrong_audio, drift.
 
     **Examples**
 
     `lmm-qa degrade clips/ -o degraded/labels.jsonl`
 
     `lmm-qa degrade clips/ -o degraded/labels.csv --causes h264,stall,mouth_smear --strengths 0.3,0.8 --pairs 4`
+
+    `lmm-qa degrade clips/ -o sync/labels.csv --causes audio_lead,audio_lag,wrong_audio`
     """
     from lmm_qa.degrade.causes import DEGRADATIONS
     from lmm_qa.degrade.dataset import DegradationPlan, DegradedDataset, FailedSource
@@ -575,6 +578,8 @@ def degrade(
     which = tuple(DEGRADATIONS) if causes is None else tuple(cause.strip() for cause in causes.split(","))
     plan = DegradationPlan(which, how_much, pairs, seed, scale, length)
     dataset = DegradedDataset(output, expand(inputs, root), plan)
+    if dataset.without_sound:
+        message(f"{plural(len(dataset.without_sound), 'source')} without sound: no copies with causes in the sound")
     if known := len(dataset.tasks) - len(dataset.pending):
         message(f"{known} copies already in {output.parent}")
     start, made = time.monotonic(), 0

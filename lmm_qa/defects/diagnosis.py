@@ -119,7 +119,7 @@ def write_explanations(
     ):
         words, objection = explain(text, level, prompt.levels, shown, profile.absent, seed, stem, check)
         if clip.lip_sync and any(one.defect == LIP_SYNC for one in profile.found):
-            words = f"{words} {lip_sync_sentence(clip.lip_sync)}"
+            words = f"{words} {lip_sync_sentence(clip.lip_sync.clear_offset)}"
         explanations.append(Explanation(words, objection or "model"))
     return explanations
 

@@ -22,7 +22,6 @@ from lmm_qa.config import Settings
 from lmm_qa.defects.vocabulary import BY_NAME
 from lmm_qa.model.prompt import Prompt
 from lmm_qa.model.rater_config import ExplanationCheck
-from lmm_qa.video.measurement.lip_sync import LipSync
 
 MAX_NAMED = 3
 """The model is told at most this many defects, the likeliest first."""
@@ -35,9 +34,6 @@ REPEATED_WORDS = 5
 
 MIN_WORDS = 3
 """An explanation, or a sentence under the grammar check, with fewer words counts as incomplete."""
-
-CLEAR_MATCH = 2.0
-"""Strength of the match of lips and sound from which its offset is stated."""
 
 Spans = tuple[tuple[float, float], ...]
 
@@ -211,12 +207,15 @@ def template_text(
     return text
 
 
-def lip_sync_sentence(lip_sync: LipSync) -> str:
-    """How lips and sound are out of step: `The sound is about 0.4 s ahead of the lips.`"""
-    seconds = abs(lip_sync.offset)
-    if lip_sync.strength < CLEAR_MATCH or seconds < 0.1:
+def lip_sync_sentence(offset: float | None) -> str:
+    """How lips and sound are out of step: `The sound is about 0.4 s ahead of the lips.`
+
+    Args:
+        offset: seconds by which the sound is late; None if it fits the lips at no offset.
+    """
+    if offset is None:
         return "The sound does not fit the lips."
-    return f"The sound is about {seconds:.1f} s {'behind' if lip_sync.offset > 0 else 'ahead of'} the lips."
+    return f"The sound is about {abs(offset):.1f} s {'behind' if offset > 0 else 'ahead of'} the lips."
 
 
 def is_good(level: str, levels: Sequence[str]) -> bool:

@@ -25,7 +25,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from lmm_qa.defects.explanation import Finding, is_good, opening, template_text
+from lmm_qa.defects.explanation import Finding, is_good, lip_sync_sentence, opening, template_text
 from lmm_qa.defects.vocabulary import BY_NAME, TIMED_DEFECTS, reference_defects
 from lmm_qa.degrade.causes import (
     COMPRESSION,
@@ -40,7 +40,7 @@ from lmm_qa.degrade.causes import (
 )
 from lmm_qa.degrade.detail import edge_sharpness
 from lmm_qa.degrade.full_reference import DegradedCopy, make_copy, mos, quality_ceiling
-from lmm_qa.degrade.sound import GREATEST_OFFSET, SOUND, degrade_sound, fit, follow_pictures
+from lmm_qa.degrade.sound import GREATEST_OFFSET, SOUND, degrade_sound, fit, follow_pictures, sound_offset
 from lmm_qa.errors import ClipError, ClipTruncated, ClipUnreadable, LmmQaError, MissingExtra, ResultsError, UsageError
 from lmm_qa.manifest import Clip, content_id
 from lmm_qa.model.prompt import DEFAULT_PROMPT, load_prompt
@@ -407,6 +407,9 @@ def training_columns(row: Row) -> Row:
     level = prompt.levels[round((row["mos"] - low) / (high - low) * (len(prompt.levels) - 1))]
     rng = random.Random(f"{row['seed']} {row['clip']}")
     text = template_text(found, absent, rng, strengths, is_good(level, prompt.levels))
+    if known.get("lip_sync"):
+        cause = next(cause for cause in BY_NAME["lip_sync"].causes if cause in strength)
+        text = f"{text} {lip_sync_sentence(sound_offset(cause, strength[cause]))}"
     times = {each.defect: " and".join(f" from {start} to {end} s" for start, end in each.seconds) for each in found}
     unknown = [f"?{name}" for name, present in known.items() if present is None and BY_NAME[name].visible]
     return {

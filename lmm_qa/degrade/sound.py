@@ -118,6 +118,12 @@ def degrade_sound(
     return DegradedSound(fit(Waveform(values, waveform.rate), seconds), quality)
 
 
+def sound_offset(cause: str, strength: float) -> float | None:
+    """Seconds by which a cause makes the sound late (negative: early); None if the sound fits nowhere."""
+    signs = {"audio_lead": -1, "audio_lag": 1}
+    return signs[cause] * _offset(strength) if cause in signs else None
+
+
 def sync_quality(offset: float) -> float:
     """Quality (0 to 1) of a clip whose sound is late by `offset` seconds; early if negative.
 

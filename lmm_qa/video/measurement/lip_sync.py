@@ -51,6 +51,9 @@ MIN_SPEECH = 2.0
 MIN_MOTION = 0.006
 """Standard deviation of the opening of the mouth, relative to the face's box, from which somebody speaks."""
 
+CLEAR_MATCH, LEAST_OFFSET = 2.0, 0.1
+"""Strength from which an offset is stated in words, and the smallest such offset in seconds."""
+
 MAX_BYTES = 96 << 20
 """Memory for pictures: 15 s of 512 x 512 pixels at 25 per second. What comes later is not measured."""
 
@@ -97,6 +100,11 @@ class LipSync:
     """Opening of the mouth relative to the height of the face's box, `RATE` times per second."""
     voice: tuple[float, ...]
     """Loudness of the sound, 0 to 1, `RATE` times per second."""
+
+    @property
+    def clear_offset(self) -> float | None:
+        """The offset in seconds if it stands out; None if sound and lips match nowhere, or at offset 0."""
+        return self.offset if self.strength >= CLEAR_MATCH and abs(self.offset) >= LEAST_OFFSET else None
 
 
 class LipSyncMeter:
