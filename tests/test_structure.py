@@ -14,8 +14,7 @@ import lmm_qa
 
 LAYERS = (
     ("errors",),
-    ("atomic", "config"),
-    ("tables",),
+    ("config", "files"),
     ("manifest", "video"),
     ("model",),
     ("defects",),

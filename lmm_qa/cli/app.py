@@ -140,8 +140,8 @@ def rate(
     `accelerate launch --multi_gpu --num_processes 4 -m lmm_qa rate clips/ -o ratings.jsonl`
     """
     from lmm_qa.cli.console import render_table
+    from lmm_qa.files.tables import output_form
     from lmm_qa.manifest import expand
-    from lmm_qa.tables import output_form
 
     form = output_form(output) if output is not None else ""
     if safe_csv and form != ".csv":

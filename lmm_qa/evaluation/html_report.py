@@ -28,10 +28,10 @@ from lmm_qa.errors import ClipError, ClipUnreadable, ResultsError, ScoresError, 
 from lmm_qa.evaluation import evaluate
 from lmm_qa.evaluation.evaluate import Evaluation
 from lmm_qa.evaluation.labels import Label, Score, find_videos, join, read_scores
+from lmm_qa.files.tables import writing
 from lmm_qa.manifest import content_id
 from lmm_qa.ratings.io import read_ratings
 from lmm_qa.ratings.rows import FoundDefect, RatingRow
-from lmm_qa.tables import writing
 from lmm_qa.video.decode import Frames
 from lmm_qa.video.decoder_pool import DecoderPool
 from lmm_qa.video.display import Picture

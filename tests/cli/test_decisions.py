@@ -22,8 +22,8 @@ from commands import Command
 from paths import ROOT
 from rating_rows import rating_row
 
+from lmm_qa.files.tables import read_rows, write_rows
 from lmm_qa.manifest import content_id
-from lmm_qa.tables import read_rows, write_rows
 
 
 @pytest.fixture

@@ -34,9 +34,9 @@ from lmm_qa.evaluation import evaluate
 from lmm_qa.evaluation import html_report as report
 from lmm_qa.evaluation.html_report import Axis, Filmstrip
 from lmm_qa.evaluation.labels import Label, read_scores
+from lmm_qa.files.tables import write_rows
 from lmm_qa.manifest import content_id
 from lmm_qa.ratings.rows import RatingRow
-from lmm_qa.tables import write_rows
 
 Row = dict[str, Any]
 
