@@ -27,7 +27,7 @@ demo: .venv/.installed
 	@echo "Rating lmm_qa/samples ..."
 	@mkdir -p demo
 	@$(BIN)/lmm-qa rate lmm_qa/samples --explain --timeline -o demo/ratings.jsonl
-	@$(BIN)/lmm-qa report demo/ratings.jsonl --clips lmm_qa/samples -o demo/report.html
+	@$(BIN)/lmm-qa report demo/ratings.jsonl --clips lmm_qa/samples --embed-clips -o demo/report.html
 	@echo "Ratings: demo/ratings.jsonl; to look at them, open demo/report.html in a browser"
 
 test: .venv/.installed-dev
