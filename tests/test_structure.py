@@ -23,6 +23,7 @@ LAYERS = (
     ("evaluation",),
     ("rater",),
     ("distributed", "metric", "training"),
+    ("web",),
     ("cli",),
     ("__init__", "__main__"),
 )

@@ -49,6 +49,7 @@ from lmm_qa.cli.terminal import (
     progress,
     quiet_libraries,
 )
+from lmm_qa.cli.web import web
 from lmm_qa.errors import LmmQaError, UsageError, address_in, plural
 
 app = typer.Typer(
@@ -402,6 +403,7 @@ app.command()(compare)
 app.command()(gate)
 app.command()(select)
 app.command()(raters)
+app.command()(web)
 
 
 @app.command()

@@ -150,20 +150,24 @@ def write(
         UsageError, ResultsError: the page cannot be written there.
     """
     size, addresses = PageSize(), ClipAddresses(path, embed)
-    intervals = [each.difference for each in comparison.sets]
-    axis = Axis.over([0.0, *(end for each in intervals for end in (each.low, each.high))])
     write_page(
         path,
         "comparison",
         size,
         comparison=comparison,
-        axis=axis,
+        axis=difference_axis(comparison),
         sections=[each for each in sections(comparison) if each.header != PAIR_HEADER],  # the pairs are below
         notes=footnotes(comparison),
         total=len(pairs),
         pairs=_with_videos(zip(pairs, frames, strict=True), addresses, size),
     )
     return size
+
+
+def difference_axis(comparison: Comparison) -> Axis:
+    """The axis of the mean differences: all intervals, and 0."""
+    intervals = [each.difference for each in comparison.sets]
+    return Axis.over([0.0, *(end for each in intervals for end in (each.low, each.high))])
 
 
 def _with_videos(

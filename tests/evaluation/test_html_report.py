@@ -147,7 +147,8 @@ class Reader(HTMLParser):
 def pictures(page: Path) -> list[tuple[bool, np.ndarray]]:
     """The thumbnails in order, and whether each is marked as the worst moment."""
     found = re.findall(
-        r'<li( class="worst")?>(?:<button[^>]*>)?<img src="data:image/jpeg;base64,([^"]+)"', page.read_text(encoding="utf-8")
+        r'<li( class="worst")?>(?:<button[^>]*>)?<img src="data:image/jpeg;base64,([^"]+)"',
+        page.read_text(encoding="utf-8"),
     )
     return [(bool(worst), np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))) for worst, data in found]
 
