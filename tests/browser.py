@@ -41,13 +41,15 @@ class Browser:
         screen = {"width": width, "height": height}
         self.page = self._browser.new_page(viewport=screen, color_scheme=scheme, is_mobile=width < 500)
         self._complaints, self._requests = [], []
+        self.page.set_default_timeout(15_000)
         self.page.on("console", self._note_console)
         self.page.on("pageerror", self._note_error)
         self.page.on("request", lambda request: self._requests.append(request.url))
         self.page.goto(address.as_uri() if isinstance(address, Path) else address)
 
     def _note_console(self, message: ConsoleMessage) -> None:
-        self._complaints.append(f"{message.type}: {message.text}")
+        if message.type not in ("debug", "verbose"):
+            self._complaints.append(f"{message.type}: {message.text}")
 
     def _note_error(self, error: Error) -> None:
         self._complaints.append(str(error))

@@ -11,11 +11,11 @@ from typing import Any
 
 import gradio as gr
 
-from lmm_qa.config import View
+from lmm_qa.config import Sampling, View
 from lmm_qa.errors import LmmQaError, UsageError
 from lmm_qa.evaluation.html_report import asset, render, thumbnail
 from lmm_qa.manifest import VIDEO_SUFFIXES
-from lmm_qa.video.decode import Frames, Sampling
+from lmm_qa.video.decode import Frames
 from lmm_qa.video.decoder_pool import DecoderPool
 from lmm_qa.web.jobs import PAIR_BY, RATINGS, Given, Jobs, Request, Step
 from lmm_qa.web.shelf import RaterSettings
@@ -115,9 +115,7 @@ class _Inputs:
             self.timeline = gr.Checkbox(True, label="Score over time", info="--timeline; takes several times as long")
             self.prompt = gr.Dropdown(["", *prompts], value="", label="Prompt", info="--prompt; empty: the rater's own")
             self.sampling = gr.Textbox("", label="Frames", info="--sampling", placeholder="uniform:8, pairs:12, fps:2")
-            self.views = gr.Textbox(
-                "", label="Views", info="--view; several with spaces", placeholder="whole:448 face:224"
-            )
+            self.views = gr.Textbox("", label="Views", info="--view; one or more", placeholder="whole:448 face:224")
             self.scale = gr.Textbox("", label="Scale", info="--scale", placeholder="1 5")
             self.answers = gr.Dropdown(
                 ["adapter", "base"], value="adapter", label="Explained by", info="--answers-from"
@@ -161,7 +159,8 @@ def build(jobs: Jobs, prompts: Sequence[str]) -> gr.Blocks:
     """
     samples = {path.stem: path for path in sorted(SAMPLES.glob("*.mp4"))}
     videos = list(VIDEO_SUFFIXES)
-    with gr.Blocks(title="lmm_qa", analytics_enabled=False, fill_width=False) as page:
+    page = gr.Blocks(title="lmm_qa", analytics_enabled=False, fill_width=False)
+    with page:
         html(TITLE)
         inputs = _Inputs(jobs, prompts)
         with gr.Tab("Rate"):

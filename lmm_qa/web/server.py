@@ -133,6 +133,7 @@ def serve(page: Any, address: Address, started: Callable[[str], None]) -> None:
     try:
         _wait()
     finally:
+        page.server.force_exit = True  # does not wait for browsers that keep the page open
         page.close(verbose=False)
 
 
