@@ -44,6 +44,8 @@ class PairFrames:
     """Seconds that both clips last."""
     playable: bool = False
     """Whether browsers play both clips."""
+    sizes: tuple[tuple[int, int], ...] = ()
+    """Width and height of both clips."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ def synchronised(old: Frames, new: Frames, files: tuple[Path | None, Path | None
     duration = min(old.info.duration, new.info.duration)
     known = zip(files, (old.info, new.info), strict=True)
     playable = all(file is not None and is_playable(file, info) for file, info in known)
-    return PairFrames(moments, _at(old, moments), _at(new, moments), None, duration, playable)
+    sizes = tuple((frames.info.width, frames.info.height) for frames in (old, new))
+    return PairFrames(moments, _at(old, moments), _at(new, moments), None, duration, playable, sizes)
 
 
 def _at(frames: Frames, moments: Iterable[float]) -> tuple[Thumbnail, ...]:

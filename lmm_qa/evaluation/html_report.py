@@ -107,6 +107,12 @@ class RatedClip:
         return middles[0] if middles else None
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, or their ratio if they are unknown."""
+        video = self.row.video
+        return (video.width, video.height) if video and video.width and video.height else (16, 9)
+
+    @property
     def lowest(self) -> tuple[float, float] | None:
         """Second and score of the lowest window; None without a timeline, or if it has one window."""
         timeline = self.row.timeline
@@ -325,7 +331,10 @@ class Filmstrip:
     """Why there are none."""
     playable: bool = False
     """Whether browsers play the clip itself."""
+    duration: float = 0.0
+    """Of the clip, in seconds; 0 if it is not known."""
     title: str = ""
+    """What the frames are; empty: frames of the clip."""
 
 
 def filmstrips(clips: Sequence[RatedClip], workers: int = 2, timeout: float = 60.0) -> Iterator[Filmstrip]:
@@ -360,7 +369,7 @@ def _filmstrip(clip: RatedClip, file: Path, frames: Frames | ClipError) -> Films
         worst = int(np.abs(times - clip.worst_moment).argmin())
         chosen[int(np.abs(times[chosen] - times[worst]).argmin())] = worst
     shots = (thumbnail(frames.views[0][index], frames.seconds[index], index == worst) for index in chosen)
-    return Filmstrip(tuple(shots), playable=is_playable(file, frames.info))
+    return Filmstrip(tuple(shots), playable=is_playable(file, frames.info), duration=frames.info.duration)
 
 
 def thumbnail(picture: Picture, seconds: float, worst: bool = False) -> Thumbnail:
@@ -496,13 +505,23 @@ def _environment() -> jinja2.Environment:
     )
     page.filters |= {"term": _term, "definition": _definition, "bytes": format_bytes}
     page.filters |= {"percent": _percent, "signed": _signed, "span": _span}
-    page.globals |= {"Axis": Axis, "titles": evaluate.TITLES, "unmatched": evaluate.unmatched, "scores": _scores}
+    page.globals |= {"Axis": Axis, "titles": evaluate.TITLES, "unmatched": evaluate.unmatched}
+    page.globals |= {"scores": _scores, "places": _places}
     return page
 
 
 def _scores(timeline: Timeline | None) -> list[tuple[float, float]]:
     """Second and score of each window."""
     return [] if timeline is None else list(zip(timeline.seconds, timeline.scores, strict=True))
+
+
+def _places(filmstrips: Sequence[Filmstrip]) -> list[tuple[str, list[tuple[float, ...]]]]:
+    """The boxes of each place over time: second, left, top, width, height."""
+    found: dict[str, list[tuple[float, ...]]] = {}
+    for frame in next((strip.thumbnails for strip in filmstrips if any(one.boxes for one in strip.thumbnails)), ()):
+        for box in frame.boxes:
+            found.setdefault(box.name, []).append((frame.seconds, box.left, box.top, box.width, box.height))
+    return list(found.items())
 
 
 def _term(defect: str) -> str:

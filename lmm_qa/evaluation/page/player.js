@@ -21,6 +21,10 @@
     seek.setAttribute("aria-valuetext", heard);
     player.querySelector(".second").value = seconds.toFixed(1);
     if (score) player.querySelector(".score-now").value = `score ${score[1].toFixed(2)}`;
+    for (const box of player.querySelectorAll(".screen .box")) {
+      const [, ...place] = nearest(JSON.parse(box.dataset.boxes), ([second]) => second, seconds);
+      ["left", "top", "width", "height"].forEach((side, at) => { box.style[side] = `${place[at]}%`; });
+    }
     for (const frames of player.querySelectorAll(".frames")) {
       const shown = nearest([...frames.children], (frame) => Number(frame.dataset.second), seconds);
       for (const frame of frames.children) frame.hidden = frame !== shown;
@@ -83,7 +87,7 @@
       const place = each.closest(".stage");
       const still = place.querySelector(".frames");
       if (still) still.hidden = false;
-      if (still || each === video) each.remove();
+      if (still || each === video) each.closest(".screen").remove();
     }
     stage.querySelector(".unplayable").hidden = stage.querySelector(".frames") !== null;
     for (const button of player.querySelectorAll(".transport button")) button.hidden = true;
