@@ -8,6 +8,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 MYPY_TESTS := --allow-untyped-calls --no-warn-unreachable --no-warn-unused-ignores \
 	--disable-error-code arg-type --disable-error-code union-attr
 PIP_INSTALL := $(PIP) install --quiet -c constraints.txt
+# The extra `web`, package by package: gradio asks for a pillow below the pinned one, but works with it, as the tests show.
+WEB := brotli fastapi gradio gradio_client groovy hf-gradio httpcore httpx opentelemetry-api orjson pydub \
+	python-multipart pytz safehttpx semantic-version starlette tomlkit uvicorn
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -27,7 +30,7 @@ demo: .venv/.installed
 	@echo "Rating lmm_qa/samples ..."
 	@mkdir -p demo
 	@$(BIN)/lmm-qa rate lmm_qa/samples --explain --timeline -o demo/ratings.jsonl
-	@$(BIN)/lmm-qa report demo/ratings.jsonl --clips lmm_qa/samples -o demo/report.html
+	@$(BIN)/lmm-qa report demo/ratings.jsonl --clips lmm_qa/samples --embed-clips -o demo/report.html
 	@echo "Ratings: demo/ratings.jsonl; to look at them, open demo/report.html in a browser"
 
 test: .venv/.installed-dev
@@ -64,4 +67,5 @@ $(BIN)/python:
 .venv/.installed-dev: .venv/.installed
 	@echo "Installing the development tools into .venv ..."
 	@$(PIP_INSTALL) -e '.[dev]'
+	@$(PIP_INSTALL) --no-deps $(WEB)
 	@touch $@

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lmm_qa.errors import ClipNotFound, ClipUnreadable, ManifestError, address_in
-from lmm_qa.tables import CLIP_COLUMNS, TABLE_SUFFIXES, Column, path_in, read_lines, read_table, shown
+from lmm_qa.files.tables import CLIP_COLUMNS, TABLE_SUFFIXES, Column, path_in, read_lines, read_table, shown
 
 VIDEO_SUFFIXES = (
     *(".3gp", ".avi", ".flv", ".gif", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"),

@@ -31,8 +31,8 @@ from lmm_qa.errors import ConfigError, ScoresError
 from lmm_qa.evaluation.calibration import calibrate
 from lmm_qa.evaluation.labels import Pair, group_folds, join, read_labels, read_scores
 from lmm_qa.evaluation.selection import Floats, choose_clips, disagreement, features, k_centre, ranks, uncertainty
+from lmm_qa.files.tables import Row
 from lmm_qa.ratings.io import read_ratings
-from lmm_qa.tables import Row
 
 SIZES = (20, 30, 40, 60, 80, 120, 160)
 DRAWS = 20

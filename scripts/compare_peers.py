@@ -50,9 +50,9 @@ from lmm_qa.errors import LmmQaError, ScoresError
 from lmm_qa.evaluation import metrics
 from lmm_qa.evaluation.labels import Label, join, read_scores
 from lmm_qa.evaluation.metrics import Bootstrap
+from lmm_qa.files.tables import Row, read_rows, to_json, write_rows
 from lmm_qa.manifest import content_id
 from lmm_qa.model.calibration import Floats
-from lmm_qa.tables import Row, read_rows, to_json, write_rows
 from lmm_qa.video.decode import read_frames
 
 if TYPE_CHECKING:  # imports torch, which the peers do not need

@@ -37,8 +37,8 @@ import pyarrow.parquet
 from rating_runs import make_clips
 
 import lmm_qa
+from lmm_qa.files.tables import Row, journal, read_rows, write_rows
 from lmm_qa.model.source import EMBEDDED
-from lmm_qa.tables import Row, journal, read_rows, write_rows
 
 SAMPLES = Path(lmm_qa.__file__).parent / "samples"
 TOLERANCE = 1e-4

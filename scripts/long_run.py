@@ -21,7 +21,7 @@ import psutil
 from corpus import pictures, write
 from rating_runs import Run, make_clips, process_tree, resident_memory, watched_run
 
-from lmm_qa.tables import read_rows
+from lmm_qa.files.tables import read_rows
 
 SIZES = ((64, 64), (96, 128), (128, 128), (192, 128), (128, 224), (256, 256))
 WARM_UP = 200

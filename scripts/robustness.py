@@ -42,8 +42,8 @@ from corpus import RATED, SAMPLES, SHORT, Case, damaged, ffmpeg_binary, hostile,
 from kill_and_resume import kill_table
 from rating_runs import Run, process_tree, watched_run
 
+from lmm_qa.files.tables import read_rows
 from lmm_qa.manifest import VIDEO_SUFFIXES
-from lmm_qa.tables import read_rows
 from lmm_qa.video.decode import Note
 
 TOLERANCE = 1e-4

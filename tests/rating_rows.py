@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lmm_qa.evaluation.pairing import RatingSet
-from lmm_qa.tables import write_rows
+from lmm_qa.files.tables import write_rows
 
 JUDGED = ("blur", "noise", "stall")
 

@@ -31,9 +31,9 @@ import lmm_qa.cli.app
 import lmm_qa.distributed
 from lmm_qa.distributed import MAX_LOSSES, ClipQueue, Ranks, RayRaters
 from lmm_qa.errors import LmmQaError, MissingExtra, ModelError, RankLost, ResultsError, UsageError
+from lmm_qa.files.tables import journal, read_rows, write_rows
 from lmm_qa.manifest import Clip
 from lmm_qa.ratings.io import RatingsWriter, shard
-from lmm_qa.tables import journal, read_rows, write_rows
 
 fcntl = pytest.importorskip("fcntl", reason="Windows has neither these locks nor SIGKILL")
 

@@ -14,7 +14,7 @@ import pytest
 from paths import EMBEDDED, ROOT
 from rating_rows import rating_row
 
-from lmm_qa.tables import write_rows
+from lmm_qa.files.tables import write_rows
 
 GUIDE = ROOT / "docs" / "guides" / "integrations.md"
 LIBRARIES = ("duckdb", "pandas", "tensorboard", "torchmetrics")

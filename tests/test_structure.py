@@ -14,8 +14,7 @@ import lmm_qa
 
 LAYERS = (
     ("errors",),
-    ("atomic", "config"),
-    ("tables",),
+    ("config", "files"),
     ("manifest", "video"),
     ("model",),
     ("defects",),
@@ -24,6 +23,7 @@ LAYERS = (
     ("evaluation",),
     ("rater",),
     ("distributed", "metric", "training"),
+    ("web",),
     ("cli",),
     ("__init__", "__main__"),
 )

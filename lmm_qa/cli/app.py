@@ -25,6 +25,7 @@ from lmm_qa.cli.options import (
     BatchSize,
     CalibrationKind,
     ClipColumn,
+    EmbedClips,
     Engine,
     Inputs,
     Model,
@@ -48,6 +49,7 @@ from lmm_qa.cli.terminal import (
     progress,
     quiet_libraries,
 )
+from lmm_qa.cli.web import web
 from lmm_qa.errors import LmmQaError, UsageError, address_in, plural
 
 app = typer.Typer(
@@ -140,8 +142,8 @@ def rate(
     `accelerate launch --multi_gpu --num_processes 4 -m lmm_qa rate clips/ -o ratings.jsonl`
     """
     from lmm_qa.cli.console import render_table
+    from lmm_qa.files.tables import output_form
     from lmm_qa.manifest import expand
-    from lmm_qa.tables import output_form
 
     form = output_form(output) if output is not None else ""
     if safe_csv and form != ".csv":
@@ -360,6 +362,7 @@ def report(
             show_default="their paths in the ratings, below the working directory and the folder of the ratings",
         ),
     ] = None,
+    embed_clips: EmbedClips = False,
     workers: Workers = DEFAULT_WORKERS,
     timeout: Timeout = 60.0,
     clip_column: ClipColumn = None,
@@ -368,23 +371,27 @@ def report(
     """Make an HTML report: a table of the clips to sort and filter; for each its frames, defects and explanation.
 
     The report is a single file and needs no network. Frames are decoded from the clips; the report says which clips
-    were not found or have changed since they were rated.
+    were not found or have changed since they were rated. A clip plays above its timeline, if the page contains it or
+    lies above it.
 
     **Examples**
 
     `lmm-qa report ratings.jsonl --clips clips/ -o report.html`
 
+    `lmm-qa report ratings.jsonl --clips clips/ --embed-clips -o report.html`
+
     `lmm-qa report ratings.jsonl --clips clips/ --labels labels.csv -o report.html`
     """
     from lmm_qa.evaluation import html_report as job
     from lmm_qa.evaluation.labels import read_labels
+    from lmm_qa.evaluation.player import EMBED_LIMIT
 
     job.check_output(output)
     opinions = read_labels(labels, clip_column, score_column) if labels else ()
     with make_console().status("reading the ratings"):
         page = job.load(ratings, opinions, clips or ())
     strips = progress(job.filmstrips(page.clips, workers, timeout), len(page.clips), "read")
-    size = job.write(page, strips, output)
+    size = job.write(page, strips, output, EMBED_LIMIT if embed_clips else 0)
     if absent := len(page.clips) - size.clips:
         found = sum(clip.file is not None for clip in page.clips)
         hint = "" if found else ": give their location with --clips FOLDER"
@@ -396,6 +403,7 @@ app.command()(compare)
 app.command()(gate)
 app.command()(select)
 app.command()(raters)
+app.command()(web)
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lmm_qa.tables import Row, one_line
+from lmm_qa.files.tables import Row, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console

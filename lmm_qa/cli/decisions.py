@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lmm_qa.cli.options import DEFAULT_WORKERS, Model, Timeout, Workers, with_rater_options
+from lmm_qa.cli.options import DEFAULT_WORKERS, EmbedClips, Model, Timeout, Workers, with_rater_options
 from lmm_qa.cli.terminal import (
     GATE_FAILED,
     SOME_CLIPS_FAILED,
@@ -76,6 +76,7 @@ def compare(
             show_default="the folders given, or the paths in the ratings",
         ),
     ] = None,
+    embed_clips: EmbedClips = False,
     pair: Pair = "name",
     group: Group = None,
     tie: Annotated[float, typer.Option(min=0, help="Scores that differ by no more are a tie, in MOS.")] = 0.1,
@@ -117,7 +118,7 @@ def compare(
         job.write(found, output)
         message(f"comparison -> {output}")
     if report is not None:
-        _write_page(found, sets, [old, *new], clips or [], workers, timeout, report)
+        _write_page(found, sets, [old, *new], clips or [], workers, timeout, report, embed_clips)
     if found.failed:
         raise typer.Exit(SOME_CLIPS_FAILED)
 
@@ -286,10 +287,12 @@ def _write_page(
     workers: int,
     timeout: float,
     output: Path,
+    embed_clips: bool,
 ) -> None:
     from lmm_qa.evaluation import comparison_page as job
     from lmm_qa.evaluation.html_report import format_bytes
     from lmm_qa.evaluation.labels import find_videos
+    from lmm_qa.evaluation.player import EMBED_LIMIT
 
     places = [[one] for one in clips] if len(clips) > 1 else [list(clips)] * len(sets)
     videos = []
@@ -301,7 +304,7 @@ def _write_page(
         videos.append(find_videos(names, place, inside))
     pairs = job.page_pairs(comparison, sets, videos)
     frames = progress(job.pair_frames(pairs, workers, timeout), len(pairs), "read")
-    size = job.write(comparison, pairs, frames, output)
+    size = job.write(comparison, pairs, frames, output, EMBED_LIMIT if embed_clips else 0)
     if not size.clips:
         message("no clips were found: give their location with --clips FOLDER, once for each set")
     message(f"{plural(len(pairs), 'pair')}, {size.clips} with frames, {format_bytes(size.page)} -> {output}")

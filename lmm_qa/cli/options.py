@@ -92,6 +92,15 @@ Root = Annotated[
     Path | None, typer.Option(help="Folder that paths in lists are relative to.", show_default="the list's folder")
 ]
 
+EmbedClips = Annotated[
+    bool,
+    typer.Option(
+        "--embed-clips",
+        help="Put the clips themselves into the page, up to 50 MB in all. Without it, and beyond that, the page plays "
+        "the clips that lie in its own folder or below, and shows frames of the others.",
+    ),
+]
+
 ClipColumn = Annotated[
     str | None,
     typer.Option(help="Column with the clip names in the labels.", show_default="clip, video, path, file or name"),

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from lmm_qa.distributed import Ranks, RayRaters
+    from lmm_qa.files.tables import Row
     from lmm_qa.manifest import Clip
     from lmm_qa.model.rater_plan import RaterPlan
     from lmm_qa.ratings.io import RatingsWriter
     from lmm_qa.ratings.rows import Details, Failure, Rating
-    from lmm_qa.tables import Row
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ import typer
 
 from lmm_qa.cli.terminal import SOME_CLIPS_FAILED, make_console, message
 from lmm_qa.errors import UsageError, plural
-from lmm_qa.tables import Row
+from lmm_qa.files.tables import Row
 
 
 def select(
@@ -85,8 +85,8 @@ def select(
     from lmm_qa.evaluation.labels import find_videos
     from lmm_qa.evaluation.row_filter import copy_clips, filter_rows
     from lmm_qa.evaluation.selection import choose_clips, clip_groups
+    from lmm_qa.files.tables import output_form, write_rows
     from lmm_qa.ratings.io import read_ratings
-    from lmm_qa.tables import output_form, write_rows
 
     if keep is None and to_label is None:
         raise UsageError("nothing to select by: give a condition with --keep, or a number of clips with --to-label")

@@ -42,9 +42,9 @@ from lmm_qa.degrade.detail import edge_sharpness
 from lmm_qa.degrade.full_reference import DegradedCopy, make_copy, mos, quality_ceiling
 from lmm_qa.degrade.sound import GREATEST_OFFSET, SOUND, degrade_sound, fit, follow_pictures, sound_offset
 from lmm_qa.errors import ClipError, ClipTruncated, ClipUnreadable, LmmQaError, MissingExtra, ResultsError, UsageError
+from lmm_qa.files.tables import Row, journal, output_form, read_rows, to_json, write_rows
 from lmm_qa.manifest import Clip, content_id
 from lmm_qa.model.prompt import DEFAULT_PROMPT, load_prompt
-from lmm_qa.tables import Row, journal, output_form, read_rows, to_json, write_rows
 from lmm_qa.video.decode import iterate_frames
 from lmm_qa.video.face import Face, find_face
 from lmm_qa.video.playback import playback

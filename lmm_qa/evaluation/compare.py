@@ -33,9 +33,9 @@ from lmm_qa.evaluation.paired_statistics import (
 )
 from lmm_qa.evaluation.pairing import Pairing, RatingSet, check_same_rater, pair_sets
 from lmm_qa.evaluation.selection import clip_groups
+from lmm_qa.files.tables import Row, write_rows, writing
 from lmm_qa.model.rater_config import EMBEDDED_NAME
 from lmm_qa.ratings.rows import RatingRow
-from lmm_qa.tables import Row, write_rows, writing
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -1,7 +1,7 @@
 """A self-contained HTML page of a comparison: the verdict, the tables, and pairs of clips side by side.
 
-The two clips of a pair are shown at the same moment, and one slider moves both. Like the report of ratings
-(`lmm_qa.evaluation.html_report`), the page needs no network.
+The two clips of a pair play in step, or are shown in still frames at the same moment; one slider moves both. Like the
+report of ratings (`lmm_qa.evaluation.html_report`), the page needs no network.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from lmm_qa.errors import ClipError, ClipUnreadable
 from lmm_qa.evaluation.compare import PAIR_HEADER, Comparison, ScorePair, SetComparison, footnotes, sections
 from lmm_qa.evaluation.html_report import SAMPLING, Axis, PageSize, Thumbnail, thumbnail, write_page
 from lmm_qa.evaluation.pairing import RatingSet
+from lmm_qa.evaluation.player import ClipAddresses, is_playable
 from lmm_qa.manifest import content_id
 from lmm_qa.video.decode import Frames
 from lmm_qa.video.decoder_pool import DecoderPool
@@ -39,6 +40,12 @@ class PairFrames:
     new: tuple[Thumbnail, ...] = ()
     missing: str | None = None
     """Why there are none."""
+    duration: float = 0.0
+    """Seconds that both clips last."""
+    playable: bool = False
+    """Whether browsers play both clips."""
+    sizes: tuple[tuple[int, int], ...] = ()
+    """Width and height of both clips."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +101,7 @@ def pair_frames(pairs: Sequence[PagePair], workers: int = 2, timeout: float = 60
                 continue
             old, new = next(decoded), next(decoded)
             try:
-                yield _synchronised(_checked(old, pair, 0), _checked(new, pair, 1))
+                yield synchronised(_checked(old, pair, 0), _checked(new, pair, 1), pair.files)
             except ClipError as error:
                 yield PairFrames(missing=str(error))
 
@@ -109,11 +116,20 @@ def _checked(frames: Frames | ClipError, pair: PagePair, side: int) -> Frames:
     return frames
 
 
-def _synchronised(old: Frames, new: Frames) -> PairFrames:
-    """The frames nearest to moments that are evenly spread over the time that both clips last."""
+def synchronised(old: Frames, new: Frames, files: tuple[Path | None, Path | None]) -> PairFrames:
+    """The frames nearest to moments that are evenly spread over the time that both clips last.
+
+    Args:
+        old, new: densely sampled frames with one view.
+        files: of both clips.
+    """
     shared = min(old.seconds[-1], new.seconds[-1])
     moments = tuple((number + 0.5) / MOMENTS * shared for number in range(MOMENTS))
-    return PairFrames(moments, _at(old, moments), _at(new, moments))
+    duration = min(old.info.duration, new.info.duration)
+    known = zip(files, (old.info, new.info), strict=True)
+    playable = all(file is not None and is_playable(file, info) for file, info in known)
+    sizes = tuple((frames.info.width, frames.info.height) for frames in (old, new))
+    return PairFrames(moments, _at(old, moments), _at(new, moments), None, duration, playable, sizes)
 
 
 def _at(frames: Frames, moments: Iterable[float]) -> tuple[Thumbnail, ...]:
@@ -121,7 +137,9 @@ def _at(frames: Frames, moments: Iterable[float]) -> tuple[Thumbnail, ...]:
     return tuple(thumbnail(frames.views[0][index], frames.seconds[index]) for index in nearest)
 
 
-def write(comparison: Comparison, pairs: Sequence[PagePair], frames: Iterable[PairFrames], path: Path) -> PageSize:
+def write(
+    comparison: Comparison, pairs: Sequence[PagePair], frames: Iterable[PairFrames], path: Path, embed: int = 0
+) -> PageSize:
     """Write the page atomically, pair by pair.
 
     Args:
@@ -129,29 +147,41 @@ def write(comparison: Comparison, pairs: Sequence[PagePair], frames: Iterable[Pa
         pairs: the pairs to show.
         frames: of each pair, in order.
         path: the page, .html; missing folders are created.
+        embed: bytes of clips that the page may contain, see `lmm_qa.evaluation.player`.
 
     Raises:
         UsageError, ResultsError: the page cannot be written there.
     """
-    size = PageSize()
-    intervals = [each.difference for each in comparison.sets]
-    axis = Axis.over([0.0, *(end for each in intervals for end in (each.low, each.high))])
+    size, addresses = PageSize(), ClipAddresses(path, embed)
     write_page(
         path,
         "comparison",
         size,
         comparison=comparison,
-        axis=axis,
+        axis=difference_axis(comparison),
         sections=[each for each in sections(comparison) if each.header != PAIR_HEADER],  # the pairs are below
         notes=footnotes(comparison),
         total=len(pairs),
-        pairs=_counted(zip(pairs, frames, strict=True), size),
+        pairs=_with_videos(zip(pairs, frames, strict=True), addresses, size),
     )
     return size
 
 
-def _counted(pairs: Iterable[tuple[PagePair, PairFrames]], size: PageSize) -> Iterator[tuple[PagePair, PairFrames]]:
+def difference_axis(comparison: Comparison) -> Axis:
+    """The axis of the mean differences: all intervals, and 0."""
+    intervals = [each.difference for each in comparison.sets]
+    return Axis.over([0.0, *(end for each in intervals for end in (each.low, each.high))])
+
+
+def _with_videos(
+    pairs: Iterable[tuple[PagePair, PairFrames]], addresses: ClipAddresses, size: PageSize
+) -> Iterator[tuple[PagePair, PairFrames, tuple[str | None, str | None]]]:
+    """Add the addresses of each pair that can be played; both or none."""
     for pair, frames in pairs:
         size.frames += sum(len(one.jpeg) for one in (*frames.old, *frames.new))
         size.clips += bool(frames.moments)
-        yield pair, frames
+        old, new = pair.files
+        videos: tuple[str | None, str | None] = (None, None)
+        if old and new and frames.playable:
+            videos = size.address(addresses, old), size.address(addresses, new)
+        yield pair, frames, videos if all(videos) else (None, None)

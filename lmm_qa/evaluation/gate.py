@@ -24,7 +24,7 @@ from lmm_qa.evaluation.labels import preview
 from lmm_qa.evaluation.paired_statistics import GroupSums, mean_interval
 from lmm_qa.evaluation.pairing import RatingSet
 from lmm_qa.evaluation.selection import clip_groups
-from lmm_qa.tables import writing
+from lmm_qa.files.tables import writing
 
 MIN_CLIPS = 10
 """With fewer clips, a 95% interval misses the truth more often than in 5% of cases."""

@@ -2,7 +2,8 @@
 
 The page loads nothing from a network; its only script is allowed by its hash and works from a local file. Content of
 rows is shown as text, never as markup. Frames are decoded again from the clips and written clip by clip. If a
-clip is not found, the page says so and shows the rest.
+clip is not found, the page says so and shows the rest. What it shows of a clip is in `page/clip.html`, which the other
+pages use too.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import hashlib
 import io
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 
@@ -28,10 +29,11 @@ from lmm_qa.errors import ClipError, ClipUnreadable, ResultsError, ScoresError, 
 from lmm_qa.evaluation import evaluate
 from lmm_qa.evaluation.evaluate import Evaluation
 from lmm_qa.evaluation.labels import Label, Score, find_videos, join, read_scores
+from lmm_qa.evaluation.player import ClipAddresses, is_playable
+from lmm_qa.files.tables import writing
 from lmm_qa.manifest import content_id
 from lmm_qa.ratings.io import read_ratings
-from lmm_qa.ratings.rows import FoundDefect, RatingRow
-from lmm_qa.tables import writing
+from lmm_qa.ratings.rows import FoundDefect, RatingRow, Timeline
 from lmm_qa.video.decode import Frames
 from lmm_qa.video.decoder_pool import DecoderPool
 from lmm_qa.video.display import Picture
@@ -105,6 +107,20 @@ class RatedClip:
         return middles[0] if middles else None
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, or their ratio if they are unknown."""
+        video = self.row.video
+        return (video.width, video.height) if video and video.width and video.height else (16, 9)
+
+    @property
+    def lowest(self) -> tuple[float, float] | None:
+        """Second and score of the lowest window; None without a timeline, or if it has one window."""
+        timeline = self.row.timeline
+        if timeline is None or len(timeline.scores) < 2:
+            return None
+        return min(zip(timeline.seconds, timeline.scores, strict=True), key=lambda window: window[1])
+
+    @property
     def duration(self) -> float:
         """Length of the time axis, in seconds."""
         if self.row.video is not None and self.row.video.duration:
@@ -158,6 +174,21 @@ class Report:
     """None without labels, or if the metrics are undefined."""
     undefined: str | None = None
     """Why the metrics are undefined."""
+
+    @classmethod
+    def of(cls, name: str, rows: Sequence[RatingRow], files: Mapping[str, Path]) -> Report:
+        """A report without labels.
+
+        Args:
+            name: its title.
+            rows: at least one.
+            files: the video of each clip that was found, by its name.
+        """
+        scored = [(row, row.score) for row in rows if row.score is not None and not row.error]
+        rated = [RatedClip(number, row, score, files.get(row.clip)) for number, (row, score) in enumerate(scored, 1)]
+        failures = tuple((row.clip, _reason(row)) for row in rows if row.score is None or row.error)
+        raters = tuple({row.rater_id: row for row in rows}.values())
+        return cls(name, tuple(rated), failures, raters)
 
     @cached_property
     def axis(self) -> Axis:
@@ -237,12 +268,8 @@ def load(ratings: Path, labels: Sequence[Label] = (), clips: Sequence[str] = ())
     if not rows:
         raise ResultsError(f"{ratings} contains no ratings")
     files = find_videos([row.clip for row in rows], clips, ratings.parent)
-    scored = [(row, row.score) for row in rows if row.score is not None and not row.error]
     files = files if clips else {row.clip: files[row.clip] for row in rows if row.clip in files and row.content_id}
-    rated = [RatedClip(number, row, score, files.get(row.clip)) for number, (row, score) in enumerate(scored, 1)]
-    failures = tuple((row.clip, _reason(row)) for row in rows if row.score is None or row.error)
-    raters = tuple({row.rater_id: row for row in rows}.values())
-    report = Report(ratings.name, tuple(rated), failures, raters)
+    report = Report.of(ratings.name, rows, files)
     return _with_labels(report, read_scores(ratings), labels) if labels else report
 
 
@@ -269,6 +296,17 @@ def _with_labels(report: Report, scores: Sequence[Score], labels: Sequence[Label
 
 
 @dataclass(frozen=True)
+class PlaceBox:
+    """A place in a frame; per cent of its width and height."""
+
+    name: str
+    left: float
+    top: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True)
 class Thumbnail:
     """A frame of a filmstrip."""
 
@@ -277,8 +315,10 @@ class Thumbnail:
     height: int
     jpeg: str
     """Base64."""
-    worst: bool
+    worst: bool = False
     """Whether it shows the worst moment."""
+    boxes: tuple[PlaceBox, ...] = ()
+    """Where the defects are, if that is known."""
 
 
 @dataclass(frozen=True)
@@ -289,6 +329,12 @@ class Filmstrip:
     """In the order of time."""
     missing: str | None = None
     """Why there are none."""
+    playable: bool = False
+    """Whether browsers play the clip itself."""
+    duration: float = 0.0
+    """Of the clip, in seconds; 0 if it is not known."""
+    title: str = ""
+    """What the frames are; empty: frames of the clip."""
 
 
 def filmstrips(clips: Sequence[RatedClip], workers: int = 2, timeout: float = 60.0) -> Iterator[Filmstrip]:
@@ -306,12 +352,12 @@ def filmstrips(clips: Sequence[RatedClip], workers: int = 2, timeout: float = 60
                 yield Filmstrip(missing="no clip of this name was found")
                 continue
             try:
-                yield Filmstrip(_thumbnails(clip, clip.file, next(decoded)))
+                yield _filmstrip(clip, clip.file, next(decoded))
             except ClipError as error:
                 yield Filmstrip(missing=str(error))
 
 
-def _thumbnails(clip: RatedClip, file: Path, frames: Frames | ClipError) -> tuple[Thumbnail, ...]:
+def _filmstrip(clip: RatedClip, file: Path, frames: Frames | ClipError) -> Filmstrip:
     if isinstance(frames, ClipError):
         raise frames
     if clip.row.content_id not in (None, content_id(file)):
@@ -322,7 +368,8 @@ def _thumbnails(clip: RatedClip, file: Path, frames: Frames | ClipError) -> tupl
     if clip.worst_moment is not None:  # replaces the nearest of the evenly spaced frames
         worst = int(np.abs(times - clip.worst_moment).argmin())
         chosen[int(np.abs(times[chosen] - times[worst]).argmin())] = worst
-    return tuple(thumbnail(frames.views[0][index], frames.seconds[index], index == worst) for index in chosen)
+    shots = (thumbnail(frames.views[0][index], frames.seconds[index], index == worst) for index in chosen)
+    return Filmstrip(tuple(shots), playable=is_playable(file, frames.info), duration=frames.info.duration)
 
 
 def thumbnail(picture: Picture, seconds: float, worst: bool = False) -> Thumbnail:
@@ -346,6 +393,21 @@ class PageSize:
     """Bytes of the frames, in base64."""
     clips: int = 0
     """Number of clips with frames."""
+    embedded: int = 0
+    """Number of clips that the page contains."""
+    videos: int = 0
+    """Bytes of these clips, in base64."""
+    linked: int = 0
+    """Number of clips that it plays from files in its folder."""
+
+    def address(self, addresses: ClipAddresses, file: Path) -> str | None:
+        """The address of a clip, counted."""
+        found = addresses.address(file)
+        embedded = found is not None and found.startswith("data:")
+        self.embedded += embedded
+        self.videos += len(found or "") if embedded else 0
+        self.linked += found is not None and not embedded
+        return found
 
 
 def check_output(path: Path) -> None:
@@ -361,19 +423,21 @@ def check_output(path: Path) -> None:
         raise ResultsError(f"cannot write {path}: it is a folder")
 
 
-def write(report: Report, filmstrips: Iterable[Filmstrip], path: Path) -> PageSize:
+def write(report: Report, filmstrips: Iterable[Filmstrip], path: Path, embed: int = 0) -> PageSize:
     """Write the page atomically, filmstrip by filmstrip. The same ratings and clips give the same page.
 
     Args:
         report: the content.
         filmstrips: one for each clip of the report, in order.
         path: the page; missing folders are created.
+        embed: bytes of clips that the page may contain, see `lmm_qa.evaluation.player`.
 
     Raises:
         UsageError, ResultsError: the page cannot be written there.
     """
-    size = PageSize()
-    write_page(path, "report", size, report=report, details=_counted(zip(report.clips, filmstrips, strict=True), size))
+    size, addresses = PageSize(), ClipAddresses(path, embed)
+    rows = _with_videos(zip(report.clips, filmstrips, strict=True), addresses, size)
+    write_page(path, "report", size, report=report, rows=rows)
     return size
 
 
@@ -382,7 +446,8 @@ def write_page(path: Path, name: str, size: PageSize, **content: object) -> None
 
     Args:
         path: the page; missing folders are created.
-        name: of the template and the script in `page/`; a style sheet of that name adds to that of the report.
+        name: of the template in `page/`; a script of that name adds to that of the player, and a style sheet of that
+            name to that of the report.
         size: its `page` is counted.
         content: variables of the template; `style`, `script`, `script_hash` and `size` are added.
 
@@ -390,36 +455,73 @@ def write_page(path: Path, name: str, size: PageSize, **content: object) -> None
         UsageError, ResultsError: the page cannot be written there.
     """
     check_output(path)
-    script = _asset(f"{name}.js")
-    pieces = _template(f"{name}.html").generate(
-        **content,
-        size=size,
-        style="".join(map(_asset, dict.fromkeys(("report.css", f"{name}.css")))),
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
+    script = "".join(map(asset, ("player.js", "report.js") if name == "report" else ("player.js",)))
+    pieces = (
+        _environment()
+        .get_template(f"{name}.html")
+        .generate(
+            **content,
+            size=size,
+            style="".join(map(asset, dict.fromkeys(("document.css", "report.css", f"{name}.css")))),
+            script=script,
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
+        )
     )
     with writing(path) as temporary, open(temporary, "wb") as file:
         for piece in pieces:
             size.page += file.write(NOT_HTML.sub("\ufffd", piece).encode())
 
 
-def _counted(details: Iterable[tuple[RatedClip, Filmstrip]], size: PageSize) -> Iterator[tuple[RatedClip, Filmstrip]]:
-    for clip, filmstrip in details:
-        size.frames += sum(len(thumbnail.jpeg) for thumbnail in filmstrip.thumbnails)
-        size.clips += bool(filmstrip.thumbnails)
-        yield clip, filmstrip
+def render(name: str, **content: object) -> str:
+    """A part of a page, in HTML: the template `page/NAME.html` with these variables."""
+    return NOT_HTML.sub("\ufffd", _environment().get_template(f"{name}.html").render(**content))
 
 
-def _asset(name: str) -> str:
+def asset(name: str) -> str:
+    """A file in `page/`."""
     return (resources.files("lmm_qa.evaluation") / "page" / name).read_text(encoding="utf-8")
 
 
-def _template(name: str) -> jinja2.Template:
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+def _with_videos(
+    clips: Iterable[tuple[RatedClip, Filmstrip]], addresses: ClipAddresses, size: PageSize
+) -> Iterator[tuple[RatedClip, Filmstrip, str | None]]:
+    """Add the address of each clip that can be played."""
+    for clip, filmstrip in clips:
+        size.frames += sum(len(thumbnail.jpeg) for thumbnail in filmstrip.thumbnails)
+        size.clips += bool(filmstrip.thumbnails)
+        video = size.address(addresses, clip.file) if clip.file and filmstrip.playable else None
+        yield clip, filmstrip, video
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    """The templates in `page/`, with their filters."""
+    page = jinja2.Environment(
+        loader=jinja2.FunctionLoader(asset),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     page.filters |= {"term": _term, "definition": _definition, "bytes": format_bytes}
     page.filters |= {"percent": _percent, "signed": _signed, "span": _span}
     page.globals |= {"Axis": Axis, "titles": evaluate.TITLES, "unmatched": evaluate.unmatched}
-    return page.from_string(_asset(name))
+    page.globals |= {"scores": _scores, "places": _places}
+    return page
+
+
+def _scores(timeline: Timeline | None) -> list[tuple[float, float]]:
+    """Second and score of each window."""
+    return [] if timeline is None else list(zip(timeline.seconds, timeline.scores, strict=True))
+
+
+def _places(filmstrips: Sequence[Filmstrip]) -> list[tuple[str, list[tuple[float, ...]]]]:
+    """The boxes of each place over time: second, left, top, width, height."""
+    found: dict[str, list[tuple[float, ...]]] = {}
+    for frame in next((strip.thumbnails for strip in filmstrips if any(one.boxes for one in strip.thumbnails)), ()):
+        for box in frame.boxes:
+            found.setdefault(box.name, []).append((frame.seconds, box.left, box.top, box.width, box.height))
+    return list(found.items())
 
 
 def _term(defect: str) -> str:

@@ -17,9 +17,7 @@ from numpy.typing import NDArray
 
 from lmm_qa.errors import ManifestError, ScoresError
 from lmm_qa.evaluation.thqa import try_parse
-from lmm_qa.manifest import VIDEO_SUFFIXES, expand
-from lmm_qa.ratings.io import read_ratings
-from lmm_qa.tables import (
+from lmm_qa.files.tables import (
     CLIP_COLUMNS,
     OUTPUT_SUFFIXES,
     Column,
@@ -30,6 +28,8 @@ from lmm_qa.tables import (
     read_table,
     shown,
 )
+from lmm_qa.manifest import VIDEO_SUFFIXES, expand
+from lmm_qa.ratings.io import read_ratings
 
 SCORE_COLUMNS = ("mos", "score")
 """Usual names of the MOS column, by precedence; case is ignored."""

@@ -12,9 +12,9 @@ from lmm_qa.errors import ResultsError, ScoresError, UsageError
 from lmm_qa.evaluation.labels import match, preview
 from lmm_qa.evaluation.row_filter import column_value
 from lmm_qa.evaluation.thqa import try_parse
+from lmm_qa.files.tables import Column, Row, read_table
 from lmm_qa.ratings.io import read_ratings
 from lmm_qa.ratings.rows import RatingRow
-from lmm_qa.tables import Column, Row, read_table
 
 PAIR_BY = "name, stem, thqa, column=NAME or mapping=FILE"
 

@@ -21,9 +21,9 @@ from typing import Any
 
 from lmm_qa.defects.vocabulary import BY_NAME
 from lmm_qa.errors import ClipError, ResultsError, UsageError
+from lmm_qa.files.tables import Row, writing
 from lmm_qa.manifest import content_id
 from lmm_qa.ratings.rows import describe_columns
-from lmm_qa.tables import Row, writing
 
 Truth = bool | None
 """None: unknown, because a value is null."""

@@ -24,7 +24,7 @@ from scipy.stats import rankdata
 from lmm_qa.errors import ScoresError, UsageError
 from lmm_qa.evaluation.row_filter import column_value
 from lmm_qa.evaluation.thqa import try_parse
-from lmm_qa.tables import Row
+from lmm_qa.files.tables import Row
 
 Floats = NDArray[np.float64]
 

@@ -8,9 +8,9 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from lmm_qa.atomic import replacing
 from lmm_qa.errors import ScoresError, UsageError
 from lmm_qa.evaluation.labels import Score, match
+from lmm_qa.files.atomic import replacing
 
 FILE_NAME = "output.txt"
 ZIP_EPOCH = (1980, 1, 1, 0, 0, 0)

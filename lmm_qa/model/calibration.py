@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import FailFast, Field, model_validator
 
-from lmm_qa.atomic import replacing
 from lmm_qa.config import MAX_NUMBER, Bounded, ScaleEnds, Settings
 from lmm_qa.errors import ConfigError, ScoresError
+from lmm_qa.files.atomic import replacing
 from lmm_qa.model.rater_config import CALIBRATION_NAME
 
 MappingKind = Literal["linear", "logistic4", "isotonic"]

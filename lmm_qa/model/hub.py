@@ -12,8 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from lmm_qa.atomic import replacing
 from lmm_qa.errors import ModelError, first_line
+from lmm_qa.files.atomic import replacing
 
 TIMEOUT = 10.0
 """Seconds that the hub has to answer."""

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Self, TextIO
 
 from lmm_qa.errors import ResultsError
-from lmm_qa.tables import Row, is_object, journal, output_form, read_rows, to_json, unwritable, write_rows
+from lmm_qa.files.tables import Row, is_object, journal, output_form, read_rows, to_json, unwritable, write_rows
 
 REQUIRED_COLUMNS = ("clip", "content_id", "rater_id")
 """A file whose rows lack one of these does not contain ratings."""
@@ -53,8 +53,8 @@ class RatingsWriter:
     ) -> None:
         """
         Args:
-            path: the file; its suffix (one of `lmm_qa.tables.OUTPUT_SUFFIXES`) gives the format. Missing folders are
-                created.
+            path: the file; its suffix (one of `lmm_qa.files.tables.OUTPUT_SUFFIXES`) gives the format. Missing folders
+                are created.
             clips: names of all clips of this run, in order, without duplicates.
             rater_id: identity of the rater. A file with ratings of another one, or of the same one with another
                 calibration, is refused.
@@ -64,7 +64,7 @@ class RatingsWriter:
             needs: columns that a row must have a value for to be reused.
             profile_id: what makes the defect profiles of this run; rows with another profile_id are not reused. None:
                 no profiles are requested.
-            safe_csv: as for `lmm_qa.tables.write_rows`.
+            safe_csv: as for `lmm_qa.files.tables.write_rows`.
 
         Raises:
             UsageError: the suffix is none of the three.
@@ -301,7 +301,7 @@ def print_row(row: Row, stream: TextIO) -> None:
     """Write a row as one line of JSON in the stream's encoding, and flush.
 
     Raises:
-        ResultsError: as for `lmm_qa.tables.to_json`.
+        ResultsError: as for `lmm_qa.files.tables.to_json`.
     """
     text = to_json(row)
     try:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_valida
 from lmm_qa.config import Bounded, Settings
 from lmm_qa.defects.profile import AnswerSource, Profile
 from lmm_qa.errors import ClipError
-from lmm_qa.tables import Row
+from lmm_qa.files.tables import Row
 from lmm_qa.video.decode import Frames
 from lmm_qa.video.measurement.lip_sync import RATE, LipSync
 from lmm_qa.video.sound import Sound, SoundState

@@ -33,8 +33,8 @@ from lmm_qa.defects.vocabulary import VISIBLE, reference_defects
 from lmm_qa.errors import ClipError, LmmQaError, ManifestError, UsageError
 from lmm_qa.evaluation.labels import GROUP_COLUMN, SCORE_COLUMNS, group_folds, preview
 from lmm_qa.evaluation.thqa import try_parse
+from lmm_qa.files.tables import CLIP_COLUMNS, TABLE_SUFFIXES, Column, Row, find_columns, read_table
 from lmm_qa.manifest import VIDEO_SUFFIXES, content_id
-from lmm_qa.tables import CLIP_COLUMNS, TABLE_SUFFIXES, Column, Row, find_columns, read_table
 from lmm_qa.video.decode import Frames
 from lmm_qa.video.decoder_pool import DecoderPool
 from lmm_qa.video.measurement.classifier import evidence_names
@@ -76,7 +76,7 @@ class Table(Settings):
     """Lowest and highest possible MOS. It is never inferred from the data. No default."""
     clip: str | None = None
     """Column of the clip names, or a video column whose videos are files. Default: the first of
-    `lmm_qa.tables.CLIP_COLUMNS` that the table has. Case is ignored in column names."""
+    `lmm_qa.files.tables.CLIP_COLUMNS` that the table has. Case is ignored in column names."""
     mos: str | None = None
     """Column of the MOS. Default: the first of `lmm_qa.evaluation.labels.SCORE_COLUMNS` that the table has."""
     std: str | None = None

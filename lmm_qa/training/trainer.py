@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
 
-from lmm_qa.atomic import replacing
 from lmm_qa.errors import ScoresError, TrainingError
 from lmm_qa.evaluation.metrics import agreement
+from lmm_qa.files.atomic import replacing
 from lmm_qa.model import compat
 from lmm_qa.model.rater_config import RaterConfig
 from lmm_qa.model.weights import load_saved_weights

@@ -20,9 +20,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lmm_qa.atomic import replacing
 from lmm_qa.config import Sampling
 from lmm_qa.errors import ClipError, TrainingError
+from lmm_qa.files.atomic import replacing
 from lmm_qa.model.backbone import Backbone
 from lmm_qa.model.inputs import ClipInput, patch_factor, prepare_inputs, remove_question, vision_features
 from lmm_qa.model.prompt import SLOTS

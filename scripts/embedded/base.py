@@ -33,8 +33,8 @@ from lmm_qa.defects.explanation import (
 )
 from lmm_qa.defects.questions import questions
 from lmm_qa.defects.vocabulary import VISIBLE
+from lmm_qa.files.tables import read_rows
 from lmm_qa.model.prompt import load_prompt
-from lmm_qa.tables import read_rows
 
 CORPUS = Path(__file__).parent / "corpus.txt"
 PATCHES_PER_COPY = 100

@@ -19,8 +19,8 @@ from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 from lmm_qa import Rater, Rating
 from lmm_qa.defects.calibration import UNCALIBRATED, DefectCalibration, PlattScaling
 from lmm_qa.defects.vocabulary import reference_defects
+from lmm_qa.files.tables import read_rows, write_rows
 from lmm_qa.ratings.rows import Details
-from lmm_qa.tables import read_rows, write_rows
 
 Floats = NDArray[np.float64]
 MIN_PRECISION = 0.3  # average precision below which a defect is not judged

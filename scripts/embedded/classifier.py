@@ -30,8 +30,8 @@ from lmm_qa.config import View
 from lmm_qa.defects.vocabulary import BY_NAME, reference_defects
 from lmm_qa.degrade.causes import REPRODUCIBLE_X264
 from lmm_qa.degrade.dataset import read_clip
+from lmm_qa.files.tables import read_rows, write_rows
 from lmm_qa.model.levels import LEVELS
-from lmm_qa.tables import read_rows, write_rows
 from lmm_qa.training.dataset import Data, load
 from lmm_qa.video.decode import read_frames
 from lmm_qa.video.measurement.classifier import QUALITY, Forests, log_odds

@@ -27,8 +27,8 @@ from lmm_qa.config import Sampling, View
 from lmm_qa.defects.vocabulary import BY_NAME
 from lmm_qa.degrade.causes import DEGRADATIONS, FACIAL, REPRODUCIBLE_X264, Pixels, encode
 from lmm_qa.degrade.dataset import NEAR_LOSSLESS, DegradationPlan, DegradedDataset, FailedSource, read_clip
+from lmm_qa.files.tables import read_rows, write_rows
 from lmm_qa.manifest import Clip
-from lmm_qa.tables import read_rows, write_rows
 from lmm_qa.video.decode import read_frames
 
 SCALE = (1.0, 5.0)

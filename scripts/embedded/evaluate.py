@@ -62,11 +62,11 @@ from lmm_qa.degrade.causes import (
 from lmm_qa.degrade.dataset import REQUIRED_COLUMNS
 from lmm_qa.errors import ClipError, LmmQaError, ScoresError
 from lmm_qa.evaluation import metrics
+from lmm_qa.files.tables import OUTPUT_SUFFIXES, Row, read_rows
 from lmm_qa.manifest import Clip, content_id, expand
 from lmm_qa.model.rater_plan import RaterPlan, plan_rater
 from lmm_qa.ratings.io import RatingsWriter, read_ratings
 from lmm_qa.ratings.rows import Details
-from lmm_qa.tables import OUTPUT_SUFFIXES, Row, read_rows
 from lmm_qa.training.dataset import Data, load
 from lmm_qa.video.measurement import classifier
 

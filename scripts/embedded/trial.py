@@ -46,7 +46,7 @@ from embedded.data import CAUSES  # noqa: E402
 from embedded.evaluate import MAIN_CAUSES, rank_correlation  # noqa: E402
 
 from lmm_qa.degrade.causes import FACIAL, REPRODUCIBLE_X264, Pixels, transcode  # noqa: E402
-from lmm_qa.tables import Row, read_rows  # noqa: E402
+from lmm_qa.files.tables import Row, read_rows  # noqa: E402
 from lmm_qa.video.decode import iterate_frames  # noqa: E402
 from lmm_qa.video.probe import scan_container  # noqa: E402
 

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForImageTextToText, AutoProcessor, EvalPrediction, Trainer, TrainingArguments
 
 from lmm_qa.degrade.causes import DEGRADATIONS, FACIAL, TEMPORAL
-from lmm_qa.tables import read_rows
+from lmm_qa.files.tables import read_rows
 
 CAUSES = tuple(DEGRADATIONS)
 WINDOW = 112  # pixels; windows of one size make batches simple

@@ -30,11 +30,11 @@ from typer.main import get_command
 import lmm_qa.cli.app
 import lmm_qa.cli.terminal
 from lmm_qa import Sampling, View, load_prompt
+from lmm_qa.files.tables import read_rows
 from lmm_qa.manifest import content_id
 from lmm_qa.model.calibration import Calibration
 from lmm_qa.model.inputs import prepare_inputs
 from lmm_qa.rater import clip_input
-from lmm_qa.tables import read_rows
 from lmm_qa.video.decode import read_frames
 
 FAST = ("--device", "cpu", "--sampling", "uniform:2", "--view", "whole:56", "--workers", "1")

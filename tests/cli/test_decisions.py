@@ -22,8 +22,8 @@ from commands import Command
 from paths import ROOT
 from rating_rows import rating_row
 
+from lmm_qa.files.tables import read_rows, write_rows
 from lmm_qa.manifest import content_id
-from lmm_qa.tables import read_rows, write_rows
 
 
 @pytest.fixture
@@ -149,8 +149,9 @@ def test_one_slider_moves_both_clips(page: Path) -> None:
             "[...side.children].filter(frame => !frame.hidden).map(frame => frame.alt))"
         )
         moved = (
-            "(() => { const slider = document.querySelector('#p1 input'); slider.value = 11;"
-            " slider.dispatchEvent(new Event('input')); return slider.parentNode.querySelector('output').value })()"
+            "(() => { const slider = document.querySelector('#p1 .seek'); slider.value = 0.92;"
+            " slider.dispatchEvent(new Event('input', {bubbles: true}));"
+            " return document.querySelector('#p1 output').value })()"
         )
         before = browser.run(shown)
         assert [len(side) for side in before] == [1, 1]
@@ -161,8 +162,10 @@ def test_one_slider_moves_both_clips(page: Path) -> None:
         seconds = [float(side[0].split(" at ")[1].removesuffix(" s")) for side in after]
         assert seconds[0] == pytest.approx(seconds[1], abs=0.1)
         assert float(label.removesuffix(" s")) == pytest.approx(seconds[0], abs=0.1)
+        times = browser.run("[...document.querySelectorAll('#p1 video')].map(video => video.currentTime)")
+        assert times == [0.92, 0.92]
         assert browser.complaints() == []
-        assert browser.requests() == [page.as_uri()]
+        assert all(url.startswith(page.parent.as_uri()) for url in browser.requests())
 
 
 # --- gate ------------------------------------------------------------------------------------------------------------

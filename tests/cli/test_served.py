@@ -16,9 +16,9 @@ from model_server import ModelServer, drop, status, works
 from paths import EMBEDDED, SAMPLES
 
 from lmm_qa import Rater, Sampling, View
+from lmm_qa.files.tables import read_rows
 from lmm_qa.model import server as server_module
 from lmm_qa.model.served import ServedBackbone
-from lmm_qa.tables import read_rows
 
 KEY = "sk-secret-0123456789"
 FAST = ("--sampling", "uniform:2", "--view", "whole:84", "--workers", "1")

@@ -26,8 +26,8 @@ from lmm_qa.degrade.detail import edge_sharpness
 from lmm_qa.degrade.full_reference import make_copy, quality_ceiling
 from lmm_qa.errors import ClipError, ClipTruncated, MissingExtra, ResultsError, UsageError
 from lmm_qa.evaluation.labels import read_labels
+from lmm_qa.files.tables import Row, read_rows, write_rows
 from lmm_qa.manifest import expand
-from lmm_qa.tables import Row, read_rows, write_rows
 from lmm_qa.training.dataset import Data, load
 
 QUICK = DegradationPlan(causes=("blur", "stall"), strengths=(0.5, 1.0), pairs=1, length=0.4)

@@ -34,9 +34,9 @@ from lmm_qa.evaluation import evaluate
 from lmm_qa.evaluation import html_report as report
 from lmm_qa.evaluation.html_report import Axis, Filmstrip
 from lmm_qa.evaluation.labels import Label, read_scores
+from lmm_qa.files.tables import write_rows
 from lmm_qa.manifest import content_id
 from lmm_qa.ratings.rows import RatingRow
-from lmm_qa.tables import write_rows
 
 Row = dict[str, Any]
 
@@ -147,7 +147,8 @@ class Reader(HTMLParser):
 def pictures(page: Path) -> list[tuple[bool, np.ndarray]]:
     """The thumbnails in order, and whether each is marked as the worst moment."""
     found = re.findall(
-        r'<li( class="worst")?><img src="data:image/jpeg;base64,([^"]+)"', page.read_text(encoding="utf-8")
+        r'<li( class="worst")?>(?:<button[^>]*>)?<img src="data:image/jpeg;base64,([^"]+)"',
+        page.read_text(encoding="utf-8"),
     )
     return [(bool(worst), np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))) for worst, data in found]
 

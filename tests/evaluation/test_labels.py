@@ -24,7 +24,7 @@ from lmm_qa.evaluation.labels import (
     read_names,
     read_scores,
 )
-from lmm_qa.tables import Row, write_rows
+from lmm_qa.files.tables import Row, write_rows
 
 Write = Callable[[str, str], Path]
 

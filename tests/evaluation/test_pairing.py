@@ -10,7 +10,7 @@ from rating_rows import rating_row, rating_set
 
 from lmm_qa.errors import ResultsError, ScoresError, UsageError
 from lmm_qa.evaluation.pairing import Pairing, RatingSet, check_same_rater, pair_sets
-from lmm_qa.tables import write_rows
+from lmm_qa.files.tables import write_rows
 
 
 def sets(folder: Path, old: Sequence[str], new: Sequence[str]) -> tuple[RatingSet, RatingSet]:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from lmm_qa.errors import ResultsError, UsageError
 from lmm_qa.evaluation.row_filter import Clause, copy_clips, filter_rows
+from lmm_qa.files.tables import Row
 from lmm_qa.manifest import content_id
-from lmm_qa.tables import Row
 
 
 def rated(clip: str, score: float, found: tuple[str, ...] | None = (), **more: Any) -> Row:

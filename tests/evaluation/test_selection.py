@@ -30,8 +30,8 @@ from lmm_qa.evaluation.selection import (
     ranks,
     uncertainty,
 )
+from lmm_qa.files.tables import Row, read_rows, write_rows
 from lmm_qa.manifest import content_id
-from lmm_qa.tables import Row, read_rows, write_rows
 
 
 def ratings(n: int = 60, seed: int = 0) -> list[Row]:

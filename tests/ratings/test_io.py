@@ -23,8 +23,8 @@ from rich.console import Console
 
 from lmm_qa.cli.console import render_table
 from lmm_qa.errors import ResultsError, UsageError
+from lmm_qa.files.tables import Row, journal, write_rows
 from lmm_qa.ratings.io import RatingsWriter, print_row, read_ratings
-from lmm_qa.tables import Row, journal, write_rows
 
 FORMS = pytest.mark.parametrize("form", [".jsonl", ".csv", ".parquet"])
 LEVELS = ("bad", "poor", "fair", "good", "excellent")

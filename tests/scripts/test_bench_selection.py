@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from paths import SCRIPTS
 
-from lmm_qa.tables import write_rows
+from lmm_qa.files.tables import write_rows
 
 
 def test_each_rule_is_measured_for_both_models(tmp_path: Path) -> None:

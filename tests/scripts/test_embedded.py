@@ -20,8 +20,8 @@ from PIL import Image
 
 from lmm_qa import Rater
 from lmm_qa.defects.calibration import DefectCalibration
+from lmm_qa.files.tables import read_rows, write_rows
 from lmm_qa.ratings.rows import Details
-from lmm_qa.tables import read_rows, write_rows
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from paths import SAMPLES, SCRIPTS
 from scipy.stats import kendalltau, spearmanr
 
 from lmm_qa.errors import ResultsError, ScoresError
-from lmm_qa.tables import read_rows, write_rows
+from lmm_qa.files.tables import read_rows, write_rows
 
 LEVELS = ("bad", "poor", "fair", "good", "excellent")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from paths import SAMPLES, SCRIPTS
 
-from lmm_qa.tables import Row, write_rows
+from lmm_qa.files.tables import Row, write_rows
 
 
 @pytest.fixture(autouse=True)

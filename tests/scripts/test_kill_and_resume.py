@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from paths import SCRIPTS
 
-from lmm_qa.tables import write_rows
+from lmm_qa.files.tables import write_rows
 
 pytestmark = [
     pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL"),

@@ -21,7 +21,7 @@ from paths import SCRIPTS
 
 from lmm_qa.config import Sampling, View
 from lmm_qa.errors import ClipError
-from lmm_qa.tables import Row, read_rows, write_rows
+from lmm_qa.files.tables import Row, read_rows, write_rows
 from lmm_qa.video.decode import read_frames
 
 pytestmark = [

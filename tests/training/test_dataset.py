@@ -26,7 +26,7 @@ from lmm_qa.defects.vocabulary import VISIBLE, reference_defects
 from lmm_qa.errors import ClipNotFound, ClipTruncated, ClipUnreadable, ConfigError, ManifestError, UsageError
 from lmm_qa.evaluation.labels import read_names
 from lmm_qa.evaluation.thqa import find_leaks
-from lmm_qa.tables import write_rows
+from lmm_qa.files.tables import write_rows
 from lmm_qa.training.dataset import CheckedClip, Data, DatasetCheck, Example, Splits, check, load
 from lmm_qa.video.measurement.classifier import evidence_names
 

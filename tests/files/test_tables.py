@@ -1,4 +1,4 @@
-"""python -m pytest tests/test_tables.py"""
+"""python -m pytest tests/files/test_tables.py"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lmm_qa.errors import ManifestError, ResultsError
-from lmm_qa.tables import Column, read_lines, read_rows, read_table, write_rows
+from lmm_qa.files.tables import Column, read_lines, read_rows, read_table, write_rows
 
 COLUMNS = (Column("clip", ("clip", "video")), Column("mos", ("mos",)), Column("group", ("group",), required=False))
 

@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from lmm_qa.atomic import replacing
 from lmm_qa.errors import LmmQaError, ManifestError, ResultsError, UsageError
+from lmm_qa.files.atomic import replacing
 
 Row = dict[str, Any]
 

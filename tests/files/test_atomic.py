@@ -1,4 +1,4 @@
-"""python -m pytest tests/test_atomic.py"""
+"""python -m pytest tests/files/test_atomic.py"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lmm_qa.atomic import replacing
+from lmm_qa.files.atomic import replacing
 
 
 def test_a_file_is_replaced_when_the_block_ends(tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_a_block_that_fails_changes_and_leaves_nothing(tmp_path: Path) -> None:
 HOLD = """
 import sys
 from pathlib import Path
-from lmm_qa.atomic import replacing
+from lmm_qa.files.atomic import replacing
 
 with replacing(Path(sys.argv[1])) as beside:
     beside.write_text("half")

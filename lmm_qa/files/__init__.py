@@ -1,0 +1,1 @@
+"""Files that are complete or absent, and tables of rows."""

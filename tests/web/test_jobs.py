@@ -1,0 +1,105 @@
+"""python -m pytest tests/web/test_jobs.py"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from clips import write_clip
+from paths import EMBEDDED, SAMPLES
+from rating_rows import rating_row
+
+from lmm_qa import Rater
+from lmm_qa.errors import UsageError
+from lmm_qa.evaluation.html_report import RatedClip
+from lmm_qa.files.tables import read_rows, write_rows
+from lmm_qa.model.rater_config import EMBEDDED_NAME
+from lmm_qa.ratings.rows import RatingRow
+from lmm_qa.video.decode import read_frames
+from lmm_qa.web.jobs import Given, Jobs, Request, Step
+from lmm_qa.web.looked_at import WIDE, looked_at
+from lmm_qa.web.shelf import RaterSettings, Shelf
+from lmm_qa.web.workspace import Workspace
+
+pytestmark = pytest.mark.skipif(not any(EMBEDDED.rglob("*.safetensors")), reason=f"no embedded model at {EMBEDDED}")
+
+REQUEST = Request(EMBEDDED_NAME, RaterSettings(sampling="uniform:2"), timeline=False)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> list[Given]:
+    folder = tmp_path_factory.mktemp("clips")
+    paths = [write_clip(folder / f"{name}.mp4", frames=12, size=(96, 64)) for name in ("a", "b", "c")]
+    return [Given(path, path.name) for path in paths]
+
+
+@pytest.fixture(scope="module")
+def shelf() -> Shelf:
+    return Shelf()
+
+
+@pytest.fixture
+def jobs(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with Workspace() as workspace, Jobs(workspace, shelf, workers=1) as jobs:
+        yield jobs
+
+
+def last(steps: Iterator[Step]) -> str:
+    """The result of a job."""
+    (html,) = [step.html for step in steps if step.html is not None]
+    return html
+
+
+def test_sets_of_clips_are_compared_as_by_the_command(jobs: Jobs, clips: list[Given]) -> None:
+    html = last(jobs.compare(clips, clips, "name", REQUEST))
+    assert "no difference shown between old and new: +0.00 [+0.00, +0.00] on 3 pairs" in html
+    assert html.count('<section class="pair"') == 3 and html.count("<video ") == 6
+    assert "comparison.html" in html and "ratings.jsonl" in html
+
+
+def test_nothing_to_compare_with_is_an_error(jobs: Jobs, clips: list[Given]) -> None:
+    with pytest.raises(UsageError, match="give clips on both sides"):
+        last(jobs.compare(clips, [], "name", REQUEST))
+
+
+def test_clips_that_are_left_when_the_time_is_over_are_reported(jobs: Jobs, clips: list[Given]) -> None:
+    jobs.time_limit = 0.0
+    html = last(jobs.rate(clips, REQUEST))
+    assert html.count("the request took longer than 0 s: ask for fewer clips") == 3
+
+
+def test_uploaded_ratings_find_the_clips_that_come_with_them(jobs: Jobs, clips: list[Given], tmp_path: Path) -> None:
+    write_rows(tmp_path / "r.jsonl", [rating_row("folder/a.mp4", 3.0), rating_row("folder/z.mp4", 2.0)])
+    html = last(jobs.report([Given(tmp_path / "r.jsonl", "r.jsonl"), *clips], None, REQUEST))
+    (page,) = Path("results").rglob("report.html")
+    text = page.read_text(encoding="utf-8")
+    assert f"results/{page.parent.name}/report.html" in html
+    assert text.count("data:video/mp4") == 1 and "No frames: no clip of this name was found." in text
+    assert [row["clip"] for row in read_rows(page.with_name("ratings.jsonl"))] == ["folder/a.mp4", "folder/z.mp4"]
+
+
+def test_errors_name_the_upload_and_not_its_place(jobs: Jobs, tmp_path: Path) -> None:
+    (tmp_path / "r.jsonl").write_text('{"score": 3}\n', encoding="utf-8")
+    with pytest.raises(UsageError) as raised:
+        last(jobs.report([Given(tmp_path / "r.jsonl", "mine.jsonl")], None, REQUEST))
+    assert str(raised.value).startswith("mine.jsonl, row 1")
+    with pytest.raises(UsageError, match=r"give clips or a file of ratings$"):
+        last(jobs.report([], "nothing", REQUEST))
+
+
+def test_a_defect_of_the_mouth_has_a_box_in_the_lower_half_of_the_face() -> None:
+    path = SAMPLES / "astronaut_clean.mp4"
+    settings = Rater.from_pretrained().settings
+    frames = read_frames(path, settings.sampling, (*settings.views, WIDE), 28)
+    found = [{"defect": name, "probability": 0.9} for name in ("mouth", "geometry", "blur")]
+    row = RatingRow.parse(rating_row(path.name, 3.0) | {"found": found}, "here")
+    whole, window = looked_at(RatedClip(1, row, 3.0, path), frames, settings.views)
+    assert "the whole picture" in whole.title and "at native resolution" in window.title
+    assert not any(frame.boxes for frame in window.thumbnails)
+    for frame in whole.thumbnails:
+        mouth, face = frame.boxes
+        assert (mouth.name, face.name) == ("malformed mouth", "warped face")
+        assert face.left < mouth.left and mouth.left + mouth.width < face.left + face.width
+        assert face.top + face.height / 2 < mouth.top < face.top + face.height

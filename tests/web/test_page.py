@@ -1,0 +1,270 @@
+"""python -m pytest tests/web/test_page.py
+
+One server with a password, as a user starts it, and one browser. Needs gradio, and Chromium (`apt-get install
+chromium`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from browser import Browser, find_browser
+from clips import write_clip
+from paths import SAMPLES
+from rating_rows import rating_row
+
+from lmm_qa.files.tables import write_rows
+
+pytestmark = [
+    pytest.mark.skipif(find_spec("gradio") is None, reason="needs gradio: pip install 'lmm-qa[web]'"),
+    pytest.mark.skipif(find_browser() is None, reason="needs Chromium"),
+]
+
+PASSWORD = "täst word"
+HOSTILE = "<img src=x onerror=alert(1)> ${alert(2)} {{7*7}}.mp4"
+SHOWN = ":is(.downloads, .problem):visible"
+
+
+@dataclass
+class Server:
+    """A running `lmm-qa web`."""
+
+    url: str
+    process: subprocess.Popen[str]
+    folder: Path
+    """In which it makes its private folder."""
+
+    def get(self, path: str, **headers: str) -> tuple[int, str, dict[str, str]]:
+        """Status, body and headers of an answer, without a password."""
+        request = urllib.request.Request(self.url + path, headers=headers)
+        try:
+            with urllib.request.urlopen(request) as answer:
+                return answer.status, answer.read().decode(errors="replace"), dict(answer.headers)
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode(errors="replace"), dict(error.headers)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uploads")
+    write_clip(folder / "whole.mp4", frames=60)
+    whole = (folder / "whole.mp4").read_bytes()
+    (folder / HOSTILE.replace("/", "")).write_bytes(whole[:-3000])
+    write_rows(folder / "ratings.jsonl", [rating_row("whole.mp4", 3.5), rating_row(HOSTILE, 2.0, ["stall"])])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    arguments = ["web", str(clips / "ratings.jsonl"), "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "lmm_qa", *arguments]
+    environment = os.environ | {"TMPDIR": str(folder), "LMM_QA_PASSWORD": PASSWORD, "GRADIO_SHARE": "True"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=clips)
+    assert process.stderr is not None
+    said = []
+    for line in process.stderr:
+        said.append(line)
+        if line.startswith("open "):
+            break
+    else:
+        pytest.fail("".join(said))
+    yield Server(f"http://127.0.0.1:{port}/", process, folder)
+    if process.poll() is None:
+        process.kill()
+    process.communicate()
+
+
+@pytest.fixture(scope="module")
+def browser(server: Server) -> Iterator[Browser]:
+    """Logged in."""
+    with Browser() as browser:
+        browser.open(server.url)
+        browser.page.get_by_label("username").fill("anybody")
+        browser.page.get_by_label("password").fill(PASSWORD)
+        browser.page.get_by_role("button", name="Login").click()
+        browser.page.wait_for_selector("[data-sample]")
+        yield browser
+
+
+def upload(browser: Browser, place: int, *files: Path) -> None:
+    browser.page.locator("input[type=file]").nth(place).set_input_files(files)
+
+
+def wait(browser: Browser) -> None:
+    browser.page.wait_for_selector(SHOWN, timeout=60_000)
+
+
+def fresh(browser: Browser) -> None:
+    browser.page.reload()
+    browser.page.wait_for_selector("[data-sample]")
+
+
+def test_without_the_password_nothing_is_given_out(server: Server) -> None:
+    status, page, _ = server.get("")
+    assert status == 200 and '"auth_required":true' in page.replace(" ", "") and "data-sample" not in page
+    for path in ("config", "gradio_api/info", "gradio_api/queue/data?session_hash=x", "gradio_api/file=uploads"):
+        assert server.get(path)[0] == 401, path
+    assert server.get(f"results/{'a' * 22}/clip0.mp4")[0] == 401
+
+
+def test_a_name_from_elsewhere_is_refused(server: Server) -> None:
+    assert server.get("", Host="evil.example:80")[0] == 403
+    assert server.get("", Host="localhost:80")[0] == 200
+
+
+def test_a_clip_is_rated_played_and_downloaded(browser: Browser, server: Server, clips: Path) -> None:
+    page = browser.page
+    upload(browser, 0, clips / "whole.mp4")
+    wait(browser)
+    assert page.locator(".rated h2").inner_text() == "whole.mp4"
+    assert page.locator(".strip img").count() > 8
+    assert page.locator(".levels li").count() == 5
+
+    video = page.locator(".player video")
+    page.locator(".strip button").nth(2).click()
+    moment = float(page.locator(".strip button").nth(2).get_attribute("data-at") or "")
+    assert video.evaluate("video => video.currentTime") == pytest.approx(moment, abs=0.01)
+    page.locator(".player .lowest").click()
+    lowest = float(page.locator(".player .lowest").get_attribute("data-at") or "")
+    assert video.evaluate("video => video.currentTime") == pytest.approx(lowest, abs=0.01)
+    page.locator(".player .seek").press("ArrowRight")
+    assert video.evaluate("video => video.currentTime") == pytest.approx(lowest + 0.04, abs=0.03)
+    plot = page.locator(".player .curve").bounding_box()
+    assert plot is not None
+    page.mouse.click(plot["x"] + plot["width"] / 4, plot["y"] + 5)
+    assert video.evaluate("video => video.currentTime") == pytest.approx(2.4 / 4, abs=0.05)
+    page.locator(".player .play").click()
+    page.wait_for_function("document.querySelector('.player video').currentTime > 0.8")
+    page.locator(".player .play").click()
+    assert video.evaluate("video => video.paused")
+
+    with page.expect_download() as row:
+        page.get_by_role("link", name="ratings.jsonl").click()
+    rated = json.loads(row.value.path().read_text(encoding="utf-8"))
+    assert rated["clip"] == "whole.mp4" and rated["found"] is not None and rated["timeline"]
+    with page.expect_download() as report:
+        page.get_by_role("link", name="report.html").click()
+    text = report.value.path().read_text(encoding="utf-8")
+    assert 'src="data:video/mp4;base64,' in text
+    command = page.locator("pre").inner_text()
+    assert command == "lmm-qa rate whole.mp4 --explain --timeline -o ratings.jsonl"
+    for content in (json.dumps(rated), text, page.content()):
+        assert str(server.folder) not in content and str(Path.home()) not in content and str(SAMPLES) not in content
+
+
+def test_a_clip_that_cannot_be_rated_says_why_and_costs_no_other(browser: Browser, clips: Path) -> None:
+    fresh(browser)
+    upload(browser, 0, clips / "whole.mp4", clips / HOSTILE)
+    wait(browser)
+    page = browser.page
+    assert "stream breaks" in page.locator(".problem").inner_text()
+    assert page.locator("details.rated").count() == 1
+    # gradio removes some characters from the names of uploads
+    assert page.locator("section.rated h2").inner_text() == "img src=x onerror=alert(1) alert(2) 77.mp4"
+    assert page.locator("img[src='x']").count() == 0
+
+
+def test_two_clips_are_compared_in_step(browser: Browser) -> None:
+    fresh(browser)
+    page = browser.page
+    page.get_by_role("tab", name="Compare").click()
+    upload(browser, 1, SAMPLES / "astronaut_clean.mp4")
+    upload(browser, 2, SAMPLES / "astronaut_freeze_strong.mp4")
+    page.wait_for_function("document.querySelectorAll('.file-preview:not([hidden])').length >= 2")
+    page.get_by_role("button", name="Compare").last.click()
+    wait(browser)
+    assert re.fullmatch(
+        r"astronaut_freeze_strong\.mp4 scores 1\.\d\d lower than astronaut_clean\.mp4: .*",
+        page.locator(".verdict").inner_text(),
+    )
+    assert "stall" in page.locator(".pair figcaption").nth(1).inner_text()
+    page.locator(".pair .play").click()
+    page.wait_for_function("document.querySelector('.pair video').currentTime > 0.5")
+    page.locator(".pair .play").click()
+    times = browser.run("[...document.querySelectorAll('.pair video')].map(video => video.currentTime)")
+    assert times[0] == pytest.approx(times[1], abs=0.15)
+
+
+def test_a_set_of_the_operator_is_reported(browser: Browser) -> None:
+    fresh(browser)
+    page = browser.page
+    page.get_by_role("tab", name="A set").click()
+    page.get_by_label("Or a set on the server").click()
+    page.get_by_role("option", name="ratings.jsonl").click()
+    page.get_by_role("button", name="Make the report").click()
+    wait(browser)
+    frame = page.frame_locator("iframe.report")
+    assert frame.locator("#clips tbody").count() == 2
+    frame.locator("#clips tbody button").first.click()
+    assert frame.locator("#clips .detail").count() == 1
+
+
+def test_a_rater_that_is_not_here_says_so(browser: Browser) -> None:
+    fresh(browser)
+    page = browser.page
+    page.get_by_label("Rater", exact=True).click()
+    page.get_by_role("option", name=re.compile("qrealign-mini")).click()
+    page.locator("[data-sample]").first.click()
+    wait(browser)
+    assert (
+        "This page downloads nothing: run lmm-qa rate CLIP --model qrealign-mini"
+        in page.locator(".problem").inner_text()
+    )
+
+
+def test_a_request_is_cancelled(browser: Browser) -> None:
+    fresh(browser)
+    page = browser.page
+    page.locator("[data-sample]").first.click()
+    page.locator(".status:visible", has_text="Rating").wait_for()
+    page.get_by_role("button", name="Cancel").first.click()
+    page.locator(".status:visible", has_text="Cancelled").wait_for()
+    time.sleep(0.5)
+    assert page.locator(".status:visible").inner_text() == "Cancelled"
+
+
+def test_nothing_else_can_be_read_and_nothing_left_the_machine(browser: Browser, server: Server, clips: Path) -> None:
+    fetch = "async path => { const answer = await fetch(path); return [answer.status, await answer.text()] }"
+    table = clips / "ratings.jsonl"  # which the operator offers
+    for place in ("/etc/passwd", str(table), "ratings.jsonl", "../ratings.jsonl", str(SAMPLES / "index.csv")):
+        status, _ = browser.page.evaluate(fetch, f"gradio_api/file={place}")
+        assert status == 403, place
+    for path in (f"results/{'a' * 22}/clip0.mp4", "results/..%2f..%2fuploads/x.mp4", "results/x/..%2fy.jsonl"):
+        assert browser.page.evaluate(fetch, path)[0] == 404, path
+    for path in ("", "config", "gradio_api/info", "gradio_api/openapi.json"):
+        text = browser.page.evaluate(fetch, path)[1]
+        assert str(server.folder) not in text and str(SAMPLES) not in text and str(clips) not in text, path
+    elsewhere = [url for url in browser.requests() if not url.startswith(server.url)]
+    assert elsewhere == [] and len(browser.requests()) > 50
+    known = ("Method not implemented", "403", "404")  # gradio's own, and what was asked for above
+    assert [line for line in browser.complaints() if not any(each in line for each in known)] == []
+
+    assert "default-src 'self'" in server.get("")[2]["content-security-policy"]
+
+
+def test_the_folder_is_private_and_is_deleted(server: Server) -> None:
+    (folder,) = server.folder.glob("lmm-qa-web-*")
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert any((folder / "uploads").rglob("whole.mp4")) and any((folder / "results").rglob("clip0.mp4"))
+    server.process.send_signal(signal.SIGTERM)
+    server.process.wait(20)
+    assert list(server.folder.glob("lmm-qa-web-*")) == []
