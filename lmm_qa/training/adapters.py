@@ -14,11 +14,14 @@ from lmm_qa.training.config import TrainingConfig, TuningConfig
 # Names of a model's modules, by component; the merger is often inside the vision tower.
 MERGER = re.compile(r"merger|multi_modal_projector|connector")
 VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model)\.")
+AUDIO = re.compile(r"(^|\.)audio_tower\.")
 LANGUAGE = re.compile(r"(^|\.)language_model\.")
 
 
 def component(name: str) -> str | None:
-    """The component that a module or parameter belongs to: language, vision or merger."""
+    """The component that a module or parameter belongs to: language, vision, merger or audio, which is never trained."""
+    if AUDIO.search(name):
+        return "audio"
     if MERGER.search(name):
         return "merger"
     if VISION.search(name):
