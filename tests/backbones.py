@@ -88,7 +88,8 @@ def add_adapter(model: Path, out: Path, **options: Any) -> Path:
 
     torch.manual_seed(1)
     base = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
-    targets = r".*language_model.*\.(q_proj|v_proj|in_proj_qkv|up_proj)"
+    up = "k_proj" if hasattr(base.config.get_text_config(), "num_experts") else "up_proj"  # experts are one tensor
+    targets = rf".*language_model.*\.(q_proj|v_proj|in_proj_qkv|{up})"
     config = LoraConfig(**{"r": 4, "lora_alpha": 64, "target_modules": targets, "init_lora_weights": False} | options)
     get_peft_model(base, config).save_pretrained(out)
     return out
@@ -111,9 +112,7 @@ def conversation_inputs(
     if hasattr(processor.video_processor, "merge_size"):
         options["do_resize"] = False
     if hasattr(processor, "seconds_per_chunk") and kind == "video":  # an Omni model
-        first, *_, last = metadata.frames_indices[::2] * 2
-        rows = (len(metadata.frames_indices) + 1) // 2
-        options["fps"] = 2 / (round((last - first) / metadata.fps / (rows - 1) * 1024) / 1024) if rows > 1 else 2.0
+        options["fps"] = 2 / seconds_of_rows(metadata)
     if hasattr(processor.video_processor, "cap_pixels_per_frame") and kind == "video":
         options["cap_pixels_per_frame"] = False
     if hasattr(processor.image_processor, "crop_to_patches") and kind == "image":
@@ -127,6 +126,12 @@ def conversation_inputs(
         processor_kwargs=options,
     )
     return _published_form(processor, inputs) if kind == "video" else inputs
+
+
+def seconds_of_rows(metadata: VideoMetadata) -> float:
+    """Time between the rows of tokens of a video, two frames each, in 1024ths of a second."""
+    starts: Any = metadata.frames_indices[::2]
+    return round((starts[1] - starts[0]) / metadata.fps * 1024) / 1024 if len(starts) > 1 else 1.0
 
 
 def _published_form(processor: Any, inputs: Any) -> Any:

@@ -1,8 +1,9 @@
 """The forward path of a loaded model: batches of clips in, logits of the level words out, in one prefill.
 
-Works with every image-text-to-text model of transformers whose processor accepts videos. Clips of families with a patch
-grid (Qwen-VL, Qwen-Omni) keep their own sizes. Questions about a clip share its prefill (`lmm_qa.model.prefill`), except in
-families with layers that have a recurrent state (Qwen3.5) or a sliding window.
+Works with every image-text-to-text model of transformers whose processor accepts videos, and with the thinkers of Omni
+models. Clips of families with a patch grid (Qwen-VL, Qwen-Omni) keep their own sizes. Questions about a clip share its
+prefill (`lmm_qa.model.prefill`), except in families with layers that have a recurrent state (Qwen3.5) or a sliding
+window.
 """
 
 from __future__ import annotations
@@ -271,7 +272,7 @@ class Backbone:
         return logits[:, -1].float()
 
     def _forward(self, **inputs: Any) -> Any:
-        inputs = dict(compat.with_positions(self.model, inputs))
+        inputs = compat.with_positions(self.model, inputs)
         if self.device.type != "cpu":
             return self.model(**inputs)
         has_pixels = "pixel_values" in inputs or "pixel_values_videos" in inputs

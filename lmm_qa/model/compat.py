@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -141,14 +141,14 @@ def add_logits_to_keep(model: Any) -> None:
         return
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    @functools.wraps(model.forward)
-    def forward(*, logits_to_keep: int | torch.Tensor = 0, **inputs: Any) -> Any:
-        output = model.model(**inputs)
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *, logits_to_keep: int | torch.Tensor = 0, **inputs: Any) -> Any:
+        output = self.model(**inputs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = model.lm_head(output.last_hidden_state[:, kept])
+        logits = self.lm_head(output.last_hidden_state[:, kept])
         return CausalLMOutputWithPast(logits=logits, past_key_values=output.past_key_values)
 
-    model.forward = forward
+    model.forward = MethodType(forward, model)  # a copy of the model gets one of its own
 
 
 def omni_kwargs(processor: Any, seconds: Sequence[float], sound: np.ndarray[Any, Any] | None) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def _omni_position_ids(rope: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
     return positions[..., :-1]
 
 
-def with_positions(model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+def with_positions(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     """Prepared inputs with the positions of the tokens in place of the times, for Omni models; of others unchanged.
 
     Their own forward computes wrong ones in the cases that `_omni_position_ids` is about.

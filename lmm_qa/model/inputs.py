@@ -31,8 +31,8 @@ SAMPLE_RATE = 16_000
 """Of the sound, in Hz."""
 
 MIN_SOUND = 1.0
-"""Seconds of sound that a model gets at least; silence follows a shorter one. The audio tower of Qwen3-Omni reads pieces
-of a second, and what it reads at the end of a shorter sound would depend on the other clips of the batch."""
+"""Seconds of sound that a model gets at least; silence follows a shorter one. The audio tower of Qwen3-Omni reads one
+second at a time, and the end of a shorter sound would depend on the other clips of the batch."""
 
 TOKEN_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
 """Model inputs with one number per token, (B, tokens)."""
