@@ -21,6 +21,7 @@ import pytest
 import torch
 from paths import EMBEDDED, SHARED
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 from transformers.video_utils import VideoMetadata
 
@@ -33,6 +34,9 @@ PUBLISHED = SHARED / "backbones"
 
 WEIGHT_SCALE = 4
 """Freshly initialised weights hardly react to their input; scaled up, a wrong input changes the logits visibly."""
+
+SOUND_SCALE = 4
+"""Likewise for the layers before and behind those of the audio tower."""
 
 TEXT: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
                         "num_key_value_heads": 2}  # fmt: skip
@@ -75,9 +79,9 @@ def build(family: str, out: Path, *, published: bool = False) -> Path:
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                parameter *= WEIGHT_SCALE
+                parameter *= WEIGHT_SCALE * (SOUND_SCALE if re.search(r"audio_tower\.(conv|proj)", name) else 1)
     model.save_pretrained(out)
     return out
 
@@ -130,7 +134,7 @@ def conversation_inputs(
 
 def seconds_of_rows(metadata: VideoMetadata) -> float:
     """Time between the rows of tokens of a video, two frames each, in 1024ths of a second."""
-    starts: Any = metadata.frames_indices[::2]
+    starts: Any = (metadata.frames_indices or [])[::2]
     return round((starts[1] - starts[0]) / metadata.fps * 1024) / 1024 if len(starts) > 1 else 1.0
 
 
@@ -389,6 +393,22 @@ def _qwen3_omni_moe(out: Path) -> Any:
         **made["tokens"],
         **{f"{kind}_token_id": token for kind, token in made["placeholders"].items()},
     )
+
+
+def add_talker(thinker: Path, out: Path) -> Path:
+    """A whole Omni model, which also speaks: the weights of a thinker, and tensor names as in the published files."""
+    shutil.copytree(thinker, out)
+    config = json.loads((thinker / "config.json").read_text())
+    parts = {"qwen2_5_omni_thinker": ("qwen2_5_omni", "token2wav"), "qwen3_omni_moe_thinker": ("qwen3_omni_moe",
+                                                                                               "code2wav")}  # fmt: skip
+    kind, voice = parts[config["model_type"]]
+    (out / "config.json").write_text(json.dumps({"model_type": kind, "thinker_config": config}))
+    tensors = {f"talker.model.layers.{layer}.self_attn.q_proj.weight": torch.ones(8, 8) for layer in (0, 1)}
+    tensors |= {f"{voice}.x.weight": torch.ones(4), "talker.codec_head.weight": torch.ones(3, 3)}
+    for name, value in load_file(thinker / "model.safetensors").items():
+        tensors[name if name.startswith("thinker.") else f"thinker.{name}"] = value
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
 
 
 INTERNVL_TOKENS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",
