@@ -46,7 +46,7 @@ from lmm_qa.video.frame_array import FrameArray, read_batch
 from lmm_qa.video.measurement.classifier import predict
 from lmm_qa.video.measurement.evidence import evidence_text, lip_sync_text
 from lmm_qa.video.measurement.features import FeatureExtractor
-from lmm_qa.video.sound import NO_SOUND
+from lmm_qa.video.sound import NO_SOUND, SoundState
 
 if TYPE_CHECKING:
     from lmm_qa.model.backbone import Backbone
@@ -436,7 +436,8 @@ def clip_input(frames: Frames) -> ClipInput:
         MEASURED: evidence_text(measurement.numbers if measurement else None),
         LIP_SYNC: lip_sync_text(*((sync.offset, sync.strength) if (sync := frames.lip_sync) else (None, None))),
     }
-    return ClipInput(frames.views, frames.seconds, info.duration, slots, measurement)
+    heard = frames.sound.samples if frames.sound and frames.sound.state is SoundState.PRESENT else None
+    return ClipInput(frames.views, frames.seconds, info.duration, slots, measurement, heard)
 
 
 def without_arrays(frames: Frames) -> Frames:

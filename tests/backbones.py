@@ -21,16 +21,22 @@ import pytest
 import torch
 from paths import EMBEDDED, SHARED
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 from transformers.video_utils import VideoMetadata
 
 from lmm_qa.model.prompt import Prompt
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "internvl", "llava_onevision")
+OMNI = ("qwen2_5_omni", "qwen3_omni_moe")
+"""Families that take sound: `build` writes the thinker, `speak` makes it a whole model as those that are published."""
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", *OMNI, "internvl", "llava_onevision")
 PUBLISHED = SHARED / "backbones"
 
 WEIGHT_SCALE = 4
 """Freshly initialised weights hardly react to their input; scaled up, a wrong input changes the logits visibly."""
+
+SOUND_SCALE = 4
+"""Likewise for the layers before and behind those of the audio tower."""
 
 TEXT: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
                         "num_key_value_heads": 2}  # fmt: skip
@@ -55,6 +61,8 @@ def build(family: str, out: Path, *, published: bool = False) -> Path:
         "qwen2_5_vl": _qwen2_5_vl,
         "qwen3_vl": _qwen3_vl,
         "qwen3_5": _qwen3_5,
+        "qwen2_5_omni": _qwen2_5_omni,
+        "qwen3_omni_moe": _qwen3_omni_moe,
         "internvl": _internvl,
         "llava_onevision": _llava_onevision,
     }
@@ -71,9 +79,9 @@ def build(family: str, out: Path, *, published: bool = False) -> Path:
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                parameter *= WEIGHT_SCALE
+                parameter *= WEIGHT_SCALE * (SOUND_SCALE if re.search(r"audio_tower\.(conv|proj)", name) else 1)
     model.save_pretrained(out)
     return out
 
@@ -84,7 +92,8 @@ def add_adapter(model: Path, out: Path, **options: Any) -> Path:
 
     torch.manual_seed(1)
     base = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
-    targets = r".*language_model.*\.(q_proj|v_proj|in_proj_qkv|up_proj)"
+    up = "k_proj" if hasattr(base.config.get_text_config(), "num_experts") else "up_proj"  # experts are one tensor
+    targets = rf".*language_model.*\.(q_proj|v_proj|in_proj_qkv|{up})"
     config = LoraConfig(**{"r": 4, "lora_alpha": 64, "target_modules": targets, "init_lora_weights": False} | options)
     get_peft_model(base, config).save_pretrained(out)
     return out
@@ -106,6 +115,8 @@ def conversation_inputs(
     messages.append({"role": "assistant", "content": [{"type": "text", "text": prompt.stem}]})
     if hasattr(processor.video_processor, "merge_size"):
         options["do_resize"] = False
+    if hasattr(processor, "seconds_per_chunk") and kind == "video":  # an Omni model
+        options["fps"] = 2 / seconds_of_rows(metadata)
     if hasattr(processor.video_processor, "cap_pixels_per_frame") and kind == "video":
         options["cap_pixels_per_frame"] = False
     if hasattr(processor.image_processor, "crop_to_patches") and kind == "image":
@@ -119,6 +130,12 @@ def conversation_inputs(
         processor_kwargs=options,
     )
     return _published_form(processor, inputs) if kind == "video" else inputs
+
+
+def seconds_of_rows(metadata: VideoMetadata) -> float:
+    """Time between the rows of tokens of a video, two frames each, in 1024ths of a second."""
+    starts: Any = (metadata.frames_indices or [])[::2]
+    return round((starts[1] - starts[0]) / metadata.fps * 1024) / 1024 if len(starts) > 1 else 1.0
 
 
 def _published_form(processor: Any, inputs: Any) -> Any:
@@ -289,6 +306,109 @@ def _qwen3_5(out: Path) -> Any:
               "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4}  # fmt: skip
     text = _text(tokenizer, QWEN3_ROPE, **hybrid)
     return Qwen3_5Config(text_config=text, vision_config=QWEN3_TOWER, **_special_tokens(tokenizer))
+
+
+def _omni_processor(out: Path, processor: Any, names: tuple[str, ...], patch_size: int) -> dict[str, Any]:
+    """Write the processor of an Omni model; returns what its configuration says of tokens.
+
+    Args:
+        names: the tokens for an image, a video, a sound, and the start and end of pictures and of sound.
+    """
+    from transformers import Qwen2VLImageProcessor, Qwen2VLVideoProcessor, WhisperFeatureExtractor
+
+    image, video, audio, *ends = names
+    kinds = ("image_token", "video_token", "audio_token", "vision_bos_token", "vision_eos_token", "audio_bos_token",
+             "audio_eos_token")  # fmt: skip
+    tokenizer = _tokenizer(**dict(zip(kinds, names, strict=True)))
+    marks = {"image": f"{ends[0]}{image}{ends[1]}", "video": f"{ends[0]}{video}{ends[1]}",
+             "audio": f"{ends[2]}{audio}{ends[3]}"}  # fmt: skip
+    template = (
+        "{%- for message in messages %}{% if loop.first and message.role != 'system' %}"
+        "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+        "{{ '<|im_start|>' + message.role + '\n' }}{%- for part in message.content %}"
+        "{%- if part.type == 'text' %}{{ part.text }}"
+        + "".join(f"{{%- elif part.type == '{kind}' %}}{{{{ '{mark}' }}}}" for kind, mark in marks.items())
+        + "{%- endif %}{%- endfor %}{{ '<|im_end|>\n' }}{%- endfor %}"
+        "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"
+    )
+    processor(
+        image_processor=Qwen2VLImageProcessor(patch_size=patch_size),
+        video_processor=Qwen2VLVideoProcessor(patch_size=patch_size),
+        feature_extractor=WhisperFeatureExtractor(feature_size=MEL_BANDS, chunk_length=300),
+        tokenizer=tokenizer,
+        chat_template=template,
+    ).save_pretrained(out)
+    ids = dict(zip(kinds, tokenizer.convert_tokens_to_ids(names), strict=True))
+    return {
+        "tokens": {
+            "audio_start_token_id": ids["audio_bos_token"],
+            "vision_start_token_id": ids["vision_bos_token"],
+            "vision_end_token_id": ids["vision_eos_token"],
+        },
+        "placeholders": {kind: ids[f"{kind}_token"] for kind in ("image", "video", "audio")},
+        "audio_end": ids["audio_eos_token"],
+        "tokenizer": tokenizer,
+    }
+
+
+MEL_BANDS = 16
+AUDIO_TOWER: dict[str, Any] = {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 64,
+                               "output_dim": 64, "num_mel_bins": MEL_BANDS}  # fmt: skip
+
+
+def _qwen2_5_omni(out: Path) -> Any:
+    """The thinker of a Qwen2.5-Omni."""
+    from transformers import Qwen2_5OmniProcessor
+    from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniThinkerConfig
+
+    names = ("<|IMAGE|>", "<|VIDEO|>", "<|AUDIO|>", "<|vision_bos|>", "<|vision_eos|>", "<|audio_bos|>",
+             "<|audio_eos|>")  # fmt: skip
+    made = _omni_processor(out, Qwen2_5OmniProcessor, names, 14)
+    text = _text(made["tokenizer"], {"rope_type": "default", **MROPE}, vocab_size=len(made["tokenizer"]))
+    return Qwen2_5OmniThinkerConfig(
+        text_config=text,
+        vision_config={**TOWER, "fullatt_block_indexes": [1], "window_size": 112},
+        audio_config={**AUDIO_TOWER, "n_window": 100},
+        audio_end_token_id=made["audio_end"],
+        **made["tokens"],
+        **{f"{kind}_token_index": token for kind, token in made["placeholders"].items()},
+    )
+
+
+def _qwen3_omni_moe(out: Path) -> Any:
+    """The thinker of a Qwen3-Omni: its language model is a mixture of experts."""
+    from transformers import Qwen3OmniMoeProcessor
+    from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import Qwen3OmniMoeThinkerConfig
+
+    names = ("<|image_pad|>", "<|video_pad|>", "<|audio_pad|>", "<|vision_start|>", "<|vision_end|>",
+             "<|audio_start|>", "<|audio_end|>")  # fmt: skip
+    made = _omni_processor(out, Qwen3OmniMoeProcessor, names, 16)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 16}
+    text = _text(made["tokenizer"], QWEN3_ROPE, vocab_size=len(made["tokenizer"]), **experts)
+    return Qwen3OmniMoeThinkerConfig(
+        text_config=text,
+        vision_config={**QWEN3_TOWER, "deepstack_visual_indexes": [0]},
+        audio_config={**AUDIO_TOWER, "n_window": 50, "downsample_hidden_size": 8},
+        position_id_per_seconds=13,
+        **made["tokens"],
+        **{f"{kind}_token_id": token for kind, token in made["placeholders"].items()},
+    )
+
+
+def add_talker(thinker: Path, out: Path) -> Path:
+    """A whole Omni model, which also speaks: the weights of a thinker, and tensor names as in the published files."""
+    shutil.copytree(thinker, out)
+    config = json.loads((thinker / "config.json").read_text())
+    parts = {"qwen2_5_omni_thinker": ("qwen2_5_omni", "token2wav"), "qwen3_omni_moe_thinker": ("qwen3_omni_moe",
+                                                                                               "code2wav")}  # fmt: skip
+    kind, voice = parts[config["model_type"]]
+    (out / "config.json").write_text(json.dumps({"model_type": kind, "thinker_config": config}))
+    tensors = {f"talker.model.layers.{layer}.self_attn.q_proj.weight": torch.ones(8, 8) for layer in (0, 1)}
+    tensors |= {f"{voice}.x.weight": torch.ones(4), "talker.codec_head.weight": torch.ones(3, 3)}
+    for name, value in load_file(thinker / "model.safetensors").items():
+        tensors[name if name.startswith("thinker.") else f"thinker.{name}"] = value
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
 
 
 INTERNVL_TOKENS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>",

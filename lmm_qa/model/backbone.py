@@ -1,12 +1,14 @@
 """The forward path of a loaded model: batches of clips in, logits of the level words out, in one prefill.
 
-Works with every image-text-to-text model of transformers whose processor accepts videos. Clips of families with a patch
-grid (Qwen-VL) keep their own sizes. Questions about a clip share its prefill (`lmm_qa.model.prefill`), except in
-families with layers that have a recurrent state (Qwen3.5) or a sliding window.
+Works with every image-text-to-text model of transformers whose processor accepts videos, and with the thinkers of Omni
+models. Clips of families with a patch grid (Qwen-VL, Qwen-Omni) keep their own sizes. Questions about a clip share its
+prefill (`lmm_qa.model.prefill`), except in families with layers that have a recurrent state (Qwen3.5) or a sliding
+window.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -33,8 +35,8 @@ from lmm_qa.model.levels import LevelLogits
 from lmm_qa.model.loading import Choice, LoadOptions, cache_bytes, load_model
 from lmm_qa.model.memory import free_memory
 from lmm_qa.model.onednn import OneDNNLinear
-from lmm_qa.model.prefill import SharedPrefill, in_clip_order
-from lmm_qa.model.prompt import Frames, Prompt
+from lmm_qa.model.prefill import ANY_PROMPT, SharedPrefill, in_clip_order
+from lmm_qa.model.prompt import Prompt
 
 T = TypeVar("T")
 
@@ -146,13 +148,13 @@ class Backbone:
                 reason = first_line(error)
             # After the exception is gone, and with its traceback the tensors of the failed batch.
             torch.cuda.empty_cache()
-            tried = [batch for batch in self.batches(clips, prompt.frames) if len(batch) > 1]
+            tried = [batch for batch in self.batches(clips, prompt) if len(batch) > 1]
             if not tried:
                 raise ModelError(
                     f"a single clip does not fit into the memory of the GPU ({reason}): use fewer frames (--sampling "
                     "uniform:4), smaller pictures (--view whole:224), --quantization 4bit, or a smaller model"
                 )
-            lengths = self._lengths(clips, prompt.frames)
+            lengths = self._lengths(clips, prompt)
             self._fitting_tokens = max(len(batch) * lengths[batch[-1]] for batch in tried) / 2
 
     def in_cacheable_groups(
@@ -182,7 +184,7 @@ class Backbone:
             return len(clips)
         each = cache_bytes(self.model.config, self.model.dtype.itemsize)
         limit = CACHE_SHARE * free_memory(str(self.device))
-        sizes = accumulate(each * length for length in self._lengths(clips, prompt.frames))
+        sizes = accumulate(each * length for length in self._lengths(clips, prompt))
         return max(1, sum(size <= limit for size in sizes))
 
     def select_level_logits(self, logits: torch.Tensor, prompt: Prompt, videos: int) -> list[LevelLogits]:
@@ -203,7 +205,7 @@ class Backbone:
             for row, normalizer in zip(logits[:, tokens].cpu().numpy(), normalizers.tolist(), strict=True)
         ]
 
-    def batches(self, clips: Sequence[ClipInput], frames: Frames = "video") -> list[list[int]]:
+    def batches(self, clips: Sequence[ClipInput], prompt: Prompt = ANY_PROMPT) -> list[list[int]]:
         """Group clips into batches; each is a list of indices into `clips`.
 
         A GPU gets batches of similar length with at most `MAX_BATCH_TOKENS`, or fewer if those did not fit into memory;
@@ -212,7 +214,7 @@ class Backbone:
         """
         if self.device.type == "cpu":
             return [[index] for index in range(len(clips))]
-        lengths = self._lengths(clips, frames)
+        lengths = self._lengths(clips, prompt)
         frame_counts = [0 if patch_factor(self.processor) else len(clip.seconds) for clip in clips]
         limit = min(self._fitting_tokens, MAX_BATCH_TOKENS)
         batches: list[list[int]] = []
@@ -225,13 +227,19 @@ class Backbone:
                 batches.append([index])
         return batches
 
-    def _lengths(self, clips: Sequence[ClipInput], frames: Frames) -> list[int]:
+    def _lengths(self, clips: Sequence[ClipInput], prompt: Prompt) -> list[int]:
         """Estimated number of tokens of each clip."""
         if (factor := patch_factor(self.processor)) is None:
-            per_frame = tokens_per_frame(self.processor, frames)
+            per_frame = tokens_per_frame(self.processor, prompt.frames)
             return [len(clip.views) * len(clip.seconds) * per_frame + PROMPT_TOKENS for clip in clips]
-        pixels_per_token = (2 if frames == "video" else 1) * factor**2
-        return [sum(view[..., 0].size for view in clip.views) // pixels_per_token + PROMPT_TOKENS for clip in clips]
+        pixels_per_token = (2 if prompt.frames == "video" else 1) * factor**2
+        sound = self.processor.position_id_per_seconds if prompt.sound else 0
+        return [
+            sum(view[..., 0].size for view in clip.views) // pixels_per_token
+            + math.ceil(sound * clip.duration)
+            + PROMPT_TOKENS
+            for clip in clips
+        ]
 
     def prepare_batches(self, clips: Sequence[ClipInput], prompt: Prompt) -> Iterator[tuple[list[int], Any]]:
         """Indices of the clips of each batch, and its inputs on the device.
@@ -245,7 +253,7 @@ class Backbone:
                 return inputs.to(self.device)
             return {name: value.pin_memory().to(self.device, non_blocking=True) for name, value in inputs.items()}
 
-        batches = self.batches(clips, prompt.frames)
+        batches = self.batches(clips, prompt)
         if self.device.type == "cpu":
             yield from ((indices, prepare(indices)) for indices in batches)
             return
@@ -264,6 +272,7 @@ class Backbone:
         return logits[:, -1].float()
 
     def _forward(self, **inputs: Any) -> Any:
+        inputs = compat.with_positions(self.model, inputs)
         if self.device.type != "cpu":
             return self.model(**inputs)
         has_pixels = "pixel_values" in inputs or "pixel_values_videos" in inputs

@@ -6,14 +6,17 @@ checked by reading one file. Written for transformers 5.23 and PEFT 0.21.
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+from torch.nn import functional
 
 
 @contextmanager
@@ -108,6 +111,79 @@ def vision_kwargs(features: Mapping[str, torch.Tensor], inputs: Mapping[str, tor
     return {"mm_encoder_outputs": {"image" if "image_grid_thw" in inputs else "video": output}}
 
 
+OMNI = frozenset({"qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"})
+"""Values of `model_type` of the families that read sound and frames in the order of their times."""
+
+
+AFTER_SOUND = 1600
+"""Samples of silence behind a sound: more than the window of a column of the spectrogram, which has 400."""
+
+
+def is_omni(processor: Any) -> bool:
+    """Whether a processor is that of a model in `OMNI`."""
+    return hasattr(processor, "position_id_per_seconds")
+
+
+def thinker_config(config: Any) -> Any:
+    """The configuration of the part that answers, if it is that of a whole Omni model, which also speaks; else itself.
+
+    transformers loads that part alone from the checkpoint of the whole model.
+    """
+    return getattr(config, "thinker_config", config)
+
+
+def add_logits_to_keep(model: Any) -> None:
+    """Give the forward of an Omni model the argument `logits_to_keep`, which that of other families has.
+
+    Without it, it computes the logits of all tokens: 1 GB for 1,500 tokens in float32.
+    """
+    if model.config.model_type not in OMNI:
+        return
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    @functools.wraps(type(model).forward)
+    def forward(self: Any, *, logits_to_keep: int | torch.Tensor = 0, **inputs: Any) -> Any:
+        output = self.model(**inputs)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(output.last_hidden_state[:, kept])
+        return CausalLMOutputWithPast(logits=logits, past_key_values=output.past_key_values)
+
+    model.forward = MethodType(forward, model)  # a copy of the model gets one of its own
+
+
+def omni_kwargs(processor: Any, seconds: Sequence[float], sound: np.ndarray[Any, Any] | None) -> dict[str, Any]:
+    """Arguments by which the processor of an Omni model places one clip's frames in time, and its sound among them.
+
+    Args:
+        seconds: of the frames.
+        sound: (n,) samples; it becomes part of the first view.
+    """
+    kwargs: dict[str, Any] = {"fps": processor.video_processor.temporal_patch_size / second_per_grid(seconds)}
+    if sound is None:
+        return kwargs
+    kwargs |= {"audio": [sound], "audio_from_video_indices": [0], "load_audio_from_video": True}
+    # The processor of Qwen2.5-Omni pads every sound to 5 minutes before it computes what the model reads, of which it
+    # marks the columns of the sound. With this much silence, those are the same, and nothing is cut off.
+    return kwargs | {"audio_kwargs": {"max_length": len(sound) + AFTER_SOUND}}
+
+
+def second_per_grid(seconds: Sequence[float]) -> float:
+    """Seconds from one pair of frames to the next, for Omni models.
+
+    In 1024ths of a second, in such a way that neither this number nor the 2 frames per this time are rounded: processor
+    and model each compute from it which sounds come before which frames, the one in float64, the other in float32, and
+    disagree where a frame and a sound have the same time but for rounding.
+
+    Args:
+        seconds: of the frames; each two become one row of tokens.
+    """
+    starts = seconds[::2]
+    exact = (starts[-1] - starts[0]) / (len(starts) - 1) if len(starts) > 1 else 1.0
+    nearest = max(round(exact * 1024), 1)
+    ticks = sorted(range(max(nearest - 16, 1), nearest + 17), key=lambda tick: abs(tick - nearest))
+    return next(tick / 1024 for tick in ticks if 2 / (2 / (tick / 1024)) == tick / 1024)
+
+
 def qwen2_vl_tower(model: Any) -> Any:
     """The vision tower of a Qwen2-VL that uses PyTorch's attention; None for other models."""
     towers = (part for part in model.modules() if type(part).__name__ == "Qwen2VisionTransformerPretrainedModel")
@@ -140,11 +216,64 @@ def position_ids(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor
     Returns:
         (3, B, tokens) for a model with M-RoPE (time, height, width), else (B, tokens).
     """
-    rope = next((module for module in model.modules() if hasattr(module, "get_rope_index")), None)
+    rope = _rope(model)
     if rope is None:
         return inputs["attention_mask"].cumsum(-1) - 1
+    if rope.config.model_type in OMNI:
+        return _omni_position_ids(rope, inputs)
     positions: torch.Tensor = rope.get_rope_index(**inputs)[0]
     return positions
+
+
+def _omni_position_ids(rope: Any, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """As `position_ids`, for clips that all have as many views.
+
+    With sound, the sound is part of the first view. For the views after it, transformers would count positions as for
+    words, because it expects every video of a chat to have sound or none: they get theirs in a call of their own.
+    """
+    # Inputs may end in a video whose end token comes with the question; transformers expects a token behind it.
+    ids, mask = functional.pad(inputs["input_ids"], (0, 1)), functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    images, videos = inputs.get("image_grid_thw"), inputs.get("video_grid_thw")
+    seconds = torch.as_tensor(inputs.get("video_second_per_grid", ()), dtype=torch.float32)
+    if "feature_attention_mask" not in inputs:
+        plain: torch.Tensor = rope.get_rope_index(ids, images, videos, mask, second_per_grids=seconds)[0]
+        return plain[..., :-1]
+    assert videos is not None
+    lengths, views = inputs["feature_attention_mask"].sum(-1), len(videos) // len(ids)
+    positions: torch.Tensor = torch.ones(3, *ids.shape, device=ids.device)
+    for row, real in enumerate(mask.bool()):
+        own, first, after = ids[row, real], row * views, (row + 1) * views
+        parts = [(own, slice(first, after))]
+        if views > 1:
+            second = int((own == rope.config.vision_start_token_id).nonzero()[1])
+            parts = [(own[:second], slice(first, first + 1)), (own[second:], slice(first + 1, after))]
+        sound: dict[str, Any] = {"use_audio_in_video": True, "audio_seqlens": lengths[row : row + 1]}
+        found = list[torch.Tensor]()
+        for part, own_videos in parts:
+            known = (part[None], None, videos[own_videos], torch.ones_like(part[None]))
+            places = rope.get_rope_index(*known, second_per_grids=seconds[own_videos], **sound)[0][:, 0]
+            found.append(places + (found[-1].max() + 1 if found else 0))
+            sound = {}
+        positions[:, row, real] = torch.cat(found, dim=-1).to(positions)
+    return positions[..., :-1]
+
+
+def with_positions(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Prepared inputs with the positions of the tokens in place of the times, for Omni models; of others unchanged.
+
+    Their own forward computes wrong ones in the cases that `_omni_position_ids` is about.
+    """
+    if "position_ids" not in inputs:
+        rope = _rope(model)
+        if rope is None or rope.config.model_type not in OMNI:
+            return inputs
+        inputs = {**inputs, "position_ids": _omni_position_ids(rope, inputs)}
+    return {name: value for name, value in inputs.items() if name != "video_second_per_grid"}
+
+
+def _rope(model: Any) -> Any:
+    """The part of a model that computes positions in time, height and width; None if it has only one position."""
+    return next((module for module in model.modules() if hasattr(module, "get_rope_index")), None)
 
 
 def caches_every_token(config: Any) -> bool:

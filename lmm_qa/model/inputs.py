@@ -15,20 +15,28 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from lmm_qa.errors import LevelTokenError
+from lmm_qa.errors import LevelTokenError, ModelError
 from lmm_qa.model import compat
 from lmm_qa.model.chat_template import render_chat
 from lmm_qa.model.prompt import LIP_SYNC, MEASURED, Frames, Prompt, Slots
 from lmm_qa.video.measurement.classifier import Measurement, evidence_names
 from lmm_qa.video.measurement.evidence import evidence_text, lip_sync_text
+from lmm_qa.video.sound import SAMPLE_RATE
 
 if TYPE_CHECKING:
     from transformers.video_utils import VideoMetadata
 
 Pixels = NDArray[np.uint8]
 
+MIN_SOUND = 1.0
+"""Seconds of sound that a model gets at least; silence follows a shorter one. The audio tower of Qwen3-Omni reads one
+second at a time, and the end of a shorter sound would depend on the other clips of the batch."""
+
 TOKEN_INPUTS = ("input_ids", "attention_mask", "mm_token_type_ids")
 """Model inputs with one number per token, (B, tokens)."""
+
+SOUND_INPUTS = ("input_features", "feature_attention_mask")
+"""Model inputs with one column per 10 ms of sound, (B, mel bands, columns) and (B, columns)."""
 
 NO_SPACE_AFTER = frozenset("\"'`\u2018“„«([{<-\u2013\u2014/_*#")
 """Characters that are followed by a word without a space."""
@@ -48,6 +56,33 @@ class ClipInput:
     """Values for the prompt's slots."""
     measurement: Measurement | None = None
     """What was measured of the whole clip; None if it was not measured."""
+    sound: NDArray[np.float32] | None = None
+    """(n,) mono samples of `SAMPLE_RATE`, -1 to 1, from the first frame on; None if the clip has no sound."""
+
+
+def check_sound(processor: Any, prompt: Prompt) -> None:
+    """Refuse a prompt with sound for a model that cannot hear.
+
+    Raises:
+        ModelError: says what to do.
+    """
+    if prompt.sound and not compat.is_omni(processor):
+        raise ModelError(
+            f"the prompt gives the model the sound of a clip (sound: true), which {type(processor).__name__} does not "
+            "take: use a Qwen2.5-Omni or Qwen3-Omni model, or a prompt without sound (--prompt talking_head)"
+        )
+
+
+def fitted_sound(clip: ClipInput) -> NDArray[np.float32]:
+    """The sound as the model gets it: from the first frame to the end of the clip, to 10 ms, at least `MIN_SOUND`.
+
+    Silence takes the place of what is missing: all of it for a clip without sound.
+    """
+    samples = np.zeros(round(max(clip.duration, MIN_SOUND) * 100) * SAMPLE_RATE // 100, np.float32)
+    if clip.sound is not None:
+        known = clip.sound[: round(clip.duration * SAMPLE_RATE)][: len(samples)]
+        samples[: len(known)] = known
+    return samples
 
 
 def patch_factor(processor: Any) -> int | None:
@@ -78,12 +113,27 @@ def prepare_inputs(processor: Any, clips: Sequence[ClipInput], prompt: Prompt) -
     Frames are not sampled again and, on a patch grid, not resized: the model sees the views as they are. Without a
     patch grid the processor resizes each frame to one fixed size.
     """
+    if compat.is_omni(processor):  # all videos of a call would have the times of one
+        return _joined(processor, [_prepare_together(processor, [clip], prompt) for clip in clips])
+    return _prepare_together(processor, clips, prompt)
+
+
+def _joined(processor: Any, prepared: Sequence[Any]) -> Any:
+    from transformers import BatchFeature
+
+    return prepared[0] if len(prepared) == 1 else BatchFeature(collate_inputs(processor, prepared))
+
+
+def _prepare_together(processor: Any, clips: Sequence[ClipInput], prompt: Prompt) -> Any:
     texts = [prompt_text(processor, prompt, len(clip.views), clip.slots, len(clip.seconds)) for clip in clips]
     views = [[torch.from_numpy(view).permute(0, 3, 1, 2) for view in clip.views] for clip in clips]
     kwargs: dict[str, Any] = {"text": texts, "padding": True, "return_tensors": "pt"}
     kwargs |= compat.frame_kwargs(processor, prompt.frames, resize=patch_factor(processor) is None)
     if prompt.frames == "images":
         return processor(images=[[frame for view in clip for frame in view] for clip in views], **kwargs)
+    if compat.is_omni(processor):
+        sound = fitted_sound(clips[0]) if prompt.sound else None
+        kwargs |= compat.omni_kwargs(processor, clips[0].seconds, sound)
     return processor(
         videos=[view for clip in views for view in clip],
         video_metadata=[video_metadata(clip, view) for clip in clips for view in clip.views],
@@ -120,6 +170,9 @@ def collate_inputs(processor: Any, clips: Sequence[Mapping[str, torch.Tensor]]) 
         parts = [clip[name] for clip in clips]
         if name in padding:
             parts = [functional.pad(part, (longest - part.shape[1], 0), value=padding[name]) for part in parts]
+        elif name in SOUND_INPUTS:
+            most = max(part.shape[-1] for part in parts)
+            parts = [functional.pad(part, (0, most - part.shape[-1])) for part in parts]
         batch[name] = torch.cat(parts)
     return batch
 
@@ -173,12 +226,15 @@ def question_tokens(processor: Any, prompt: Prompt, videos: int, slots: Slots) -
     return list(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def count_tokens(processor: Any, frames: int, sizes: Sequence[tuple[int, int]], prompt: Prompt) -> int:
-    """Number of tokens in the prefill of a clip, as the processor makes them from black frames.
+def count_tokens(
+    processor: Any, frames: int, sizes: Sequence[tuple[int, int]], prompt: Prompt, seconds: float | None = None
+) -> int:
+    """Number of tokens in the prefill of a clip, as the processor makes them from black frames and silence.
 
     Args:
         frames: number of frames.
         sizes: (height, width) of each view in pixels.
+        seconds: duration of the clip, for prompts with sound; by default a second per frame.
     """
     views = tuple(np.zeros((frames, height, width, 3), np.uint8) for height, width in sizes)
     slots: Slots = {
@@ -186,7 +242,8 @@ def count_tokens(processor: Any, frames: int, sizes: Sequence[tuple[int, int]], 
         MEASURED: evidence_text(dict.fromkeys(evidence_names(), 0.0)),
         LIP_SYNC: lip_sync_text(0.0, 0.0),
     }
-    clip = ClipInput(views, tuple(float(number) for number in range(frames)), float(frames), slots)
+    duration = float(frames) if seconds is None else seconds
+    clip = ClipInput(views, tuple(number * duration / frames for number in range(frames)), duration, slots)
     return int(prepare_inputs(processor, [clip], prompt)["input_ids"].shape[1])
 
 
@@ -224,7 +281,9 @@ def level_tokens(processor: Any, prompt: Prompt, videos: int) -> tuple[int, ...]
 
     Raises:
         LevelTokenError: a word is not exactly one token in this position, or two words have the same token.
+        ModelError: the prompt has sound, and the model takes none.
     """
+    check_sound(processor, prompt)
     before = prompt_text(processor, prompt, videos, dict.fromkeys(prompt.slots, 0.0))
     return _level_tokens(processor.tokenizer, before, prompt.stem, prompt.levels)
 

@@ -33,7 +33,7 @@ MAX_FLOAT32_PARAMETERS = 500_000_000
 MARGIN = 1.05
 """Memory for loading a model, relative to its weights."""
 
-UNQUANTIZED = ("visual", "vision_tower", "multi_modal_projector", "lm_head", "in_proj_a", "in_proj_b")
+UNQUANTIZED = ("visual", "vision_tower", "audio_tower", "multi_modal_projector", "lm_head", "in_proj_a", "in_proj_b")
 """Modules that are never quantized: small compared with the language model, and sensitive because pixels pass through
 them. The last two are the gates of Qwen3.5's linear attention, one number per head: on a CPU, bitsandbytes needs a
 multiple of 32 for 4 bit."""
@@ -97,6 +97,7 @@ def load_model(model: str, adapter: Path | None = None, **options: Unpack[LoadOp
     quantization = requested_quantization(options)
     choices = {"device": device, "dtype": dtype, "attention": attention}
     kwargs = _hub_kwargs(model, options)
+    config = read_config(model, **options)
     if quantization:
         if Path(model).is_dir() and (method := stored_quantization(Path(model))):
             raise ModelError(f"{model!r} is quantized already ({method}): load it without --quantization")
@@ -108,6 +109,7 @@ def load_model(model: str, adapter: Path | None = None, **options: Unpack[LoadOp
         load: Any = AutoModelForImageTextToText.from_pretrained
         loaded, info = load(
             model,
+            config=config,
             dtype=getattr(torch, dtype.value),
             attn_implementation=attention.value,
             device_map={"": device.value},
@@ -119,6 +121,7 @@ def load_model(model: str, adapter: Path | None = None, **options: Unpack[LoadOp
         check_loaded(repr(model), _missing_if_quantized(model, kwargs), advice=DOWNLOAD_AGAIN)
         raise ModelError(f"cannot load the model {model!r}: {first_line(error)}") from error
     check_checkpoint(model, info)
+    compat.add_logits_to_keep(loaded)
     if dtype.value == "float32":
         torch.backends.cudnn.allow_tf32 = False  # on, the convolution of patches moves scores by up to 0.001
     stored = getattr(loaded.config, "quantization_config", None)
@@ -349,14 +352,29 @@ def empty_model(model: str, **options: Unpack[LoadOptions]) -> Any:
     Raises:
         ModelError: the configuration cannot be loaded.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
-    kwargs = _hub_kwargs(model, options)
+    config = read_config(model, **options)
     try:
-        config = AutoConfig.from_pretrained(model, **kwargs)
         with torch.device("meta"):
             build: Any = AutoModelForImageTextToText.from_config
-            return build(config, trust_remote_code=kwargs["trust_remote_code"])
+            return build(config, trust_remote_code=options.get("trust_remote_code", False))
+    except Exception as error:
+        raise ModelError(f"cannot load the configuration of {model!r}: {first_line(error)}") from error
+
+
+def read_config(model: str, **options: Unpack[LoadOptions]) -> Any:
+    """The transformers configuration of the model that rates; of an Omni model that is its thinker.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return compat.thinker_config(AutoConfig.from_pretrained(model, **_hub_kwargs(model, options)))
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(f"cannot load the configuration of {model!r}: {first_line(error)}") from error
 
@@ -424,7 +442,7 @@ def _missing_if_quantized(model: str, kwargs: dict[str, Any]) -> set[str]:
     load: Any = AutoModelForImageTextToText.from_pretrained
     options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
-        config = AutoConfig.from_pretrained(model, **kwargs)
+        config = compat.thinker_config(AutoConfig.from_pretrained(model, **kwargs))
         if getattr(config, "quantization_config", None) is None:
             return set()
         del config.quantization_config

@@ -55,6 +55,9 @@ class Prompt(Settings):
     frames: Frames = "video"
     """How the model gets the frames of a view: as one `video`, or as separate `images`. A vision tower of the Qwen
     family merges two frames of a video into one row of tokens, and gives every image its own."""
+    sound: bool = False
+    """Whether the model also hears the clip: its sound, second by second between the frames of the first view. Only for
+    models that take sound and frames together (Qwen2.5-Omni, Qwen3-Omni), and with the frames as one video."""
     view_labels: tuple[Text, ...] = Field((), max_length=16)
     """A text before each view, such as "A part of the picture at native resolution:"; none by default. Otherwise the
     model is not told how views differ."""
@@ -82,6 +85,8 @@ class Prompt(Settings):
             raise ValueError(f"levels are at least two different words, worst first; received {list(self.levels)}")
         if not all(level and level == level.strip() for level in self.levels):
             raise ValueError(f"a level is a word without surrounding white space; received {list(self.levels)}")
+        if self.sound and self.frames != "video":
+            raise ValueError("sound is placed between the frames of a video: it needs frames: video")
         _check_question("question", self.question)
         for paraphrase in self.paraphrases:
             _check_question("paraphrase", paraphrase)
@@ -90,7 +95,8 @@ class Prompt(Settings):
     @property
     def before_question(self) -> dict[str, Any]:
         """The options that change what comes before the question."""
-        return {"system": self.system, "frames": self.frames, "view_labels": self.view_labels}
+        options = ("system", "frames", "sound", "view_labels")
+        return {name: getattr(self, name) for name in options}
 
     @property
     def slots(self) -> set[str]:

@@ -74,6 +74,8 @@ class RaterConfig(Settings):
         # Ids of raters that were made before these settings existed stay the same.
         if settings["prompt"]["frames"] == "video":
             del settings["prompt"]["frames"]
+        if not settings["prompt"]["sound"]:
+            del settings["prompt"]["sound"]
         if not settings["prompt"]["view_labels"]:
             del settings["prompt"]["view_labels"]
         if self.prompt.uses_measurement:

@@ -65,6 +65,11 @@ NO_TIMES = (
 )
 
 
+WITHOUT_SOUND = (
+    "use a prompt without sound (--prompt talking_head), or load the model in this process (--model with its directory "
+    "or hub id)"
+)
+
 NESTED = (
     "as transformers 5.10 or newer makes them on the server; scores differ slightly from those of the same weights "
     "here, unless the prompt has `frames: images`"
@@ -155,7 +160,8 @@ class ServedBackbone:
             prompt: of the ratings.
 
         Raises:
-            ModelError: the server cannot answer questions of this kind, or makes another prompt of them.
+            ModelError: the server cannot answer questions of this kind, or makes another prompt of them; or the prompt
+                has sound.
             LevelTokenError: a level word is not a single token.
             ServerLost: it cannot be reached.
         """
@@ -163,6 +169,13 @@ class ServedBackbone:
         self._served = served
         self._server = Server(served.url)
         self._threads = ThreadPoolExecutor(MAX_REQUESTS)
+        if prompt.sound:
+            raise ModelError(f"a served model gets no sound: {WITHOUT_SOUND}")
+        if compat.is_omni(processor) and prompt.frames == "video":
+            raise ModelError(
+                "a server places the frames of a video in time by rules of its own for Omni models: use a prompt with "
+                "`frames: images`, or load the model in this process (--model with its directory or hub id)"
+            )
         self._sends_times = prompt.frames == "video" and _depends_on_times(processor)
         self._checked: set[tuple[tuple[int, ...], ...]] = set()
         self._exact = True

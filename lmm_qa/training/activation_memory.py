@@ -83,7 +83,8 @@ def text_layer(model: Any, clips: int, tokens: int, dtype: torch.dtype, *, fused
 def vision_layers(model: Any) -> nn.ModuleList:
     """The layers of the vision tower."""
     tower = next(module for name, module in model.named_modules() if name.endswith(("visual", "vision_tower")))
-    return max((module for module in tower.modules() if isinstance(module, nn.ModuleList)), key=len)
+    lists = (module for module in tower.modules() if isinstance(module, nn.ModuleList))
+    return max((layers for layers in lists if len({*map(type, layers)}) == 1), key=len)
 
 
 def vision_layer(layer: Any, patches: int, dtype: torch.dtype, *, fused_dropout: bool) -> LayerMemory:

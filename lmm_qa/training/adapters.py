@@ -14,11 +14,14 @@ from lmm_qa.training.config import TrainingConfig, TuningConfig
 # Names of a model's modules, by component; the merger is often inside the vision tower.
 MERGER = re.compile(r"merger|multi_modal_projector|connector")
 VISION = re.compile(r"(^|\.)(visual|vision_tower|vision_model)\.")
+AUDIO = re.compile(r"(^|\.)audio_tower\.")
 LANGUAGE = re.compile(r"(^|\.)language_model\.")
 
 
 def component(name: str) -> str | None:
-    """The component that a module or parameter belongs to: language, vision or merger."""
+    """The component that a module or parameter belongs to: language, vision, merger, or audio (never trained)."""
+    if AUDIO.search(name):
+        return "audio"
     if MERGER.search(name):
         return "merger"
     if VISION.search(name):
@@ -65,8 +68,15 @@ def _with_adapters(model: Any, config: TrainingConfig, components: set[str]) -> 
         return get_peft_model(model, lora)
 
 
-def lora_targets(model: nn.Module, components: set[str]) -> str:
-    """A regular expression for the linear layers of these components, as PEFT's `target_modules` takes it."""
+def lora_targets(model: Any, components: set[str]) -> str | list[str]:
+    """The linear layers of these components, as PEFT's `target_modules` takes them: a regular expression for names.
+
+    For a mixture of experts the names themselves: of a regular expression PEFT 0.21 would keep only the last parts of
+    the names that it matches, such as q_proj, which other components have too. The experts are no linear layers, and
+    are not adapted.
+    """
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    chosen = [re.escape(name) for name in linear if component(name) in components]
-    return "|".join(dict.fromkeys(re.sub(r"\.\d+(?=\\\.)", r".\\d+", name) for name in chosen))
+    chosen = [name for name in linear if component(name) in components]
+    if hasattr(model.config.get_text_config(), "num_experts"):
+        return chosen
+    return "|".join(dict.fromkeys(re.sub(r"\.\d+(?=\\\.)", r".\\d+", re.escape(name)) for name in chosen))

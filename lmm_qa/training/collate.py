@@ -49,6 +49,9 @@ from lmm_qa.video.measurement.features import FeatureExtractor
 AUXILIARY_TASKS = ("defect_questions", "explanations")
 """Names of the auxiliary losses in `lmm_qa.training.config.LossConfig` and in metrics.jsonl."""
 
+TIME_INPUTS = ("second_per_grid_ts", "video_second_per_grid")
+"""Model inputs with the time between the frames of each video, of Qwen2.5-VL and of Omni models."""
+
 TOO_LONG_ADVICE = "use fewer frames (rating.sampling) or smaller views (rating.views); nothing is truncated"
 
 SampleKey = int | tuple[int, int]
@@ -121,7 +124,7 @@ class Batch(TypedDict):
 
     names: list[str]
     inputs: dict[str, Any]
-    """Tensors, and `second_per_grid_ts` of Qwen2.5-VL as a list."""
+    """Tensors, and `TIME_INPUTS` as lists."""
     vision_features: Tensors
     mos: list[float]
     std: list[float]
@@ -389,13 +392,13 @@ class RatingCollator:
         inputs = collate_inputs(self.processor, [row["inputs"] for row in rows])
         if any_auxiliary:
             inputs, auxiliary = (_shared_rows if self.share_prefix else _separate_rows)(inputs, samples)
-        times = inputs.pop("second_per_grid_ts", None)
+        times = {name: inputs.pop(name).tolist() for name in TIME_INPUTS if name in inputs}
         features: Tensors = {}
         for name in samples[0]["vision_features"]:
             features[name] = torch.cat([row["vision_features"][name] for row in rows], dim=-2)
         return Batch(
             names=[sample["name"] for sample in samples],
-            inputs=inputs if times is None else {**inputs, "second_per_grid_ts": times.tolist()},
+            inputs=inputs | times,
             vision_features=features,
             mos=[sample["mos"] for sample in samples],
             std=[sample["std"] for sample in samples],

@@ -547,6 +547,8 @@ class CheckedClip:
     content_id: str
     sizes: tuple[tuple[int, int, int], ...]
     """(frames, height, width) of each view, as the model receives it."""
+    seconds: float
+    """Duration."""
 
 
 @dataclass(frozen=True)
@@ -637,7 +639,8 @@ def _outcome(path: Path, frames: Frames | ClipError) -> CheckedClip | ClipError:
     if isinstance(frames, ClipError):
         return frames
     try:
-        return CheckedClip(content_id(path), tuple((len(view), view.shape[1], view.shape[2]) for view in frames.views))
+        sizes = tuple((len(view), view.shape[1], view.shape[2]) for view in frames.views)
+        return CheckedClip(content_id(path), sizes, frames.info.duration)
     except ClipError as error:
         return error
 
@@ -661,10 +664,11 @@ class CheckedClipCache:
         self._known: dict[str, tuple[FileVersion, CheckedClip]] = {}
         for line in lines:
             try:
-                path, size, changed, content, sizes = json.loads(line)
+                path, size, changed, content, sizes, seconds = json.loads(line)
             except (ValueError, TypeError):
                 continue
-            self._known[path] = (size, changed), CheckedClip(content, tuple((t, h, w) for t, h, w in sizes))
+            clip = CheckedClip(content, tuple((t, h, w) for t, h, w in sizes), seconds)
+            self._known[path] = (size, changed), clip
 
     def get(self, path: Path, version: FileVersion | None) -> CheckedClip | None:
         """The clip, if this version of the file was added."""
@@ -674,6 +678,6 @@ class CheckedClipCache:
     def add(self, path: Path, version: FileVersion | None, clip: CheckedClip) -> None:
         """Record a clip; does nothing without a version (the file did not exist)."""
         if version is not None:
-            line = json.dumps([str(path), *version, clip.content_id, clip.sizes])
+            line = json.dumps([str(path), *version, clip.content_id, clip.sizes, clip.seconds])
             with self._file.open("ab", buffering=0) as file:
                 file.write(f"\n{line}\n".encode())

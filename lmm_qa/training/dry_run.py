@@ -161,16 +161,18 @@ def first_batch(
 
 
 def _token_counts(processor: Any, settings: RaterConfig, factor: int, paths: list[Path]) -> list[int]:
-    counts, known = [], dict[tuple[tuple[int, int], ...], int]()
+    counts, known = [], dict[tuple[tuple[tuple[int, int], ...], float], int]()
     for path in paths:
         try:
             info = probe(path)
         except ClipError:
             continue
         sizes = tuple(view_size(info.height, info.width, view, factor) for view in settings.views)
-        if sizes not in known:
-            known[sizes] = count_tokens(processor, settings.sampling.frames, sizes, settings.prompt)
-        counts.append(known[sizes])
+        seconds = round(info.duration, 1) if settings.prompt.sound else 1.0
+        if (sizes, seconds) not in known:
+            frames = settings.sampling.frames
+            known[sizes, seconds] = count_tokens(processor, frames, sizes, settings.prompt, seconds)
+        counts.append(known[sizes, seconds])
     if not counts:
         raise TrainingError(f"none of {len(paths)} clips can be read, the first of them {paths[0]}")
     return counts

@@ -474,11 +474,14 @@ def available_tasks(
 
 def _longest_clip(processor: Any, settings: RaterConfig, checks: Mapping[str, DatasetCheck]) -> int:
     """Tokens of the longest clip."""
-    outcomes = [outcome for checked in checks.values() for outcome in checked.outcomes]
-    shapes = {outcome.sizes for outcome in outcomes if isinstance(outcome, CheckedClip)}
+    longest = dict[tuple[tuple[int, int, int], ...], float]()
+    for checked in checks.values():
+        for clip in checked.outcomes:
+            if isinstance(clip, CheckedClip):
+                longest[clip.sizes] = max(clip.seconds, longest.get(clip.sizes, 0.0))
     return max(
-        count_tokens(processor, sizes[0][0], [(height, width) for _, height, width in sizes], settings.prompt)
-        for sizes in shapes
+        count_tokens(processor, sizes[0][0], [(height, width) for _, height, width in sizes], settings.prompt, seconds)
+        for sizes, seconds in longest.items()
     )
 
 

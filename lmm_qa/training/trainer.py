@@ -161,11 +161,12 @@ def next_token_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     tokens of auxiliary answers are predicted."""
     inputs, auxiliary, features = batch["inputs"], batch["auxiliary"], batch["vision_features"]
     vision: dict[str, Any] = compat.vision_kwargs(features, inputs) if features else {}
+    if auxiliary is not None and auxiliary["segment_ids"] is not None:
+        inputs = _prefix_sharing_inputs(model, inputs, auxiliary)
+    inputs = compat.with_positions(model, inputs)
     if auxiliary is None:
         logits = model(**inputs, **vision, logits_to_keep=1, use_cache=False).logits[:, 0].float()
         return logits, logits[:0]
-    if auxiliary["segment_ids"] is not None:
-        inputs = _prefix_sharing_inputs(model, inputs, auxiliary)
     logits = model(**inputs, **vision, logits_to_keep=auxiliary["columns"], use_cache=False).logits
     row, column = auxiliary["positions"].unbind(-1)
     return logits[: len(batch["names"]), 0].float(), logits[row, column].float()

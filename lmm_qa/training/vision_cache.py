@@ -79,11 +79,14 @@ class VisionCache:
 
     def path(self, clip: SampledClip) -> Path:
         """The file of a sampled clip, whether it exists or not."""
+        before_question = self.settings.prompt.before_question
+        if not before_question["sound"]:
+            del before_question["sound"]  # files that were made before this setting existed keep their names
         parts = {
             "content": clip.content_id,
             "sampling": clip.sampling.model_dump(),
             "views": [view.model_dump() for view in self.settings.views],
-            **self.settings.prompt.before_question,
+            **before_question,
             "weights": self.weights,
             "made by": [FORMAT, version("transformers")],
         }

@@ -26,8 +26,9 @@ def test_lora_targets_the_linear_layers_of_the_chosen_components(
     family: str, parts: Sequence[str], family_dir: Callable[[str], Path]
 ) -> None:
     model = empty_model(str(family_dir(family)))
-    pattern = lora_targets(model, {"language", *parts})
-    hit = {name for name, module in model.named_modules() if re.fullmatch(pattern, name)}
+    targets = lora_targets(model, {"language", *parts})
+    names = {name for name, _ in model.named_modules()}
+    hit = {name for name in names if re.fullmatch(targets, name)} if isinstance(targets, str) else names & {*targets}
     linear = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     assert hit <= linear
     merger = {name for name in linear if "merger" in name or "projector" in name}
@@ -49,6 +50,9 @@ def test_lora_targets_the_linear_layers_of_the_chosen_components(
         ("qwen2_5_vl", "language"),
         ("qwen3_vl", "language"),
         ("qwen3_5", "language"),
+        ("qwen2_5_omni", "language"),
+        ("qwen2_5_omni", "language, full"),
+        ("qwen3_omni_moe", "language"),
         ("internvl", "language"),
         ("llava_onevision", "language"),
     ],
