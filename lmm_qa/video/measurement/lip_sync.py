@@ -48,14 +48,18 @@ MAX_OFFSET = 1.5
 MIN_SPEECH = 2.0
 """Seconds of visible speech that are needed to judge."""
 
+QUIET = 8.0
+"""Natural logarithm of power below the loudest moment at which `LipSync.voice` is 0; speech is heard above half of it."""
+
 MIN_MOTION = 0.006
 """Standard deviation of the opening of the mouth, relative to the face's box, from which somebody speaks."""
 
 CLEAR_MATCH, LEAST_OFFSET = 2.0, 0.1
 """Strength from which an offset is stated in words, and the smallest such offset in seconds."""
 
-MAX_BYTES = 96 << 20
-"""Memory for pictures: 15 s of 512 x 512 pixels at 25 per second. What comes later is not measured."""
+MAX_BYTES, MAX_PICTURES = 96 << 20, 1500
+"""Memory for pictures, and their number: 15 s of 512 x 512 pixels at 25 per second, at most a minute. What comes later
+is not measured."""
 
 _MIN_INTERVAL = 0.0245
 """Seconds between two pictures: of 50 or 60 frames per second, every other one is used."""
@@ -126,7 +130,7 @@ class LipSyncMeter:
         """Receive the luma plane of the next frame, (height, width), as stored, and when it appears."""
         self._shape = self._shape or luma.shape
         due = not self._seconds or second - self._seconds[-1] >= _MIN_INTERVAL
-        if due and luma.shape == self._shape and self._bytes < MAX_BYTES:
+        if due and luma.shape == self._shape and self._bytes < MAX_BYTES and len(self._pictures) < MAX_PICTURES:
             factor = -(-max(luma.shape) // _PICTURE_SIDE)
             stored = Image.fromarray(np.ascontiguousarray(luma))
             small = np.array(stored if factor == 1 else stored.reduce(factor))
@@ -135,6 +139,10 @@ class LipSyncMeter:
             self._seconds.append(second)
             self._bytes += small.size
         self._frames += 1
+
+    def windows(self, boxes: Floats, indices: Sequence[int]) -> Grey:
+        """(n, 128, 128): the window around the lower face in each stored picture; arguments as for `measure`."""
+        return face_windows(self._pictures, interpolated_boxes(boxes, indices, self._numbers))
 
     def measure(self, boxes: Floats, indices: Sequence[int], samples: Samples) -> LipSync | None:
         """Compare lips and sound.
@@ -152,18 +160,16 @@ class LipSyncMeter:
         if count < 2 * RATE:
             return None
         weights, settings = _weights(FILE)
-        numbers, first = np.unique(indices, return_index=True)
-        followed = np.stack([np.interp(self._numbers, numbers, edge) for edge in boxes[first].T], axis=1)
-        shape, visible = mouth_shape(weights, face_windows(self._pictures, followed))
+        shape, visible = mouth_shape(weights, self.windows(boxes, indices))
         moments = np.arange(count) / RATE
         shape = np.stack([np.interp(moments, self._seconds, each) for each in shape.T], axis=1)
         seen = np.interp(moments, self._seconds, visible) > 0.5
         spectrum = mel_spectrum(samples, weights["mel"], 2 * count)
         loud = spectrum.reshape(count, 2, -1).mean((1, 2))
-        loud = np.clip((loud - loud.max()) / settings["quiet"] + 1, 0, 1)
-        similarity = _similarity(weights, shape, spectrum)
-        backwards = _similarity(weights, shape, np.ascontiguousarray(spectrum[::-1]))
-        evidence = compare(similarity, backwards)
+        loud = np.clip((loud - loud.max()) / QUIET + 1, 0, 1)
+        alike = similarity(weights, shape, spectrum)
+        backwards = similarity(weights, shape, np.ascontiguousarray(spectrum[::-1]))
+        evidence = compare(alike, backwards)
         speech = float((seen & (loud > 0.5)).sum()) / RATE
         judged = speech >= MIN_SPEECH and shape[:, 0].std() >= MIN_MOTION
         odds = float(np.dot(settings["weights"], evidence.numbers) + settings["intercept"])
@@ -178,6 +184,12 @@ class LipSyncMeter:
 
 
 # --- Mouth -----------------------------------------------------------------------------------------------------------
+
+
+def interpolated_boxes(boxes: Floats, indices: Sequence[int], numbers: Sequence[int]) -> Floats:
+    """(n, 4): the boxes, given for the frames `indices`, at the frames `numbers`."""
+    known, first = np.unique(indices, return_index=True)
+    return np.stack([np.interp(numbers, known, edge) for edge in boxes[first].T], axis=1)
 
 
 def face_windows(pictures: Sequence[Grey], boxes: Floats) -> Grey:
@@ -280,23 +292,37 @@ class _Evidence:
     the distance of the offset from 0 times the strength."""
 
 
-def _similarity(weights: Weights, shape: Floats, spectrum: Floats) -> Floats:
-    """(n, n): similarity of the mouth at each moment to the voice at each moment, -1 to 1, means removed."""
+def similarity(weights: Weights, shape: Floats, spectrum: Floats) -> Floats:
+    """(n, n): similarity of the mouth at each moment to the voice at each moment, -1 to 1, means removed.
+
+    Args:
+        shape: (n, 9), as returned by `mouth_shape`, `RATE` times per second.
+        spectrum: (2 n, bands), as returned by `mel_spectrum`.
+    """
     components = shape[:, 1:]
     moving = components - gaussian_filter1d(components, RATE, axis=0)
     mouth = np.concatenate([moving * 6, moving / (moving.std(0) + 0.003)], axis=1)
     heard = np.maximum(spectrum, spectrum.max() - 9)
     heard = (heard - heard.mean()) / (heard.std() + 0.1)
-    vectors = [_temporal(weights, "sync.mouth", mouth, 1, 2), _temporal(weights, "sync.voice", heard, 2, 2)]
-    seen, voice = (each / np.maximum(np.linalg.norm(each, axis=1, keepdims=True), 1e-12) for each in vectors)
-    return np.asarray((seen - seen.mean(0)) @ (voice - voice.mean(0))[: len(seen)].T)
+    count = int(weights["sync.count"])
+    total = np.zeros((len(shape), len(shape)))
+    for number in range(count):
+        seen = _unit(_temporal(weights, f"sync.{number}.mouth", mouth, 1))
+        voice = _unit(_temporal(weights, f"sync.{number}.voice", heard, 2))[: len(seen)]
+        total += (seen - seen.mean(0)) @ (voice - voice.mean(0)).T / count
+    return total
 
 
-def _temporal(weights: Weights, name: str, x: Floats, stride: int, pad: int) -> Floats:
+def _unit(vectors: Floats) -> Floats:
+    """Vectors of the length 1."""
+    return np.asarray(vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12))
+
+
+def _temporal(weights: Weights, name: str, x: Floats, stride: int) -> Floats:
     """Three convolutions over time with GELU between them: (n, channels) to (n / stride, width)."""
     for layer in range(3):
         kernel, bias = weights[f"{name}.{layer}.weight"], weights[f"{name}.{layer}.bias"]
-        margin, step = (pad, stride if layer == 0 else 1) if kernel.shape[2] > 1 else (0, 1)
+        margin, step = (2, stride if layer == 0 else 1) if kernel.shape[2] > 1 else (0, 1)
         views = sliding_window_view(np.pad(x, ((margin, margin), (0, 0))), kernel.shape[2], axis=0)[::step]
         x = np.tensordot(views, kernel, axes=((1, 2), (1, 2))) + bias
         if layer < 2:
@@ -312,26 +338,39 @@ def compare(similarity: Floats, backwards: Floats) -> _Evidence:
         backwards: the same with the sound reversed.
     """
     count, most = len(similarity), round(MAX_OFFSET * RATE)
-    offsets = [k for k in range(-most, most + 1) if count - abs(k) > _EDGE]
-
-    def means(pairs: Floats) -> Floats:
-        return np.array([np.diagonal(pairs, k).mean() for k in offsets])
-
-    shifts = range(most + RATE // 2, count - most - RATE // 2, 5)
-    wrong = [means(np.roll(similarity, shift, axis=1)).max() for shift in shifts]
-    wrong += [means(np.roll(backwards, shift, axis=1)).max() for shift in range(0, count, 9)]
-    centre, spread = float(np.mean(wrong)), float(np.std(wrong)) + 1e-3
-    curve = (means(similarity) - centre) / spread
+    offsets = np.array([k for k in range(-most, most + 1) if count - abs(k) > _EDGE])
+    shifts = np.arange(most + RATE // 2, count - most - RATE // 2, 5)
+    wrong = [_means(similarity, offsets, shifts).max(0), _means(backwards, offsets, np.arange(0, count, 9)).max(0)]
+    maxima = np.concatenate(wrong)
+    centre, spread = float(maxima.mean()), float(maxima.std()) + 1e-3
+    curve = (_means(similarity, offsets, np.zeros(1, int))[:, 0] - centre) / spread
     best = int(curve.argmax())
     between = 0.0
     if 0 < best < len(curve) - 1:  # the vertex of the parabola through three points
         before, at, after = curve[best - 1 : best + 2]
         between = (before - after) / 2 / min(before - 2 * at + after, -1e-9)
-    distance = abs(np.array(offsets))
+    distance = abs(offsets)
     near, far = float(curve[distance <= 4].max()), float(curve[distance >= 6].max())
     offset, strength = (offsets[best] + between) / RATE, float(curve[best])
     weight = min(abs(offset), 0.6) * min(max(strength, 0.0), 4.0)
     return _Evidence(float(offset), strength, (near, far, far - near, weight))
+
+
+def _means(similarity: Floats, offsets: NDArray[np.int_], shifts: NDArray[np.int_]) -> Floats:
+    """(offsets, shifts): mean similarity at each offset when the sound is shifted in a circle first.
+
+    At the offset k, the mean is over the n - |k| moments that have a partner, whatever the shift.
+    """
+    count = len(similarity)
+    moments = np.arange(count)
+    skewed = similarity[moments[:, None], (moments[:, None] + moments) % count]
+    sums = np.concatenate([np.zeros((1, count)), skewed.cumsum(0)])
+    means = np.empty((len(offsets), len(shifts)))
+    for number, offset in enumerate(offsets.tolist()):
+        first, stop = max(0, -offset), count - max(0, offset)
+        column = (offset - shifts) % count
+        means[number] = (sums[stop, column] - sums[first, column]) / (stop - first)
+    return means
 
 
 def lip_sync_id() -> str:
