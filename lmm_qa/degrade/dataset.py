@@ -276,11 +276,13 @@ class DegradedDataset:
             self.failed.append(FailedSource(clip.name, f"{type(error).__name__}: {error}", len(plan.copies(""))))
             return []
         seed = _hash(plan.seed, source_id)
-        if (in_sound := set(plan.causes) & SOUND.keys()) and clip not in heard:
+        mute = clip not in heard
+        if mute and set(plan.causes) & SOUND.keys():
             self.without_sound.append(clip.name)
-            plan = replace(plan, causes=tuple(cause for cause in plan.causes if cause not in in_sound), pairs=0)
         tasks = []
         for degradations in plan.copies(source_id):
+            if mute and any(cause in SOUND for cause, _ in degradations):
+                continue
             task = CopyTask(f"{_copy_stem(stem, degradations)}.mp4", clip, source_id, degradations, seed, plan)
             if any(cause == "wrong_audio" for cause, _ in degradations):
                 others = [each for each in heard if content_id(each.path) != source_id]

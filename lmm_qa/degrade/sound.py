@@ -134,19 +134,19 @@ def sync_quality(offset: float) -> float:
     return float(_CURVE(min(max(offset, -GREATEST_OFFSET), GREATEST_OFFSET))) / UNDAMAGED
 
 
-def follow_pictures(waveform: Waveform, held: Collection[tuple[str, tuple[float, float]]]) -> Waveform:
+def follow_pictures(waveform: Waveform, degradations: Collection[tuple[str, tuple[float, float]]]) -> Waveform:
     """The sound of a player whose pictures were held: silent meanwhile, and late after `buffering`.
 
     Args:
         waveform: of the source.
-        held: the causes `buffering` and `stall` of a copy, and from when to when they held a picture.
+        degradations: the causes of a copy, and from when to when they apply. `buffering` and `stall` hold a picture.
     """
     values = waveform.values.copy()
-    for cause, (start, end) in held:
+    for cause, (start, end) in degradations:
         first, stop = (round(second * waveform.rate) for second in (start, end))
         if cause == "buffering":
             values = np.concatenate([np.zeros((len(values), stop - first), np.float32), values], axis=1)
-        else:
+        elif cause == "stall":
             values[:, first:stop] = 0
     return Waveform(values, waveform.rate)
 
