@@ -371,8 +371,8 @@ def report(
     """Make an HTML report: a table of the clips to sort and filter; for each its frames, defects and explanation.
 
     The report is a single file and needs no network. Frames are decoded from the clips; the report says which clips
-    were not found or have changed since they were rated. A clip plays above its timeline, if the page contains it or
-    lies above it.
+    were not found or have changed since they were rated. A clip plays above its timeline if the page contains it, or if
+    it lies in the folder of the page.
 
     **Examples**
 

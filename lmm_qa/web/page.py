@@ -166,7 +166,7 @@ def build(jobs: Jobs, prompts: Sequence[str]) -> gr.Blocks:
         with gr.Tab("Rate"):
             with gr.Row(equal_height=True):
                 with gr.Column(scale=2, min_width=260):
-                    clips = gr.File(label="Clips", file_count="multiple", file_types=videos, height=190)
+                    clips = gr.File(label="Clips", file_count="multiple", file_types=videos, height=170)
                 with gr.Column(scale=5, min_width=260):
                     pictures = _sample_pictures(samples)
                     picker = html(render("web_parts", kind="samples", samples=pictures), js_on_load=PICK)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -38,6 +39,13 @@ HEADERS = {
     b"referrer-policy": b"no-referrer",
     b"x-content-type-options": b"nosniff",
 }
+
+NEEDED = re.compile(
+    r"/(|config|login/?|logout|theme\.css|favicon\.ico|(assets|static|svelte)/.*|results/.*|gradio_api/("
+    r"startup-events|user/?|login_check/?|heartbeat/.*|upload|upload_progress|queue/(join|data)|run/predict|cancel|"
+    r"file=uploads/.*))"
+)
+"""Paths that the page asks for. Gradio has others: it fetches addresses for visitors, converts recordings, ..."""
 
 RESULT_POLICY = b"sandbox allow-scripts allow-downloads"
 """In addition for results: a report runs as if it came from another place."""
@@ -95,12 +103,14 @@ def serve(page: Any, address: Address, started: Callable[[str], None]) -> None:
     Raises:
         UsageError: the port is taken, or the host is not one of this machine.
     """
+    from gradio import processing_utils
     from starlette.middleware import Middleware
     from starlette.routing import Route
 
     from lmm_qa.web.page import head, theme
 
     address.check()
+    processing_utils.async_ssrf_protected_download = _refuse_download
     routes = [Route("/results/{token}/{name}", _result)]
     try:
         _, url, _ = page.launch(
@@ -170,9 +180,14 @@ async def _result(request: Any) -> Any:
     return FileResponse(path, media_type=ANSWER_TYPES[path.suffix], headers={"cache-control": "private, no-store"})
 
 
+async def _refuse_download(url: str, cache_dir: str) -> str:
+    """In the place of gradio's download of an address that a visitor gives as a file."""
+    raise ValueError(f"this server fetches nothing, received {url!r}")
+
+
 class _Guard:
-    """Adds the headers to all answers, and refuses names of this machine that it does not have: a page from elsewhere
-    could otherwise have its own name point here."""
+    """Adds the headers to all answers. Refuses what the page does not need, and names that this machine does not have:
+    a page from elsewhere could otherwise have its own name point here."""
 
     def __init__(self, app: Any, local: bool) -> None:
         self._app, self._local = app, local
@@ -186,6 +201,9 @@ class _Guard:
         host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
         if self._local and host.rpartition(":")[0].strip("[]") not in ("127.0.0.1", "localhost", "::1"):
             await PlainTextResponse(f"this page is for its own machine, not for {host!r}", 403)(scope, receive, send)
+            return
+        if not NEEDED.fullmatch(scope["path"]):
+            await PlainTextResponse("this page has no such part", 404)(scope, receive, send)
             return
         result = scope["path"].startswith("/results/")
 

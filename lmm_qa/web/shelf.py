@@ -90,8 +90,8 @@ class Shelf:
     def names(self) -> list[tuple[str, str]]:
         """Label and name of each rater, the embedded one first. A name does not tell where a model is."""
         own = [] if self.first in (EMBEDDED_NAME, *presets()) else [(self.first, self.first)]
-        published = [(f"{name}, {preset.parameters:g} billion parameters", name) for name, preset in presets().items()]
-        return [(f"{EMBEDDED_NAME}, ships with the package", EMBEDDED_NAME), *own, *published]
+        published = [(f"{name} ({preset.parameters:.2g} B)", name) for name, preset in presets().items()]
+        return [(EMBEDDED_NAME, EMBEDDED_NAME), *own, *published]
 
     @property
     def first(self) -> str:
@@ -107,8 +107,9 @@ class Shelf:
         if name in presets():
             preset = presets()[name]
             figures = tuple((each.figure, each.source) for each in preset.published)
-            memory = f"It needs about {preset.memory:.0f} GB of memory. Licence of its weights: {preset.license}."
-            return About(name, f"{preset.description}.", preset.tuned_on or "no human scores", figures, (memory,))
+            size = f"{preset.parameters:g} billion parameters, about {preset.memory:.0f} GB of memory."
+            notes = (size, f"Licence of the weights: {preset.license}.")
+            return About(name, f"{preset.description}.", preset.tuned_on or "no human scores", figures, notes)
         served = "://" in name
         notes = ("The sampled frames of each clip are sent to this server.",) if served else ()
         what = f"{'A model on a server' if served else 'A rater'} that the operator of this page has chosen."

@@ -48,6 +48,8 @@ class Server:
     process: subprocess.Popen[str]
     folder: Path
     """In which it makes its private folder."""
+    log: Path
+    """What it says on stderr."""
 
     def get(self, path: str, **headers: str) -> tuple[int, str, dict[str, str]]:
         """Status, body and headers of an answer, without a password."""
@@ -78,19 +80,15 @@ def server(clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     arguments = ["web", str(clips / "ratings.jsonl"), "--port", str(port), "--workers", "1"]
     command = [sys.executable, "-m", "lmm_qa", *arguments]
     environment = os.environ | {"TMPDIR": str(folder), "LMM_QA_PASSWORD": PASSWORD, "GRADIO_SHARE": "True"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=clips)
-    assert process.stderr is not None
-    said = []
-    for line in process.stderr:
-        said.append(line)
-        if line.startswith("open "):
-            break
-    else:
-        pytest.fail("".join(said))
-    yield Server(f"http://127.0.0.1:{port}/", process, folder)
-    if process.poll() is None:
-        process.kill()
-    process.communicate()
+    log = folder / "stderr"
+    with log.open("w") as stderr:
+        process = subprocess.Popen(command, env=environment, stderr=stderr, text=True, cwd=clips)
+    while "\nopen http" not in f"\n{log.read_text()}":
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.1)
+    yield Server(f"http://127.0.0.1:{port}/", process, folder, log)
+    process.kill()
+    process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +119,7 @@ def fresh(browser: Browser) -> None:
 def test_without_the_password_nothing_is_given_out(server: Server) -> None:
     status, page, _ = server.get("")
     assert status == 200 and '"auth_required":true' in page.replace(" ", "") and "data-sample" not in page
-    for path in ("config", "gradio_api/info", "gradio_api/queue/data?session_hash=x", "gradio_api/file=uploads"):
+    for path in ("config", "gradio_api/queue/data?session_hash=x", "gradio_api/file=uploads/a"):
         assert server.get(path)[0] == 401, path
     assert server.get(f"results/{'a' * 22}/clip0.mp4")[0] == 401
 
@@ -213,6 +211,7 @@ def test_a_set_of_the_operator_is_reported(browser: Browser) -> None:
     page.get_by_role("button", name="Make the report").click()
     wait(browser)
     frame = page.frame_locator("iframe.report")
+    frame.locator("footer").wait_for()
     assert frame.locator("#clips tbody").count() == 2
     frame.locator("#clips tbody button").first.click()
     assert frame.locator("#clips .detail").count() == 1
@@ -242,15 +241,42 @@ def test_a_request_is_cancelled(browser: Browser) -> None:
     assert page.locator(".status:visible").inner_text() == "Cancelled"
 
 
+def test_an_address_in_the_place_of_an_upload_is_not_fetched(browser: Browser, server: Server) -> None:
+    """Nor is another file of the machine read, by a visitor who writes requests by hand."""
+    script = """async path => {
+      const rate = window.gradio_config.dependencies.find(one => one.inputs.length > 5);
+      const data = rate.inputs.map(() => null);
+      data[0] = [{path, orig_name: "a.mp4", meta: {_type: "gradio.FileData"}}];
+      const call = {data, fn_index: rate.id, session_hash: "byhand" + Math.random()};
+      const headers = {"Content-Type": "application/json"};
+      await fetch("gradio_api/queue/join", {method: "POST", headers, body: JSON.stringify(call)});
+      const answer = await fetch("gradio_api/queue/data?session_hash=" + call.session_hash);
+      const reader = answer.body.getReader();
+      for (let said = "";;) {
+        const {value, done} = await reader.read();
+        said += new TextDecoder().decode(value);
+        if (done || said.includes("process_completed")) return said;
+      }
+    }"""
+    for path in ("https://example.org/a.mp4", "/etc/passwd", str(SAMPLES / "index.csv")):
+        said = browser.page.evaluate(script, path)
+        assert '"success":false' in said.replace(" ", ""), path
+        assert str(server.folder) not in said and "root:" not in said
+    assert "this server fetches nothing, received 'https://example.org/a.mp4'" in server.log.read_text()
+
+
 def test_nothing_else_can_be_read_and_nothing_left_the_machine(browser: Browser, server: Server, clips: Path) -> None:
     fetch = "async path => { const answer = await fetch(path); return [answer.status, await answer.text()] }"
     table = clips / "ratings.jsonl"  # which the operator offers
     for place in ("/etc/passwd", str(table), "ratings.jsonl", "../ratings.jsonl", str(SAMPLES / "index.csv")):
         status, _ = browser.page.evaluate(fetch, f"gradio_api/file={place}")
-        assert status == 403, place
+        assert status == 404, place
+    assert browser.page.evaluate(fetch, "gradio_api/file=uploads/../results")[0] in (403, 404)
     for path in (f"results/{'a' * 22}/clip0.mp4", "results/..%2f..%2fuploads/x.mp4", "results/x/..%2fy.jsonl"):
         assert browser.page.evaluate(fetch, path)[0] == 404, path
-    for path in ("", "config", "gradio_api/info", "gradio_api/openapi.json"):
+    for path in ("gradio_api/file=http://127.0.0.1/", "gradio_api/proxy=http://127.0.0.1/", "gradio_api/info"):
+        assert browser.page.evaluate(fetch, path)[0] == 404, path
+    for path in ("", "config"):
         text = browser.page.evaluate(fetch, path)[1]
         assert str(server.folder) not in text and str(SAMPLES) not in text and str(clips) not in text, path
     elsewhere = [url for url in browser.requests() if not url.startswith(server.url)]
