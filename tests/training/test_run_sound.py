@@ -14,7 +14,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from backbones import OMNI, add_talker
+from backbones import OMNI, add_adapter, add_talker
 from model_inputs import assert_equal_logits, random_clip
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
@@ -77,7 +77,7 @@ def test_a_run_learns_from_the_sound(
     whole = add_talker(family_dir(family), tmp_path / "whole")
     config = make_config(model__backbone=str(whole), data__root=str(heard), augmentation__temporal_offsets=1)
     config = config.model_copy(update={"rating": config.rating.model_copy(update={"prompt": SOUND})})
-    changes = {"epochs": 12, "batch_size": 8, "learning_rate": 5e-3, "eval_steps": 100}
+    changes = {"epochs": 4, "batch_size": 8, "learning_rate": 5e-3, "eval_steps": 100}
     config = config.model_copy(update={"training": config.training.model_copy(update=changes)})
     lines: list[str] = []
     outcome = train(config, lines.append)
@@ -165,11 +165,10 @@ def test_the_settings_of_a_run_with_sound_name_it(make_config: MakeConfig) -> No
     assert json.loads(config.rater_config().model_dump_json())["prompt"]["sound"] is True
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by PEFT 0.21
 def test_logits_of_a_merged_thinker_equal_those_with_its_adapter(
     hearing: Backbone, family_dir: Callable[[str], Path], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    from backbones import add_adapter
-
     model = family_dir(request.node.callspec.params["hearing"])
     adapter = add_adapter(model, tmp_path / "adapter")
     (adapter / "rater.json").write_text(json.dumps({"backbone": str(model)}))
