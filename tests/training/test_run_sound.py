@@ -8,9 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -20,6 +18,7 @@ from safetensors.torch import load_file
 from scipy.stats import spearmanr
 from training_runs import MakeConfig
 
+from lmm_qa.degrade.causes import encode
 from lmm_qa.model import compat
 from lmm_qa.model.backbone import Backbone
 from lmm_qa.model.inputs import ClipInput, prepare_inputs, question_tokens, vision_features
@@ -32,26 +31,15 @@ from lmm_qa.training.dry_run import preview
 from lmm_qa.training.export import merge
 from lmm_qa.training.run import train
 from lmm_qa.training.trainer import next_token_logits
+from lmm_qa.video.sound import SAMPLE_RATE, Waveform
 
 SOUND = load_prompt("talking_head_sound")
-RATE = 16_000
-
 
 def write_heard_clip(path: Path, loudness: float, seed: int) -> None:
     """Two seconds of one grey picture, with noise of this loudness."""
-    with av.open(str(path), "w") as container:
-        pictures: Any = container.add_stream("libx264", rate=8, options={"crf": "10"})
-        pictures.width, pictures.height, pictures.pix_fmt = 84, 84, "yuv420p"
-        sound: Any = container.add_stream("flac", rate=RATE, layout="mono", format="s16")
-        for _ in range(16):
-            frame = av.VideoFrame.from_ndarray(np.full((84, 84, 3), 128, np.uint8), format="rgb24")
-            container.mux(pictures.encode(frame))
-        container.mux(pictures.encode())
-        samples = np.random.default_rng(seed).normal(0, 0.3 * loudness, 2 * RATE).clip(-1, 1)
-        heard = av.AudioFrame.from_ndarray((samples * 32767).astype(np.int16)[None], format="s16", layout="mono")
-        heard.rate, heard.pts, heard.time_base = RATE, 0, Fraction(1, RATE)
-        container.mux(sound.encode(heard))
-        container.mux(sound.encode())
+    samples = np.random.default_rng(seed).normal(0, 0.3 * loudness, 2 * SAMPLE_RATE).clip(-1, 1)
+    sound = Waveform(samples.astype(np.float32)[None], SAMPLE_RATE)
+    encode(np.full((16, 84, 84, 3), 128, np.uint8), "libx264", {"crf": "10"}, Fraction(8), str(path), sound)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +92,7 @@ def test_a_run_learns_from_the_sound(
 
 def heard_clip(backbone: Backbone, seed: int) -> ClipInput:
     one = random_clip(backbone, (2, 3), (3, 2), frames=4, seed=seed, step=10 + 20 * seed)
-    samples = np.random.default_rng(seed).normal(0, 0.2, round(one.duration * RATE)).astype(np.float32)
+    samples = np.random.default_rng(seed).normal(0, 0.2, round(one.duration * SAMPLE_RATE)).astype(np.float32)
     return replace(one, sound=samples)
 
 
