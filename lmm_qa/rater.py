@@ -46,7 +46,7 @@ from lmm_qa.video.frame_array import FrameArray, read_batch
 from lmm_qa.video.measurement.classifier import predict
 from lmm_qa.video.measurement.evidence import evidence_text, lip_sync_text
 from lmm_qa.video.measurement.features import FeatureExtractor
-from lmm_qa.video.sound import NO_SOUND, SoundState
+from lmm_qa.video.sound import NO_SOUND, SAMPLE_RATE, SoundState
 
 if TYPE_CHECKING:
     from lmm_qa.model.backbone import Backbone
@@ -145,7 +145,8 @@ class Rater:
             The rating of a clip, or one rating per clip of a batch. `content_id` is a hash of the sampled frames.
 
         Raises:
-            UsageError: shape, dtype, values or fps differ from that; the message says what was received.
+            UsageError: shape, dtype, values or fps differ from that; the message says what was received. Or the prompt
+                has sound.
             ModelError: the model returns numbers that are not finite.
             ServerError, ServerLost: a served model cannot rate a clip, or does not answer any more.
         """
@@ -174,6 +175,11 @@ class Rater:
         return FeatureExtractor if details.profile or self.settings.prompt.uses_measurement else None
 
     def _rate_arrays(self, arrays: Sequence[FrameArray], details: Details) -> list[Rating]:
+        if self.settings.prompt.sound:
+            raise UsageError(
+                "frames in memory have no sound, which this rater's prompt gives to the model (sound: true): rate "
+                "files, or use a prompt without sound"
+            )
         names = [f"frames[{number}]" for number in range(len(arrays))] if len(arrays) > 1 else ["frames"]
         clips = (self._sampled_clip(array, name, details) for array, name in zip(arrays, names, strict=True))
         if len(arrays) == 1:
@@ -385,13 +391,22 @@ class Rater:
         readings: list[LevelReading] = []
         for start in range(0, len(windows), WINDOWS_PER_PREFILL):
             stop = min(start + WINDOWS_PER_PREFILL, len(windows))
-            inputs = [clip_input(windows[number]) for number in range(start, stop)]
+            inputs = [self._window_input(windows, number) for number in range(start, stop)]
             inputs = [replace(one, slots={**one.slots, **measured}, measurement=whole.measurement) for one in inputs]
             readings += self._read_levels(inputs)
         scores = [reading.score for reading in readings]
         if self.calibration:
             scores = [self.calibration.apply(reading.score, reading.std).mos for reading in readings]
         return read_timeline(windows.spans, scores, self.settings.scale)
+
+    def _window_input(self, windows: Windows, number: int) -> ClipInput:
+        """The model's input for a window, with the sound of the window only."""
+        one = clip_input(windows[number])
+        if not self.settings.prompt.sound:
+            return one
+        start, end = windows.spans[number]
+        samples = slice(round(start * SAMPLE_RATE), round(end * SAMPLE_RATE))
+        return replace(one, duration=end - start, sound=None if one.sound is None else one.sound[samples])
 
     def _rating(self, decoded: DecodedClip, reading: LevelReading, seconds: float) -> Rating:
         """The rating of a clip without details; calibrated if the rater is."""

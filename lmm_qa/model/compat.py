@@ -129,7 +129,11 @@ def thinker_config(config: Any) -> Any:
 
     transformers loads that part alone from the checkpoint of the whole model.
     """
-    return getattr(config, "thinker_config", config)
+    thinker = getattr(config, "thinker_config", None)
+    if thinker is None:
+        return config
+    thinker.name_or_path, thinker._commit_hash = config.name_or_path, getattr(config, "_commit_hash", None)
+    return thinker
 
 
 def add_logits_to_keep(model: Any) -> None:

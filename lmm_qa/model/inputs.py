@@ -21,7 +21,7 @@ from lmm_qa.model.chat_template import render_chat
 from lmm_qa.model.prompt import LIP_SYNC, MEASURED, Frames, Prompt, Slots
 from lmm_qa.video.measurement.classifier import Measurement, evidence_names
 from lmm_qa.video.measurement.evidence import evidence_text, lip_sync_text
-from lmm_qa.video.sound import SAMPLE_RATE
+from lmm_qa.video.sound import SAMPLE_RATE, Samples
 
 if TYPE_CHECKING:
     from transformers.video_utils import VideoMetadata
@@ -56,7 +56,7 @@ class ClipInput:
     """Values for the prompt's slots."""
     measurement: Measurement | None = None
     """What was measured of the whole clip; None if it was not measured."""
-    sound: NDArray[np.float32] | None = None
+    sound: Samples | None = None
     """(n,) mono samples of `SAMPLE_RATE`, -1 to 1, from the first frame on; None if the clip has no sound."""
 
 
@@ -73,7 +73,7 @@ def check_sound(processor: Any, prompt: Prompt) -> None:
         )
 
 
-def fitted_sound(clip: ClipInput) -> NDArray[np.float32]:
+def fitted_sound(clip: ClipInput) -> Samples:
     """The sound as the model gets it: from the first frame to the end of the clip, to 10 ms, at least `MIN_SOUND`.
 
     Silence takes the place of what is missing: all of it for a clip without sound.

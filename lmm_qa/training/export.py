@@ -36,7 +36,7 @@ A video quality rater for talking heads: {backbone}, tuned ({method}) to mean op
 ## How it works
 
 It sees {frames} frames of a clip. The score is computed from the probabilities of {levels} after "{stem}".
-Scores are on [{low:g}, {high:g}]. The sound is not used: lip-sync is not judged.
+Scores are on [{low:g}, {high:g}]. {sound}
 
 ## Data
 
@@ -96,6 +96,7 @@ def model_card(
         stem=rater.prompt.stem,
         low=rater.scale[0],
         high=rater.scale[1],
+        sound="It also hears the sound." if rater.prompt.sound else "The sound is not used: lip-sync is not judged.",
         data=f"Labels: {tables}.\n{counts}.",
         left_out=" ".join(f"{one}." for one in record["left_out"]),
         fingerprint=record["data"],

@@ -21,7 +21,6 @@ from lmm_qa.errors import ConfigError, ModelError
 from lmm_qa.model import compat
 from lmm_qa.model.backbone import Backbone
 from lmm_qa.model.inputs import (
-    SAMPLE_RATE,
     ClipInput,
     count_tokens,
     fitted_sound,
@@ -33,6 +32,7 @@ from lmm_qa.model.loading import estimate_memory
 from lmm_qa.model.prefill import SharedPrefill
 from lmm_qa.model.prompt import Prompt, load_prompt
 from lmm_qa.model.rater_config import RaterConfig
+from lmm_qa.video.sound import SAMPLE_RATE
 
 SOUND = load_prompt("talking_head_sound")
 QUESTIONS = tuple(prompt.model_copy(update={"sound": True}) for prompt in (PROMPT, CLOSED))

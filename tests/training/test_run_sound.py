@@ -8,18 +8,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
-import av
 import numpy as np
 import pytest
 import torch
-from backbones import OMNI, add_talker
+from backbones import OMNI, add_adapter, add_talker
 from model_inputs import assert_equal_logits, random_clip
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
 from training_runs import MakeConfig
 
+from lmm_qa.degrade.causes import encode
 from lmm_qa.model import compat
 from lmm_qa.model.backbone import Backbone
 from lmm_qa.model.inputs import ClipInput, prepare_inputs, question_tokens, vision_features
@@ -32,26 +31,15 @@ from lmm_qa.training.dry_run import preview
 from lmm_qa.training.export import merge
 from lmm_qa.training.run import train
 from lmm_qa.training.trainer import next_token_logits
+from lmm_qa.video.sound import SAMPLE_RATE, Waveform
 
 SOUND = load_prompt("talking_head_sound")
-RATE = 16_000
-
 
 def write_heard_clip(path: Path, loudness: float, seed: int) -> None:
     """Two seconds of one grey picture, with noise of this loudness."""
-    with av.open(str(path), "w") as container:
-        pictures: Any = container.add_stream("libx264", rate=8, options={"crf": "10"})
-        pictures.width, pictures.height, pictures.pix_fmt = 84, 84, "yuv420p"
-        sound: Any = container.add_stream("flac", rate=RATE, layout="mono", format="s16")
-        for _ in range(16):
-            frame = av.VideoFrame.from_ndarray(np.full((84, 84, 3), 128, np.uint8), format="rgb24")
-            container.mux(pictures.encode(frame))
-        container.mux(pictures.encode())
-        samples = np.random.default_rng(seed).normal(0, 0.3 * loudness, 2 * RATE).clip(-1, 1)
-        heard = av.AudioFrame.from_ndarray((samples * 32767).astype(np.int16)[None], format="s16", layout="mono")
-        heard.rate, heard.pts, heard.time_base = RATE, 0, Fraction(1, RATE)
-        container.mux(sound.encode(heard))
-        container.mux(sound.encode())
+    samples = np.random.default_rng(seed).normal(0, 0.3 * loudness, 2 * SAMPLE_RATE).clip(-1, 1)
+    sound = Waveform(samples.astype(np.float32)[None], SAMPLE_RATE)
+    encode(np.full((16, 84, 84, 3), 128, np.uint8), "libx264", {"crf": "10"}, Fraction(8), str(path), sound)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +65,7 @@ def test_a_run_learns_from_the_sound(
     whole = add_talker(family_dir(family), tmp_path / "whole")
     config = make_config(model__backbone=str(whole), data__root=str(heard), augmentation__temporal_offsets=1)
     config = config.model_copy(update={"rating": config.rating.model_copy(update={"prompt": SOUND})})
-    changes = {"epochs": 12, "batch_size": 8, "learning_rate": 5e-3, "eval_steps": 100}
+    changes = {"epochs": 4, "batch_size": 8, "learning_rate": 5e-3, "eval_steps": 100}
     config = config.model_copy(update={"training": config.training.model_copy(update=changes)})
     lines: list[str] = []
     outcome = train(config, lines.append)
@@ -104,7 +92,7 @@ def test_a_run_learns_from_the_sound(
 
 def heard_clip(backbone: Backbone, seed: int) -> ClipInput:
     one = random_clip(backbone, (2, 3), (3, 2), frames=4, seed=seed, step=10 + 20 * seed)
-    samples = np.random.default_rng(seed).normal(0, 0.2, round(one.duration * RATE)).astype(np.float32)
+    samples = np.random.default_rng(seed).normal(0, 0.2, round(one.duration * SAMPLE_RATE)).astype(np.float32)
     return replace(one, sound=samples)
 
 
@@ -165,11 +153,10 @@ def test_the_settings_of_a_run_with_sound_name_it(make_config: MakeConfig) -> No
     assert json.loads(config.rater_config().model_dump_json())["prompt"]["sound"] is True
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by PEFT 0.21
 def test_logits_of_a_merged_thinker_equal_those_with_its_adapter(
     hearing: Backbone, family_dir: Callable[[str], Path], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    from backbones import add_adapter
-
     model = family_dir(request.node.callspec.params["hearing"])
     adapter = add_adapter(model, tmp_path / "adapter")
     (adapter / "rater.json").write_text(json.dumps({"backbone": str(model)}))
