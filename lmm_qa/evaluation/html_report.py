@@ -506,13 +506,19 @@ def _environment() -> jinja2.Environment:
     page.filters |= {"term": _term, "definition": _definition, "bytes": format_bytes}
     page.filters |= {"percent": _percent, "signed": _signed, "span": _span}
     page.globals |= {"Axis": Axis, "titles": evaluate.TITLES, "unmatched": evaluate.unmatched}
-    page.globals |= {"scores": _scores, "places": _places}
+    page.globals |= {"scores": _scores, "places": _places, "curve": _curve}
     return page
 
 
 def _scores(timeline: Timeline | None) -> list[tuple[float, float]]:
     """Second and score of each window."""
     return [] if timeline is None else list(zip(timeline.seconds, timeline.scores, strict=True))
+
+
+def _curve(values: Sequence[float]) -> list[float]:
+    """Heights in percent, from the top, of values that are scaled to the range of the curve."""
+    low, high = min(values), max(values)
+    return [round(100 - 100 * (value - low) / ((high - low) or 1), 1) for value in values]
 
 
 def _places(filmstrips: Sequence[Filmstrip]) -> list[tuple[str, list[tuple[float, ...]]]]:

@@ -111,9 +111,9 @@ class Shelf:
             notes = (size, f"Licence of the weights: {preset.license}.")
             return About(name, f"{preset.description}.", preset.tuned_on or "no human scores", figures, notes)
         served = "://" in name
-        notes = ("The sampled frames of each clip are sent to this server.",) if served else ()
+        sent: tuple[str, ...] = ("The sampled frames of each clip are sent to this server.",) if served else ()
         what = f"{'A model on a server' if served else 'A rater'} that the operator of this page has chosen."
-        return About(name, what, "see its model card", notes=notes)
+        return About(name, what, "see its model card", notes=sent)
 
     def plan(self, name: str, settings: RaterSettings) -> RaterPlan:
         """Plan a rater, as the command does.

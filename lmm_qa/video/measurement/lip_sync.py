@@ -304,7 +304,7 @@ def similarity(weights: Weights, shape: Floats, spectrum: Floats) -> Floats:
     mouth = np.concatenate([moving * 6, moving / (moving.std(0) + 0.003)], axis=1)
     heard = np.maximum(spectrum, spectrum.max() - 9)
     heard = (heard - heard.mean()) / (heard.std() + 0.1)
-    count = int(weights["sync.count"])
+    count = int(weights["sync.count"].item())
     total = np.zeros((len(shape), len(shape)))
     for number in range(count):
         seen = _unit(_temporal(weights, f"sync.{number}.mouth", mouth, 1))
