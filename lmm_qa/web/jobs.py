@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -241,7 +241,14 @@ class Jobs:
         return row
 
     def _clip_message(self, text: object, clip: Clip) -> str:
-        return self.public(str(text).replace(str(clip.path), clip.name))
+        return self._named(text, {clip.name: clip.path})
+
+    def _named(self, text: object, files: Mapping[str, Path]) -> str:
+        """A message for visitors, in which files have the names that visitors gave them."""
+        said = str(text)
+        for name, file in files.items():
+            said = said.replace(str(file), name)
+        return self.public(said)
 
     def _write_report(self, rated: Sequence[RatedFile], result: Result) -> list[tuple[str, str]]:
         """Write rows and report. Returns the name and address of each download."""
@@ -314,9 +321,10 @@ class Jobs:
             old, new = pair.sides
             one, other = next(decoded), next(decoded)
             lines = [(side.row.timeline, kind) for side, kind in ((old, "old"), (new, "new")) if side.row.timeline]
+            known = {side.name: side.file for side in pair.sides}
             if isinstance(one, ClipError) or isinstance(other, ClipError):
                 error = one if isinstance(one, ClipError) else other
-                yield pair, comparison_page.PairFrames(missing=self.public(error)), (None, None), lines
+                yield pair, comparison_page.PairFrames(missing=self._named(error, known)), (None, None), lines
                 continue
             frames = comparison_page.synchronised(one, other, (old.file, new.file))
             yield pair, frames, (old.address, new.address) if frames.playable else (None, None), lines
@@ -365,7 +373,7 @@ class Jobs:
             page = Report.of(tables[0].name if tables else "ratings.jsonl", rows, files)
             strips = []
             for strip in html_report.filmstrips(page.clips, self.workers, self.timeout):
-                strips.append(replace(strip, missing=strip.missing and self.public(strip.missing)))
+                strips.append(replace(strip, missing=strip.missing and self._named(strip.missing, files)))
                 yield Step("Reading the frames", len(strips), len(page.clips))
             html_report.write(page, strips, result.path("report.html"), EMBED_LIMIT)
             write_rows(result.path("ratings.jsonl"), [row.to_row() for row in rows])

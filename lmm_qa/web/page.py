@@ -76,6 +76,9 @@ def theme() -> gr.themes.Base:
         "color_accent_soft": "var(--faint)",
         "input_background_fill": raised,
         "input_border_color": line,
+        "input_border_width": "1px",
+        "table_even_background_fill": raised,
+        "table_odd_background_fill": "var(--faint)",
         "link_text_color": blue,
         "button_primary_background_fill": blue,
         "button_primary_background_fill_hover": blue,
@@ -112,9 +115,10 @@ class _Inputs:
             with gr.Column(scale=5, min_width=260):
                 self.about = html(render("web_parts", kind="about", rater=shelf.about(shelf.first)))
         with gr.Accordion("Settings", open=False), gr.Row():
-            self.timeline = gr.Checkbox(True, label="Score over time", info="--timeline; takes several times as long")
-            self.prompt = gr.Dropdown(["", *prompts], value="", label="Prompt", info="--prompt; empty: the rater's own")
-            self.sampling = gr.Textbox("", label="Frames", info="--sampling", placeholder="uniform:8, pairs:12, fps:2")
+            self.timeline = gr.Checkbox(True, label="Score over time", info="--timeline; slower")
+            own = ("the rater's own", "")
+            self.prompt = gr.Dropdown([own, *prompts], value="", label="Prompt", info="--prompt")
+            self.sampling = gr.Textbox("", label="Frames", info="--sampling", placeholder="uniform:8")
             self.views = gr.Textbox("", label="Views", info="--view; one or more", placeholder="whole:448 face:224")
             self.scale = gr.Textbox("", label="Scale", info="--scale", placeholder="1 5")
             self.answers = gr.Dropdown(
@@ -166,7 +170,7 @@ def build(jobs: Jobs, prompts: Sequence[str]) -> gr.Blocks:
         with gr.Tab("Rate"):
             with gr.Row(equal_height=True):
                 with gr.Column(scale=2, min_width=260):
-                    clips = gr.File(label="Clips", file_count="multiple", file_types=videos, height=170)
+                    clips = _file_input("Clips", "clips", videos, 170)
                 with gr.Column(scale=5, min_width=260):
                     pictures = _sample_pictures(samples)
                     picker = html(render("web_parts", kind="samples", samples=pictures), js_on_load=PICK)
@@ -187,8 +191,8 @@ def build(jobs: Jobs, prompts: Sequence[str]) -> gr.Blocks:
             _cancel(cancel, events, status)
         with gr.Tab("Compare"):
             with gr.Row():
-                old = gr.File(label="Old: clips to compare with", file_count="multiple", file_types=videos, height=150)
-                new = gr.File(label="New: one clip, or several", file_count="multiple", file_types=videos, height=150)
+                old = _file_input("Old", "old", videos)
+                new = _file_input("New", "new", videos)
             by = gr.Radio(list(PAIR_BY), value="name", label="Pairs share", info="If there are several clips. --pair")
             start, cancel, status, result = _outputs("Compare")
 
@@ -199,12 +203,7 @@ def build(jobs: Jobs, prompts: Sequence[str]) -> gr.Blocks:
             _cancel(cancel, events, status)
         with gr.Tab("A set"):
             with gr.Row():
-                files = gr.File(
-                    label="Ratings, with or without their clips; or clips to rate",
-                    file_count="multiple",
-                    file_types=[*videos, *RATINGS],
-                    height=150,
-                )
+                files = _file_input("Ratings and their clips, or clips", "set", [*videos, *RATINGS])
                 offered = gr.Dropdown(
                     list(jobs.sets), label="Or a set on the server", value=None, visible=bool(jobs.sets)
                 )
@@ -227,6 +226,10 @@ def html(value: str, **options: Any) -> gr.HTML:
 def inert(value: str) -> str:
     """HTML in which gradio finds no template: it evaluates `${}` and `{{}}` in values."""
     return value.replace("{", "&#123;").replace("}", "&#125;").replace("$", "&#36;")
+
+
+def _file_input(label: str, name: str, suffixes: list[str], height: int = 150) -> gr.File:
+    return gr.File(label=label, elem_id=name, file_count="multiple", file_types=suffixes, height=height)
 
 
 def _outputs(verb: str) -> tuple[gr.Button, gr.Button, gr.HTML, gr.HTML]:

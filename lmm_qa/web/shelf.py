@@ -108,8 +108,8 @@ class Shelf:
             preset = presets()[name]
             figures = tuple((each.figure, each.source) for each in preset.published)
             size = f"{preset.parameters:g} billion parameters, about {preset.memory:.0f} GB of memory."
-            notes = (size, f"Licence of the weights: {preset.license}.")
-            return About(name, f"{preset.description}.", preset.tuned_on or "no human scores", figures, notes)
+            size += f" Licence of the weights: {preset.license}."
+            return About(name, f"{preset.description}.", preset.tuned_on or "no human scores", figures, (size,))
         served = "://" in name
         sent: tuple[str, ...] = ("The sampled frames of each clip are sent to this server.",) if served else ()
         what = f"{'A model on a server' if served else 'A rater'} that the operator of this page has chosen."

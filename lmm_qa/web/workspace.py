@@ -38,7 +38,7 @@ class Result:
     """The folder of one request. Its name cannot be guessed."""
 
     folder: Path
-    """Relative to the working directory."""
+    """Absolute, for a job that still runs when the working directory is no longer the private folder."""
 
     def path(self, name: str) -> Path:
         """A file in it."""
@@ -92,7 +92,7 @@ class Workspace:
 
     def new_result(self) -> Result:
         """An empty folder for a request."""
-        folder = RESULTS / secrets.token_urlsafe(16)
+        folder = self.folder / RESULTS / secrets.token_urlsafe(16)
         folder.mkdir()
         return Result(folder)
 

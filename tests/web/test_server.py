@@ -90,7 +90,8 @@ def test_only_files_of_results_are_found(tmp_path: Path) -> None:
         result = place.new_result()
         token = result.folder.name
         assert result.add(upload, "clip0", uploaded=False).name == "clip0.mp4"
-        assert find_file(token, "clip0.mp4") == result.path("clip0.mp4")
+        found = find_file(token, "clip0.mp4")
+        assert found and found.samefile(result.path("clip0.mp4")) and found.read_bytes() == b"video"
         result.path("clip1.txt").touch()
         (place.folder / "uploads" / "other.mp4").touch()
         for wrong in ("clip1.txt", "clip2.mp4", "../../uploads/other.mp4", "..", ""):
