@@ -35,6 +35,7 @@ from lmm_qa.video.sound import SAMPLE_RATE, Waveform
 
 SOUND = load_prompt("talking_head_sound")
 
+
 def write_heard_clip(path: Path, loudness: float, seed: int) -> None:
     """Two seconds of one grey picture, with noise of this loudness."""
     samples = np.random.default_rng(seed).normal(0, 0.3 * loudness, 2 * SAMPLE_RATE).clip(-1, 1)
