@@ -32,6 +32,7 @@ from lmm_qa.model.loading import estimate_memory
 from lmm_qa.model.prefill import SharedPrefill
 from lmm_qa.model.prompt import Prompt, load_prompt
 from lmm_qa.model.rater_config import RaterConfig
+from lmm_qa.model.served import ServedBackbone, ServedModel
 from lmm_qa.video.sound import SAMPLE_RATE
 
 SOUND = load_prompt("talking_head_sound")
@@ -292,6 +293,15 @@ def test_a_gpu_gets_batches_that_count_the_sound(hearing: Backbone, monkeypatch:
 def test_a_model_that_cannot_hear_is_refused(family: str, load: Load) -> None:
     with pytest.raises(ModelError, match=r"sound: true\), which \w+Processor does not take: use a Qwen2\.5-Omni or"):
         level_tokens(load(family).processor, SOUND, 1)
+
+
+def test_a_server_gets_neither_sound_nor_videos_of_omni_models(hearing: Backbone, load: Load) -> None:
+    served = ServedModel("http://127.0.0.1:9/v1", "rater", None, None)
+    for processor in (hearing.processor, load("qwen2_vl").processor):
+        with pytest.raises(ModelError, match=r"a served model gets no sound: use a prompt without sound \(--prompt"):
+            ServedBackbone(served, processor, SOUND)
+    with pytest.raises(ModelError, match="use a prompt with `frames: images`, or load the model in this process"):
+        ServedBackbone(served, hearing.processor, PROMPT)
 
 
 def test_sound_needs_the_frames_as_a_video() -> None:

@@ -159,7 +159,8 @@ def test_each_backbone_has_a_configuration_for_each_setup() -> None:
     cards = {"qlora": "4bit", "lora": None, "fsdp": None, "vision": None}
     named = {f"thqa_{backbone}_{card}" for backbone in HUB for card in cards}
     bases = {"thqa", "thqa_qlora", "thqa_fsdp", "thqa_vision", "thqa_qrealign", "konvid", "embedded_lora"}
-    assert {path.stem for path in TRAINING_CONFIGS} == named | bases
+    with_sound = {"thqa_qwen2_5_omni_7b_lora"}
+    assert {path.stem for path in TRAINING_CONFIGS} == named | bases | with_sound
     for backbone, hub in HUB.items():
         for card, quantization in cards.items():
             config = TrainingConfig.load(Path(f"thqa_{backbone}_{card}"))
@@ -170,6 +171,13 @@ def test_each_backbone_has_a_configuration_for_each_setup() -> None:
             assert config.training.gradient_checkpointing
             processes = 4 if card == "fsdp" else 1
             assert config.training.batch_size * config.training.gradient_accumulation_steps * processes == 16
+
+
+def test_the_configuration_with_sound_gives_it_with_the_view_of_the_face() -> None:
+    config = TrainingConfig.load(Path("thqa_qwen2_5_omni_7b_lora"))
+    assert isinstance(config.rating.prompt, str) and load_prompt(config.rating.prompt).sound
+    assert config.rating.views is not None and [view.kind for view in config.rating.views] == ["face", "whole"]
+    assert not config.uses_vision_cache(patch_grid=True) and config.scale == (0, 5)
 
 
 def test_the_published_thqa_tables_load(shared_dir: Path, tmp_path: Path) -> None:
