@@ -37,6 +37,7 @@ from lmm_qa.ratings.rows import FoundDefect, RatingRow, Timeline
 from lmm_qa.video.decode import Frames
 from lmm_qa.video.decoder_pool import DecoderPool
 from lmm_qa.video.display import Picture
+from lmm_qa.video.measurement.lip_sync import CLEAR_MATCH
 from lmm_qa.video.temporal import Span
 
 THUMBNAILS = 6
@@ -506,7 +507,7 @@ def _environment() -> jinja2.Environment:
     page.filters |= {"term": _term, "definition": _definition, "bytes": format_bytes}
     page.filters |= {"percent": _percent, "signed": _signed, "span": _span}
     page.globals |= {"Axis": Axis, "titles": evaluate.TITLES, "unmatched": evaluate.unmatched}
-    page.globals |= {"scores": _scores, "places": _places, "curve": _curve}
+    page.globals |= {"scores": _scores, "places": _places, "curve": _curve, "CLEAR_MATCH": CLEAR_MATCH}
     return page
 
 

@@ -49,7 +49,7 @@ MIN_SPEECH = 2.0
 """Seconds of visible speech that are needed to judge."""
 
 QUIET = 8.0
-"""Natural logarithm of power below the loudest moment at which `LipSync.voice` is 0; speech is heard above half of it."""
+"""Natural logarithm of power below the loudest moment at which `LipSync.voice` is 0. Speech is above half of it."""
 
 MIN_MOTION = 0.006
 """Standard deviation of the opening of the mouth, relative to the face's box, from which somebody speaks."""
@@ -219,8 +219,8 @@ def mouth_shape(weights: Weights, windows: Grey) -> tuple[Floats, Floats]:
     """What the networks see in windows around the lower face.
 
     Returns:
-        (n, 9): the opening of the mouth, and the principal components of the shape of the lips, relative to the face's
-        box. (n,): probability that a mouth is visible.
+        (n, 3): opening, width and height of the mouth, relative to the face's box. (n,): probability that a mouth is
+        visible.
     """
     count, share = len(windows), _WINDOW_SIDE // _LOCATOR_SIDE
     small = windows.reshape(count, _LOCATOR_SIDE, share, _LOCATOR_SIDE, share).mean((2, 4), dtype=np.float32)
@@ -296,12 +296,11 @@ def similarity(weights: Weights, shape: Floats, spectrum: Floats) -> Floats:
     """(n, n): similarity of the mouth at each moment to the voice at each moment, -1 to 1, means removed.
 
     Args:
-        shape: (n, 9), as returned by `mouth_shape`, `RATE` times per second.
+        shape: (n, 3), as returned by `mouth_shape`, `RATE` times per second.
         spectrum: (2 n, bands), as returned by `mel_spectrum`.
     """
-    components = shape[:, 1:]
-    moving = components - gaussian_filter1d(components, RATE, axis=0)
-    mouth = np.concatenate([moving * 6, moving / (moving.std(0) + 0.003)], axis=1)
+    moving = shape - gaussian_filter1d(shape, RATE, axis=0)
+    mouth = np.concatenate([moving * 20, moving / (moving.std(0) + 0.002)], axis=1)
     heard = np.maximum(spectrum, spectrum.max() - 9)
     heard = (heard - heard.mean()) / (heard.std() + 0.1)
     count = int(weights["sync.count"].item())
