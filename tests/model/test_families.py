@@ -84,7 +84,7 @@ def test_batches_of_fixed_size_frames_count_their_tokens(
     monkeypatch.setattr(Backbone, "device", torch.device("cuda"))
     for limit, batches in ((16 * per_frame, [2, 2]), (16 * per_frame - 1, [1, 1, 1, 1])):
         monkeypatch.setattr("lmm_qa.model.backbone.MAX_BATCH_TOKENS", limit)
-        assert [len(batch) for batch in backbone.batches(clips, prompt.frames)] == batches
+        assert [len(batch) for batch in backbone.batches(clips, prompt)] == batches
 
 
 @pytest.mark.parametrize("family", FAMILIES)
