@@ -281,8 +281,13 @@ class Jobs:
             failures = [(one.name, one.error) for one in rated if one.error]
             content: dict[str, Any] = {"comparison": None, "verdict": None, "sections": (), "axis": None}
             downloads: list[tuple[str, str]] = []
+            command = f"lmm-qa compare old/ new/ --pair {by}"
             if len(old) == len(new) == 1:
-                pair = _pair_of_two(rated)
+                command = request.command([one.name for one in rated], self.shelf)
+                if first[0].name != second[0].name:
+                    self._write_report(rated, result)
+                    downloads.append(("report.html", result.address("report.html")))
+                pair = _pair_of_two(rated, ("old", "new"))
                 pairs = [pair] if pair else []
                 content["verdict"] = _verdict(pair.pair) if pair else "Nothing to compare"
                 notes = [*scope_notes([_rating_set("clips", rated)])]
@@ -309,7 +314,7 @@ class Jobs:
                 score_axis=_axis(rated),
                 notes=notes,
                 downloads=downloads,
-                command=None if len(old) == len(new) == 1 else f"lmm-qa compare old/ new/ --pair {by}",
+                command=command,
             )
             yield Step(_summary(rated), html=html)
 
@@ -442,7 +447,7 @@ def _summary(rated: Sequence[RatedFile]) -> str:
     return f"{plural(len(rated) - failed)} rated" + (f", {failed} could not be rated" if failed else "")
 
 
-def _pair_of_two(rated: Sequence[RatedFile]) -> ShownPair | None:
+def _pair_of_two(rated: Sequence[RatedFile], labels: tuple[str, str] = ("first", "second")) -> ShownPair | None:
     """The pair, if two clips were given and rated."""
     if len(rated) != 2 or any(one.clip is None for one in rated):
         return None
@@ -459,7 +464,7 @@ def _pair_of_two(rated: Sequence[RatedFile]) -> ShownPair | None:
         gained=tuple(name for name in changed if has[name]),
         lost=tuple(name for name in changed if had[name]),
     )
-    return ShownPair(1, ("first", "second"), pair, (old, new))
+    return ShownPair(1, labels, pair, (old, new))
 
 
 def _verdict(pair: ScorePair) -> str:
