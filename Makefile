@@ -8,9 +8,6 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 MYPY_TESTS := --allow-untyped-calls --no-warn-unreachable --no-warn-unused-ignores \
 	--disable-error-code arg-type --disable-error-code union-attr
 PIP_INSTALL := $(PIP) install --quiet -c constraints.txt
-# The extra `web`, package by package: gradio asks for a pillow below the pinned one, but works with it, as the tests show.
-WEB := brotli fastapi gradio gradio_client groovy hf-gradio httpcore httpx opentelemetry-api orjson pydub \
-	python-multipart pytz safehttpx semantic-version starlette tomlkit uvicorn
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -67,5 +64,4 @@ $(BIN)/python:
 .venv/.installed-dev: .venv/.installed
 	@echo "Installing the development tools into .venv ..."
 	@$(PIP_INSTALL) -e '.[dev]'
-	@$(PIP_INSTALL) --no-deps $(WEB)
 	@touch $@

@@ -28,7 +28,7 @@ def print_rating_plan(plan: RaterPlan, clips: Sequence[Clip], workers: int, deta
     factor = patch_factor(processor) or 1
     settings = plan.settings
     table = Table("clip", "picture", "seconds", "frames", "views", "tokens", show_edge=False, pad_edge=False)
-    counted: dict[tuple[int, tuple[tuple[int, int], ...]], int] = {}
+    counted: dict[tuple[int, tuple[tuple[int, int], ...], float | None], int] = {}
     most = failed = 0
     with ThreadPoolExecutor(workers) as pool:
         for clip, info in zip(clips, pool.map(_probe, clips), strict=True):
@@ -38,9 +38,10 @@ def print_rating_plan(plan: RaterPlan, clips: Sequence[Clip], workers: int, deta
                 continue
             sizes = tuple(view_size(info.height, info.width, view, factor) for view in settings.views)
             frames = len(sample_indices([number / info.fps for number in range(info.frames)], settings.sampling))
-            if (frames, sizes) not in counted:
-                counted[frames, sizes] = count_tokens(processor, frames, sizes, settings.prompt)
-            tokens = counted[frames, sizes]
+            seconds = round(info.duration, 1) if settings.prompt.sound else None
+            if (frames, sizes, seconds) not in counted:
+                counted[frames, sizes, seconds] = count_tokens(processor, frames, sizes, settings.prompt, seconds)
+            tokens = counted[frames, sizes, seconds]
             most = max(most, tokens)
             views = " ".join(f"{width}x{height}" for height, width in sizes)
             picture, duration = f"{info.width}x{info.height}", f"{info.duration:.1f}"

@@ -123,8 +123,8 @@ def rater_options(
     prompt: Annotated[
         str | None,
         typer.Option(
-            help="Name of a prompt (talking_head, talking_head_measured, talking_head_measured_sync, talking_head_sound, "
-            "talking_head_views, qalign, qrealign) or a YAML file.",
+            help="Name of a prompt (talking_head, talking_head_measured, talking_head_measured_sync, "
+            "talking_head_sound, talking_head_views, qalign, qrealign) or a YAML file.",
             show_default="the model's",
         ),
     ] = None,

@@ -120,7 +120,7 @@ class LipSyncInfo(RowPart):
     """What lips and sound say about each other. Null: there is no sound, or no face was found."""
 
     offset: Rounded | None = Field(
-        None, description="seconds by which the sound is late; negative: early. Means little if `strength` is below 2"
+        None, description="seconds by which the sound is late; negative: early. Means little if `strength` is below 3"
     )
     strength: Rounded | None = Field(
         None,

@@ -71,7 +71,9 @@ def main() -> None:
         file = arguments.output / f"{clip.stem}.npz"
         if file.exists():
             continue
-        frames, seconds, points = [], [], []
+        frames: list[int] = []
+        seconds: list[float] = []
+        points: list[np.ndarray] = []
         try:
             with av.open(str(clip)) as container:
                 for index, frame in enumerate(container.decode(video=0)):

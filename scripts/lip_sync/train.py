@@ -94,7 +94,7 @@ class Clip:
     """(n, 2): of the mouth, in units of the box; NaN where no face was found."""
     found: bool
     """Whether our detector found the face; else the box is made from the mesh."""
-    spectrum: Array | None
+    spectrum: Any
     """Mel spectrum, 50 per second; None without sound that can be heard."""
     shape: Array | None = None
     """(n, 3): what mouth networks say that have not seen the repository."""
@@ -215,7 +215,8 @@ class Picture(nn.Module):
             x = functional.relu(layer(x))
         x = functional.dropout(x.flatten(1), 0.2, self.training)
         x = functional.dropout(functional.relu(self.linear[0](x)), 0.1, self.training)
-        return self.linear[1](x)
+        scores: torch.Tensor = self.linear[1](x)
+        return scores
 
     def weights(self, name: str) -> Weights:
         return {f"{name}.{key}": value.detach().numpy().copy() for key, value in self.state_dict().items()}
@@ -413,7 +414,8 @@ class Pair(nn.Module):
         heard = functional.normalize(self.voice(voice.transpose(1, 2)), dim=1)
         pairs = torch.einsum("bdt,bds->bts", seen, heard)
         means = [pairs.diagonal(lag, 1, 2).mean(1) for lag in range(2 * MAX_LAG + 1)]
-        return torch.stack(means, 1) * self.temperature.exp()
+        scores: torch.Tensor = torch.stack(means, 1) * self.temperature.exp()
+        return scores
 
     def weights(self, name: str) -> Weights:
         found = {}
@@ -454,7 +456,8 @@ def train_pairs(clips: Sequence[Clip], seed: int, speed: float) -> Weights:
             mouths, voices, targets = zip(*(example(known, length, rng) for _ in range(48)), strict=True)
             scores = pair(*(torch.tensor(np.stack(each), dtype=torch.float32) for each in (mouths, voices)))
             near = torch.exp(-0.5 * ((lags[None] - torch.tensor(targets)[:, None]) / 0.8) ** 2)
-            return -(near / near.sum(1, keepdim=True) * scores.log_softmax(1)).sum(1).mean()
+            value: torch.Tensor = -(near / near.sum(1, keepdim=True) * scores.log_softmax(1)).sum(1).mean()
+            return value
 
         optimise(pair, round(500 * speed), loss, 4e-3, 0.1)
         weights |= pair.weights(f"sync.{member}")
@@ -463,7 +466,7 @@ def train_pairs(clips: Sequence[Clip], seed: int, speed: float) -> Weights:
 
 def example(known: Sequence[tuple[Array, Array]], length: int, rng: np.random.Generator) -> tuple[Array, Array, int]:
     """A part of a clip with its sound shifted; other speeds, voices, faces and noises than those of the clip."""
-    mouth, voice = known[rng.integers(len(known))]
+    mouth, voice = known[int(rng.integers(len(known)))]
     speed = np.exp(rng.normal(0, 0.12))
     count = int(len(mouth) / speed)
     mouth, voice = (stretched(each, speed, size) for each, size in ((mouth, count), (voice, 2 * count)))
@@ -475,7 +478,7 @@ def example(known: Sequence[tuple[Array, Array]], length: int, rng: np.random.Ge
     voice = np.where(inside[:, None], voice[np.clip(at, 0, len(voice) - 1)], voice.min())
     voice = np.roll(voice, rng.integers(-2, 3), axis=1)
     if rng.random() < 0.5:
-        other = np.resize(known[rng.integers(len(known))][1], voice.shape)
+        other = np.resize(known[int(rng.integers(len(known)))][1], voice.shape)
         voice = np.logaddexp(2 * voice, 2 * (other - rng.uniform(0.5, 2.5))) / 2
     if rng.random() < 0.3:
         mouth = gaussian_filter1d(mouth, rng.uniform(0.4, 1), axis=0)
@@ -488,7 +491,7 @@ def stretched(values: Array, speed: float, count: int) -> Array:
     at = np.clip(np.arange(count) * speed, 0, len(values) - 1)
     low = at.astype(int)
     share = (at - low)[:, None]
-    return values[low] * (1 - share) + values[np.minimum(low + 1, len(values) - 1)] * share
+    return np.asarray(values[low] * (1 - share) + values[np.minimum(low + 1, len(values) - 1)] * share)
 
 
 # --- Evaluation ------------------------------------------------------------------------------------------------------

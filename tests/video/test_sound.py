@@ -118,7 +118,7 @@ def test_damaged_sound_leaves_the_clip_alone(tmp_path: Path) -> None:
     import av
 
     with av.open(str(path)) as container:
-        packets = [(packet.pos, packet.size) for packet in container.demux(audio=0) if packet.size]
+        packets = [(packet.pos or 0, packet.size) for packet in container.demux(audio=0) if packet.size]
     for position, size in packets[10:]:
         data[position : position + size] = b"\xff" * size
     path.write_bytes(bytes(data))

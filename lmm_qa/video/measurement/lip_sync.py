@@ -27,8 +27,6 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from PIL import Image
-from scipy.ndimage import gaussian_filter1d, median_filter
-from scipy.special import erf
 
 from lmm_qa.video.display import UPRIGHT, Orientation
 from lmm_qa.video.sound import SAMPLE_RATE, Samples
@@ -54,7 +52,7 @@ QUIET = 8.0
 MIN_MOTION = 0.006
 """Standard deviation of the opening of the mouth, relative to the face's box, from which somebody speaks."""
 
-CLEAR_MATCH, LEAST_OFFSET = 2.0, 0.1
+CLEAR_MATCH, LEAST_OFFSET = 3.0, 0.1
 """Strength from which an offset is stated in words, and the smallest such offset in seconds."""
 
 MAX_BYTES, MAX_PICTURES = 96 << 20, 1500
@@ -222,6 +220,11 @@ def mouth_shape(weights: Weights, windows: Grey) -> tuple[Floats, Floats]:
         (n, 3): opening, width and height of the mouth, relative to the face's box. (n,): probability that a mouth is
         visible.
     """
+    from scipy.ndimage import (
+        gaussian_filter1d,
+        median_filter,
+    )  # slow to import, for those who only ask for `lip_sync_id`
+
     count, share = len(windows), _WINDOW_SIDE // _LOCATOR_SIDE
     small = windows.reshape(count, _LOCATOR_SIDE, share, _LOCATOR_SIDE, share).mean((2, 4), dtype=np.float32)
     found = _convolutional(weights, "locate", _normalised(small))
@@ -299,6 +302,8 @@ def similarity(weights: Weights, shape: Floats, spectrum: Floats) -> Floats:
         shape: (n, 3), as returned by `mouth_shape`, `RATE` times per second.
         spectrum: (2 n, bands), as returned by `mel_spectrum`.
     """
+    from scipy.ndimage import gaussian_filter1d
+
     moving = shape - gaussian_filter1d(shape, RATE, axis=0)
     mouth = np.concatenate([moving * 20, moving / (moving.std(0) + 0.002)], axis=1)
     heard = np.maximum(spectrum, spectrum.max() - 9)
@@ -319,6 +324,8 @@ def _unit(vectors: Floats) -> Floats:
 
 def _temporal(weights: Weights, name: str, x: Floats, stride: int) -> Floats:
     """Three convolutions over time with GELU between them: (n, channels) to (n / stride, width)."""
+    from scipy.special import erf
+
     for layer in range(3):
         kernel, bias = weights[f"{name}.{layer}.weight"], weights[f"{name}.{layer}.bias"]
         margin, step = (2, stride if layer == 0 else 1) if kernel.shape[2] > 1 else (0, 1)

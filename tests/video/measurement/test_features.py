@@ -16,6 +16,7 @@ from lmm_qa.degrade.causes import degrade
 from lmm_qa.degrade.dataset import read_clip
 from lmm_qa.video.decode import Frames, read_frames
 from lmm_qa.video.decoder_pool import DecoderPool
+from lmm_qa.video.face import follow_face
 from lmm_qa.video.measurement.features import MAX_SHORT_SIDE, FeatureExtractor, limit_size, measure, window
 from lmm_qa.video.measurement.motion_features import MotionFeatureRecorder
 from lmm_qa.video.sampling import sample_indices
@@ -40,7 +41,8 @@ def features(frames: NDArray[np.uint8]) -> dict[str, float]:
     seconds = np.arange(len(frames)) / FPS
     indices = sample_indices(seconds.tolist(), FeatureExtractor.sampling)
     dynamics = recorder.dynamics(seconds.tolist(), len(frames) / FPS)
-    return measure([frames[index] for index in indices], indices, dynamics, motion)
+    pictures = [frames[index] for index in indices]
+    return measure(pictures, follow_face(pictures), indices, dynamics, motion)
 
 
 @pytest.mark.parametrize(

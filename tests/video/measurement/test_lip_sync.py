@@ -201,6 +201,6 @@ def test_words_for_a_prompt(offset: float | None, strength: float | None, text: 
     assert lip_sync_text(offset, strength) == text
 
 
-@pytest.mark.parametrize(("offset", "strength", "clear"), [(0.4, 3.0, 0.4), (0.4, 1.9, None), (0.05, 8.0, None)])
+@pytest.mark.parametrize(("offset", "strength", "clear"), [(0.4, 3.1, 0.4), (0.4, 2.9, None), (0.05, 8.0, None)])
 def test_offsets_that_are_stated(offset: float, strength: float, clear: float | None) -> None:
     assert LipSync(offset, strength, 3.0, 0.9, (), ()).clear_offset == clear
