@@ -96,7 +96,7 @@ def model_card(
         stem=rater.prompt.stem,
         low=rater.scale[0],
         high=rater.scale[1],
-        sound="It also hears the sound." if rater.prompt.sound else "The sound is not used: lip-sync is not judged.",
+        sound="It also hears the sound." if rater.prompt.sound else "The score does not use the sound.",
         data=f"Labels: {tables}.\n{counts}.",
         left_out=" ".join(f"{one}." for one in record["left_out"]),
         fingerprint=record["data"],

@@ -12,13 +12,14 @@ from lmm_qa.defects.calibration import UNCALIBRATED, DefectCalibration, PlattSca
 from lmm_qa.defects.questions import questions
 from lmm_qa.defects.vocabulary import BY_NAME, DEFECTS, PRESENT_STRENGTH, VISIBLE, reference_defects
 from lmm_qa.degrade.causes import DEGRADATIONS
+from lmm_qa.degrade.sound import SOUND
 from lmm_qa.errors import ConfigError
 from lmm_qa.model.prompt import load_prompt, prompt_names
 
 
 def test_every_damage_is_a_defect() -> None:
     causes = [cause for defect in DEFECTS for cause in defect.causes]
-    assert sorted(causes) == sorted(DEGRADATIONS), "each cause belongs to one defect"
+    assert sorted(causes) == sorted((*DEGRADATIONS, *SOUND)), "each cause belongs to one defect"
 
 
 def test_every_visible_defect_has_a_closed_question() -> None:
