@@ -5,6 +5,7 @@ Sound that is missing, silent or damaged never makes a clip fail: `Sound.state` 
 
 from __future__ import annotations
 
+import math
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from lmm_qa.errors import ClipUnreadable
+from lmm_qa.errors import ClipUnreadable, describe_exception
 from lmm_qa.video.container import open_container
 
 if TYPE_CHECKING:
@@ -119,18 +120,18 @@ def read_waveform(path: Path, start: float, duration: float) -> tuple[Sound, Wav
 
 def _read(path: Path, start: float, duration: float, rate: int, layout: str) -> tuple[Sound, Samples]:
     """The sound, and its channels, (channels, n)."""
-    import av
-
+    nothing = np.zeros((1, 0), np.float32)
     try:
         with open_container(path) as container:
             stream = _best_stream(container)
             if stream is None:
-                return NO_SOUND, np.zeros((1, 0), np.float32)
+                return NO_SOUND, nothing
             reader = _Reader(start, duration, rate, layout)
             return reader.read(container, stream), reader.values
-    except (av.FFmpegError, ValueError) as error:
-        state = Sound(SoundState.BROKEN, error=getattr(error, "strerror", None) or str(error))
-        return state, np.zeros((1, 0), np.float32)
+    except MemoryError:
+        raise
+    except Exception as error:  # the pictures can be rated, whatever is wrong with the sound
+        return Sound(SoundState.BROKEN, error=getattr(error, "strerror", None) or describe_exception(error)), nothing
 
 
 class _Reader:
@@ -188,7 +189,8 @@ class _Reader:
             meter.push(frame)
             for measured in _pull_all(meter):
                 if text := measured.metadata.get("lavfi.r128.I"):
-                    self._loudness = float(text)
+                    loudness = float(text)
+                    self._loudness = loudness if math.isfinite(loudness) else None  # of samples that are no numbers
                 values = measured.to_ndarray()
                 self._clipped += int(np.count_nonzero(np.abs(values) >= FULL_SCALE))
                 self._counted += values.size

@@ -128,6 +128,25 @@ def test_damaged_sound_leaves_the_clip_alone(tmp_path: Path) -> None:
     assert frames.sound.error and not len(frames.sound.samples)
 
 
+def test_samples_that_are_no_numbers(tmp_path: Path) -> None:
+    values = speech(16_000, channels=1)
+    values[:, 5000:6000] = np.nan
+    values[:, 9000:9100] = np.inf
+    sound = sound_of(with_sound(tmp_path, values, rate=16_000, codec="pcm_f32le", name="clip.mkv"))
+    assert sound.loudness is None or np.isfinite(sound.loudness)
+    assert np.isfinite(sound.samples).all() and np.isfinite(sound.clipped)
+
+
+def test_a_bug_costs_the_sound_and_not_the_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise KeyError("a layout")
+
+    path = with_sound(tmp_path, speech())
+    monkeypatch.setattr("lmm_qa.video.sound._loudness_meter", fail)
+    sound = read(path).sound
+    assert sound is not None and sound.state is SoundState.BROKEN and "KeyError" in str(sound.error)
+
+
 def test_only_the_length_of_the_clip_is_read(tmp_path: Path) -> None:
     sound = sound_of(with_sound(tmp_path, speech(seconds=3 * SECONDS)))
     assert len(sound.samples) == SECONDS * SAMPLE_RATE
