@@ -198,7 +198,9 @@ class DegradedDataset:
         """Sources without sound, of which no copies with causes in the sound are made."""
         self._rows = self._read()
         self.tasks: list[CopyTask] = []
-        heard = [clip for clip in clips if _has_sound(clip.path)] if set(plan.causes) & SOUND.keys() else []
+        heard = (
+            [clip for clip in clips if _has_sound(clip.path, plan.length)] if set(plan.causes) & SOUND.keys() else []
+        )
         for clip, stem in zip(clips, _stems([clip.name for clip in clips]), strict=True):
             self.tasks += self._plan(clip, stem, plan, heard)
         self.pending = [task for task in self.tasks if not self._exists(task)]
@@ -380,7 +382,7 @@ def _degraded_sound(
     sound = follow_pictures(source, [(each.cause, each.seconds) for each in copy.degradations])
     for cause in SOUND:
         for strength in (strength for name, strength in task.degradations if name == cause):
-            other = _read_waveform(task.other.path, task.plan.length) if task.other else None
+            other = _read_waveform(task.other.path, task.plan.length, source.rate) if task.other else None
             degraded = degrade_sound(sound, cause, strength, task.seed, seconds=seconds, other=other)
             sound, quality = degraded.waveform, quality * degraded.quality
     return fit(sound, seconds), quality
@@ -431,17 +433,17 @@ def _read_source(path: Path, seconds: float) -> tuple[Pixels, float, float, Face
     return frames, fps, ceiling, find_face(frames), _read_waveform(path, seconds)
 
 
-def _read_waveform(path: Path, seconds: float) -> Waveform | None:
+def _read_waveform(path: Path, seconds: float, rate: int | None = None) -> Waveform | None:
     """The sound of a source for copies of a length, and what `audio_lead` needs of it after that."""
-    return read_waveform(path, scan_container(path).start, seconds + GREATEST_OFFSET)[1]
+    return read_waveform(path, scan_container(path).start, seconds + GREATEST_OFFSET, rate)[1]
 
 
-def _has_sound(path: Path) -> bool:
+def _has_sound(path: Path, seconds: float) -> bool:
     try:
         scan = scan_container(path)
     except ClipError:  # reported when its copies are made
         return False
-    return read_sound(path, scan.start, scan.info.duration).state is SoundState.PRESENT
+    return read_sound(path, scan.start, seconds).state is SoundState.PRESENT
 
 
 def _copy_stem(stem: str, degradations: Degradations) -> str:

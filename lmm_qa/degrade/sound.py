@@ -80,8 +80,10 @@ def wrong_audio(source: _Source, strength: float, rng: np.random.Generator) -> t
     values, length = source.waveform.values.copy(), source.samples(source.seconds)
     part = round(strength * length)
     start = round(rng.random() * (length - part))
-    other = np.resize(source.other.values, (len(values), part))
-    values[:, start : start + part] = other[:, : values[:, start : start + part].shape[1]]
+    other = source.other.values
+    other = other if len(other) == len(values) else np.repeat(other.mean(0, keepdims=True), len(values), axis=0)
+    replaced = values[:, start : start + part]
+    replaced[:] = np.take(other, np.arange(replaced.shape[1]) % max(1, other.shape[1]), axis=1)
     return values, 1 - strength * (1 - sync_quality(-GREATEST_OFFSET))
 
 

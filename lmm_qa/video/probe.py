@@ -156,7 +156,7 @@ def _make_scan(path: Path, video: OpenVideo, packets: _Packets, declared: int) -
     warnings = list(video.warnings)
     times, jumps = _continuous_times(packets.shown, video)
     seconds, duration = _frame_times(times, packets.shown, stream)
-    first = min((each.pts for each in packets.shown if each.pts is not None), default=0)
+    first = min((time for time in times if time is not None), default=0)
     order = sorted(range(len(times)), key=lambda at: times[at] or 0) if None not in times else list(range(len(times)))
     orientation, exact = read_orientation(frame)
     aspect = float(stream.sample_aspect_ratio or 1) or 1.0

@@ -100,8 +100,11 @@ def read_sound(path: Path, start: float, duration: float) -> Sound:
     return _read(path, start, duration, SAMPLE_RATE, "mono")[0]
 
 
-def read_waveform(path: Path, start: float, duration: float) -> tuple[Sound, Waveform | None]:
-    """Read the sound of a clip at its own rate, in one or two channels; arguments as for `read_sound`.
+def read_waveform(path: Path, start: float, duration: float, rate: int | None = None) -> tuple[Sound, Waveform | None]:
+    """Read the sound of a clip in one or two channels; arguments as for `read_sound`.
+
+    Args:
+        rate: samples per second; by default those of the file.
 
     Returns:
         The sound, with `samples` at that rate and mixed; and the waveform, None unless the sound is `PRESENT`.
@@ -111,7 +114,9 @@ def read_waveform(path: Path, start: float, duration: float) -> tuple[Sound, Wav
     try:
         with open_container(path) as container:
             stream = _best_stream(container)
-            rate, channels = (stream.rate or SAMPLE_RATE, stream.channels) if stream else (SAMPLE_RATE, 1)
+            if stream is None or stream.codec_context is None:
+                return read_sound(path, start, duration), None
+            rate, channels = rate or stream.rate or SAMPLE_RATE, stream.channels
     except (av.FFmpegError, ValueError):
         return read_sound(path, start, duration), None
     sound, values = _read(path, start, duration, rate, "mono" if channels == 1 else "stereo")

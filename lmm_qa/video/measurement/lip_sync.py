@@ -154,7 +154,7 @@ class LipSyncMeter:
             None for less than 2 s of pictures or sound.
         """
         duration = min(self._seconds[-1], len(samples) / SAMPLE_RATE) if self._seconds else 0.0
-        count = int(duration * RATE)
+        count = int(min(duration, MAX_PICTURES / RATE) * RATE)
         if count < 2 * RATE:
             return None
         weights, settings = _weights(FILE)
@@ -162,7 +162,7 @@ class LipSyncMeter:
         moments = np.arange(count) / RATE
         shape = np.stack([np.interp(moments, self._seconds, each) for each in shape.T], axis=1)
         seen = np.interp(moments, self._seconds, visible) > 0.5
-        spectrum = mel_spectrum(samples, weights["mel"], 2 * count)
+        spectrum = mel_spectrum(samples[: count * SAMPLE_RATE // RATE + _FFT], weights["mel"], 2 * count)
         loud = spectrum.reshape(count, 2, -1).mean((1, 2))
         loud = np.clip((loud - loud.max()) / QUIET + 1, 0, 1)
         alike = similarity(weights, shape, spectrum)
