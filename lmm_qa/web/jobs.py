@@ -238,6 +238,8 @@ class Jobs:
         for column in ("adapter", "model"):
             if row[column]:
                 row[column] = self.public(row[column])
+        if row["warnings"]:
+            row["warnings"] = [self._clip_message(warning, clip) for warning in row["warnings"]]
         return row
 
     def _clip_message(self, text: object, clip: Clip) -> str:

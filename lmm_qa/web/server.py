@@ -47,8 +47,11 @@ NEEDED = re.compile(
 )
 """Paths that the page asks for. Gradio has others: it fetches addresses for visitors, converts recordings, ..."""
 
-RESULT_POLICY = b"sandbox allow-scripts allow-downloads"
-"""In addition for results: a report runs as if it came from another place."""
+RESULT_POLICY = b"sandbox allow-scripts allow-downloads; frame-ancestors 'self'; object-src 'none'; base-uri 'none'"
+"""That of results: a report runs as if it came from another place, and says itself what it may load."""
+
+
+_PORT = re.compile(r":\d+$")
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,14 @@ class Address:
     @property
     def local(self) -> bool:
         """Whether only this machine can reach it."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        return _is_loopback(self.host)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def prepare() -> None:
@@ -199,7 +206,7 @@ class _Guard:
             await self._app(scope, receive, send)
             return
         host = dict(scope["headers"]).get(b"host", b"").decode("latin-1")
-        if self._local and host.rpartition(":")[0].strip("[]") not in ("127.0.0.1", "localhost", "::1"):
+        if self._local and not _is_loopback(_PORT.sub("", host).strip("[]")):
             await PlainTextResponse(f"this page is for its own machine, not for {host!r}", 403)(scope, receive, send)
             return
         if not NEEDED.fullmatch(scope["path"]):

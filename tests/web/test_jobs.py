@@ -14,6 +14,7 @@ from lmm_qa import Rater
 from lmm_qa.errors import UsageError
 from lmm_qa.evaluation.html_report import RatedClip
 from lmm_qa.files.tables import read_rows, write_rows
+from lmm_qa.manifest import Clip
 from lmm_qa.model.rater_config import EMBEDDED_NAME
 from lmm_qa.ratings.rows import RatingRow
 from lmm_qa.video.decode import read_frames
@@ -57,6 +58,13 @@ def test_sets_of_clips_are_compared_as_by_the_command(jobs: Jobs, clips: list[Gi
     assert "no difference shown between old and new: +0.00 [+0.00, +0.00] on 3 pairs" in html
     assert html.count('<section class="pair"') == 3 and html.count("<video ") == 6
     assert "comparison.html" in html and "ratings.jsonl" in html
+
+
+def test_warnings_do_not_show_where_the_package_lies(jobs: Jobs, clips: list[Given]) -> None:
+    clip = Clip(clips[0].path, clips[0].name, "upload")
+    warning = f"TypeError: in {clip.path} (/usr/lib/python3/site-packages/lmm_qa/video/sound.py:3)"
+    row = {"error": None, "adapter": None, "model": "embedded", "warnings": [warning]}
+    assert jobs._public_row(row, clip)["warnings"] == ["TypeError: in a.mp4 (sound.py:3)"]
 
 
 def test_nothing_to_compare_with_is_an_error(jobs: Jobs, clips: list[Given]) -> None:
