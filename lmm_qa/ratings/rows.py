@@ -107,7 +107,7 @@ class AudioInfo(RowPart):
         None,
         description="`present`, `none` (no sound), `silent` (below -55 LUFS) or `broken` (it could not be decoded)",
     )
-    seconds: Seconds | None = Field(None, description="length of the sound during the pictures")
+    seconds: Seconds | None = Field(None, description="length of the sound, up to the end of the pictures")
     offset: Rounded | None = Field(
         None, description="when the sound begins in the file, in seconds after the first frame; negative: before it"
     )

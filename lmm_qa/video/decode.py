@@ -363,10 +363,10 @@ def collect_frames(
         scan = replace(scan, info=replace(scan.info, warnings=(*scan.info.warnings, *sorted(notes))))
         dynamics = recorder.dynamics(scan.seconds, scan.info.duration)
         frames = replace(stack_frames(scan, screen, moments, renderer, decoder), dynamics=dynamics, sound=sound)
-        if measurement:
-            frames = replace(frames, features=measurement.features(measured, dynamics), lip_sync=measurement.lip_sync())
-            frames = replace(frames, measurement_error=measurement.error)
-        return scan, frames
+        if not measurement:
+            return scan, frames
+        features, lip_sync = measurement.features(measured, dynamics), measurement.lip_sync()
+        return scan, replace(frames, features=features, lip_sync=lip_sync, measurement_error=measurement.error)
     corrected = _without_doubtful(scan, shown)
     if corrected is None:
         # Two fields of one interlaced frame can be two packets.
@@ -374,6 +374,8 @@ def collect_frames(
         if not times or (exact and len(times) < len(scan.seconds)):
             raise truncated_error(scan.path, len(times), len(scan.seconds))
         corrected = _correct_scan(scan, times)
+    if sound is not None and corrected.start != scan.start:
+        sound = read_sound(corrected.path, corrected.start, corrected.info.duration)
     return collect_frames(corrected, decode, choose, views, factor, measure, decoder, sound)
 
 
@@ -455,7 +457,7 @@ def _correct_scan(scan: ContainerScan, times: Sequence[float | None]) -> Contain
     step = scan.info.duration / len(times)
     seconds = tuple(index * step if regular else known[index] - known[0] for index in range(len(times)))
     info = replace(scan.info, frames=len(seconds), fps=len(seconds) / scan.info.duration)
-    return replace(scan, seconds=seconds, info=info)
+    return replace(scan, seconds=seconds, info=info, start=scan.start if regular else known[0])
 
 
 def iterate_frames(scan: ContainerScan, notes: set[Note]) -> Iterator[VideoFrame]:

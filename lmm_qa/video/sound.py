@@ -205,9 +205,9 @@ class _Reader:
         from av.audio.resampler import AudioResampler
 
         resampler: AudioResampler | None = None
-        shape: tuple[str, int] | None = None
+        shape: tuple[str, str, int] | None = None
         for frame in frames:
-            now = frame.layout.name, frame.sample_rate
+            now = frame.format.name, frame.layout.name, frame.sample_rate
             if resampler is None or shape != now:
                 if resampler is not None:
                     yield from resampler.resample(None)

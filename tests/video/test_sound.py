@@ -93,6 +93,19 @@ def test_pictures_that_start_late_are_the_clock(tmp_path: Path) -> None:
     assert sound_of(moved).offset == pytest.approx(-0.5, abs=0.002)
 
 
+def test_pictures_that_cannot_be_shown_are_not_the_clock(tmp_path: Path) -> None:
+    """A cut before an open group of pictures: the first ones refer to pictures that are not there."""
+    original = with_sound(tmp_path, speech(), name="original.mkv")
+    open_group = ("-c:v", "libx264", "-x264-params", "open-gop=1:keyint=10:min-keyint=10:scenecut=0", "-bf", "3")
+    ffmpeg("-i", original, *open_group, "-c:a", "copy", tmp_path / "open.mkv")
+    ffmpeg("-ss", "1.1", "-i", tmp_path / "open.mkv", "-c", "copy", tmp_path / "cut.mkv")
+    scan = scan_container(tmp_path / "cut.mkv")
+    frames = read(tmp_path / "cut.mkv")
+    left_out = scan.info.frames - frames.info.frames
+    assert left_out > 0 and frames.sound is not None
+    assert frames.sound.offset == pytest.approx(sound_of(tmp_path / "cut.mkv").offset - left_out / 25, abs=0.002)
+
+
 def test_a_clip_without_sound(tmp_path: Path) -> None:
     sound = sound_of(write_clip(tmp_path / "mute.mp4"))
     assert sound.state is SoundState.NONE and not len(sound.samples) and sound.loudness is None
