@@ -25,10 +25,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerFast
 from transformers.video_utils import VideoMetadata
 
+from lmm_qa.model.backbone import Backbone
 from lmm_qa.model.prompt import Prompt
 
 OMNI = ("qwen2_5_omni", "qwen3_omni_moe")
-"""Families that take sound: `build` writes the thinker, `speak` makes it a whole model as those that are published."""
+"""Families that take sound: `build` writes the thinker, `add_talker` makes it a whole model, as published ones are."""
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", *OMNI, "internvl", "llava_onevision")
 PUBLISHED = SHARED / "backbones"
 
@@ -52,6 +53,16 @@ def published(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"no published backbone files at {folder}; set LMM_QA_SHARED")
     return folder
+
+
+def builder(folder: Path, *, published: bool = False) -> Callable[[str], Path]:
+    """Makes the directory of a family's small model, in a folder, when it is first asked for."""
+    return cache(lambda family: build(family, folder / family, published=published))
+
+
+def loader(directory: Callable[[str], Path]) -> Callable[[str], Backbone]:
+    """Loads a family's small model when it is first asked for."""
+    return cache(lambda family: Backbone.load(str(directory(family)), device="cpu", dtype="float32"))
 
 
 def build(family: str, out: Path, *, published: bool = False) -> Path:

@@ -42,13 +42,6 @@ def shared_dir() -> Path:
 @pytest.fixture(scope="session")
 def family_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Makes the directory of a small model of a family (see backbones.py), once per test run."""
-    made: dict[str, Path] = {}
+    from backbones import builder
 
-    def directory(family: str) -> Path:
-        from backbones import build
-
-        if family not in made:
-            made[family] = build(family, tmp_path_factory.mktemp("backbones") / family)
-        return made[family]
-
-    return directory
+    return builder(tmp_path_factory.mktemp("backbones"))

@@ -13,9 +13,10 @@ import re
 import signal
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -198,9 +199,7 @@ class DegradedDataset:
         """Sources without sound, of which no copies with causes in the sound are made."""
         self._rows = self._read()
         self.tasks: list[CopyTask] = []
-        heard = (
-            [clip for clip in clips if _has_sound(clip.path, plan.length)] if set(plan.causes) & SOUND.keys() else []
-        )
+        heard = _heard(clips, plan.length) if set(plan.causes) & SOUND.keys() else {}
         for clip, stem in zip(clips, _stems([clip.name for clip in clips]), strict=True):
             self.tasks += self._plan(clip, stem, plan, heard)
         self.pending = [task for task in self.tasks if not self._exists(task)]
@@ -271,14 +270,15 @@ class DegradedDataset:
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _plan(self, clip: Clip, stem: str, plan: DegradationPlan, heard: Sequence[Clip]) -> list[CopyTask]:
+    def _plan(self, clip: Clip, stem: str, plan: DegradationPlan, heard: Mapping[str, Clip]) -> list[CopyTask]:
+        """The copies of a source. `heard`: the clips with sound, by their content ids."""
         try:
             source_id = content_id(clip.path)
         except ClipError as error:
             self.failed.append(FailedSource(clip.name, f"{type(error).__name__}: {error}", len(plan.copies(""))))
             return []
         seed = _hash(plan.seed, source_id)
-        mute = clip not in heard
+        mute, others = source_id not in heard, [each for each in heard if each != source_id]
         if mute and set(plan.causes) & SOUND.keys():
             self.without_sound.append(clip.name)
         tasks = []
@@ -287,11 +287,10 @@ class DegradedDataset:
                 continue
             task = CopyTask(f"{_copy_stem(stem, degradations)}.mp4", clip, source_id, degradations, seed, plan)
             if any(cause == "wrong_audio" for cause, _ in degradations):
-                others = [each for each in heard if content_id(each.path) != source_id]
                 if not others:
                     raise UsageError(f"wrong_audio takes the sound of another clip, and only {clip.name} has sound")
                 other = others[seed % len(others)]
-                task = replace(task, other=other, other_id=content_id(other.path))
+                task = replace(task, other=heard[other], other_id=other)
             tasks.append(task)
         return tasks
 
@@ -438,12 +437,15 @@ def _read_waveform(path: Path, seconds: float, rate: int | None = None) -> Wavef
     return read_waveform(path, scan_container(path).start, seconds + GREATEST_OFFSET, rate)[1]
 
 
-def _has_sound(path: Path, seconds: float) -> bool:
-    try:
-        scan = scan_container(path)
-    except ClipError:  # reported when its copies are made
-        return False
-    return read_sound(path, scan.start, seconds).state is SoundState.PRESENT
+def _heard(clips: Sequence[Clip], seconds: float) -> dict[str, Clip]:
+    """Those that have sound in their first seconds, by their content ids."""
+    found = {}
+    for clip in clips:
+        with suppress(ClipError):  # reported when its copies are made
+            start = scan_container(clip.path).start
+            if read_sound(clip.path, start, seconds).state is SoundState.PRESENT:
+                found[content_id(clip.path)] = clip
+    return found
 
 
 def _copy_stem(stem: str, degradations: Degradations) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -123,6 +123,12 @@ def face_window(face: Face, height: int, width: int, scale: float = WINDOW_SCALE
     x = round(np.clip((left + right - side) / 2, 0, width - side))
     y = round(np.clip((top + bottom - side) / 2, 0, height - side))
     return x, y, side
+
+
+def boxes_at(boxes: NDArray[np.floating[Any]], indices: Sequence[int], numbers: Sequence[int]) -> Boxes:
+    """(n, 4): the boxes of a face, known in the frames `indices`, in the n frames `numbers`."""
+    known, first = np.unique(indices, return_index=True)
+    return np.stack([np.interp(numbers, known, edge) for edge in boxes[first].T], axis=1)
 
 
 def _interpolate(matches: Sequence[tuple[int, Boxes]], count: int) -> Face:

@@ -32,10 +32,10 @@ from transformers.audio_utils import mel_filter_bank
 from lmm_qa.config import Sampling
 from lmm_qa.errors import ClipError
 from lmm_qa.video.decode import iterate_frames
-from lmm_qa.video.face import follow_face
+from lmm_qa.video.face import boxes_at, follow_face
 from lmm_qa.video.measurement import lip_sync
 from lmm_qa.video.measurement.features import limit_size
-from lmm_qa.video.measurement.lip_sync import LipSyncMeter, Weights, interpolated_boxes, mel_spectrum, mouth_shape
+from lmm_qa.video.measurement.lip_sync import LipSyncMeter, Weights, mel_spectrum, mouth_shape
 from lmm_qa.video.probe import scan_container
 from lmm_qa.video.sampling import sample_indices
 from lmm_qa.video.sound import SAMPLE_RATE, SoundState, read_sound
@@ -169,7 +169,7 @@ def read_clip(path: Path, mesh: Any, bank: Array) -> dict[str, Any]:
     numbers = [meter._numbers[at] for at in used]
     aspect = np.array(meter._pictures[0].shape[::-1])
     boxes, indices = (face.boxes, wanted) if face.found else mesh_boxes(points, numbers, aspect)
-    followed = interpolated_boxes(boxes, indices, numbers)
+    followed = boxes_at(boxes, indices, numbers)
     relative = (points - followed[:, None, :2]) / (followed[:, None, 2:] - followed[:, None, :2])
     middle = relative[:, [UPPER, LOWER]].mean(1)
     sound = read_sound(path, scan.start, scan.info.duration)
@@ -426,17 +426,6 @@ class Pair(nn.Module):
         return found
 
 
-def signals(clip: Clip) -> tuple[Array, Array]:
-    """(n, 6) and (2 n, 40): what the networks receive; as in `lip_sync.similarity`."""
-    shape = shape_at_rate(clip)
-    moving = shape - gaussian_filter1d(shape, lip_sync.RATE, axis=0)
-    heard = np.maximum(clip.spectrum, clip.spectrum.max() - 9)
-    return (
-        np.concatenate([moving * 20, moving / (moving.std(0) + 0.002)], axis=1),
-        (heard - heard.mean()) / (heard.std() + 0.1),
-    )
-
-
 def shape_at_rate(clip: Clip) -> Array:
     moments = np.arange(len(clip.spectrum) // 2) / lip_sync.RATE
     return np.stack([np.interp(moments, clip.seconds, each) for each in clip.shape.T], axis=1)
@@ -444,7 +433,7 @@ def shape_at_rate(clip: Clip) -> Array:
 
 def train_pairs(clips: Sequence[Clip], seed: int, speed: float) -> Weights:
     """Vectors of a moment alike, those of different moments not: the right offset among all."""
-    known = [signals(clip) for clip in clips]
+    known = [lip_sync.network_inputs(shape_at_rate(clip), clip.spectrum) for clip in clips]
     weights: Weights = {"sync.count": np.array(ENSEMBLE, np.float32)}
     for member in range(ENSEMBLE):
         torch.manual_seed(seed + member)
@@ -512,8 +501,7 @@ class Case:
 
 def cases(clip: Clip, others: Sequence[Clip], weights: Weights, seed: int) -> Iterator[Case]:
     rng, shape = np.random.default_rng(seed), shape_at_rate(clip)
-    loud = clip.spectrum.reshape(len(shape), 2, -1).mean((1, 2))
-    speech = float((loud - loud.max() > -0.5 * lip_sync.QUIET).sum()) / lip_sync.RATE
+    speech = float((lip_sync.voice_level(clip.spectrum) > lip_sync.SPEECH_LEVEL).sum()) / lip_sync.RATE
 
     def case(kind: str, offset: float, spectrum: Array) -> Case:
         backwards = np.ascontiguousarray(spectrum[::-1])
@@ -525,10 +513,7 @@ def cases(clip: Clip, others: Sequence[Clip], weights: Weights, seed: int) -> It
     for _ in range(4):
         steps = int(rng.choice([-1, 1]) * rng.integers(8, 31))
         shifted = np.roll(clip.spectrum, 2 * steps, axis=0)
-        shifted[: 2 * steps] = clip.spectrum.min()
-        if steps < 0:
-            shifted = np.roll(clip.spectrum, 2 * steps, axis=0)
-            shifted[2 * steps :] = clip.spectrum.min()
+        shifted[slice(2 * steps) if steps > 0 else slice(2 * steps, None)] = clip.spectrum.min()
         yield case("shifted", steps / lip_sync.RATE, shifted)
     strangers = [each for each in others if each.repository != clip.repository]
     for _ in range(3):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from backbones import FAMILIES, add_adapter, build
+from backbones import FAMILIES, add_adapter, builder, loader
 from model_inputs import CLOSED, HYBRID, IMAGES, NO_THOUGHTS, PROMPT, assert_equal_logits, random_clip
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
@@ -30,26 +30,12 @@ QREALIGN = load_prompt("qrealign")
 @pytest.fixture(scope="module")
 def family_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Without the published tokenizers: nothing here depends on them."""
-    made: dict[str, Path] = {}
-
-    def directory(family: str) -> Path:
-        if family not in made:
-            made[family] = build(family, tmp_path_factory.mktemp("backbones") / family)
-        return made[family]
-
-    return directory
+    return builder(tmp_path_factory.mktemp("backbones"))
 
 
 @pytest.fixture(scope="module")
 def load(family_dir: Callable[[str], Path]) -> Callable[[str], Backbone]:
-    loaded: dict[str, Backbone] = {}
-
-    def get(family: str) -> Backbone:
-        if family not in loaded:
-            loaded[family] = Backbone.load(str(family_dir(family)), device="cpu", dtype="float32")
-        return loaded[family]
-
-    return get
+    return loader(family_dir)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from backbones import FAMILIES, OMNI, add_talker, build
+from backbones import FAMILIES, OMNI, add_talker, builder, loader
 from model_inputs import CLOSED, PROMPT, SLOTS, assert_equal_logits, random_clip
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
@@ -44,26 +44,12 @@ Load = Callable[[str], Backbone]
 @pytest.fixture(scope="module")
 def family_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Without the published tokenizers: there are none of these families."""
-    made: dict[str, Path] = {}
-
-    def directory(family: str) -> Path:
-        if family not in made:
-            made[family] = build(family, tmp_path_factory.mktemp("backbones") / family)
-        return made[family]
-
-    return directory
+    return builder(tmp_path_factory.mktemp("backbones"))
 
 
 @pytest.fixture(scope="module")
 def load(family_dir: Callable[[str], Path]) -> Load:
-    loaded: dict[str, Backbone] = {}
-
-    def get(family: str) -> Backbone:
-        if family not in loaded:
-            loaded[family] = Backbone.load(str(family_dir(family)), device="cpu", dtype="float32")
-        return loaded[family]
-
-    return get
+    return loader(family_dir)
 
 
 @pytest.fixture(params=OMNI)

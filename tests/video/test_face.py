@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paths import SAMPLES
 
-from lmm_qa.video.face import FOLLOWED_PICTURES, Face, face_window, find_face, follow_face
+from lmm_qa.video.face import FOLLOWED_PICTURES, Face, boxes_at, face_window, find_face, follow_face
 
 PORTRAIT = SAMPLES / "astronaut_clean.mp4"
 EYES, MOUTH = (0.503, 0.393), (0.498, 0.55)
@@ -96,3 +96,10 @@ def test_a_face_that_comes_later_is_followed_from_there(portrait: np.ndarray) ->
     nobody = follow_face([empty] * (FOLLOWED_PICTURES + 2))
     assert not nobody.found
     assert nobody.boxes.shape == (FOLLOWED_PICTURES + 2, 4)
+
+
+def test_boxes_between_those_that_are_known() -> None:
+    boxes = np.array([[0.1, 0.1, 0.5, 0.5], [0.3, 0.2, 0.7, 0.6], [0.3, 0.2, 0.7, 0.6]])
+    found = boxes_at(boxes, [0, 10, 10], [0, 5, 10, 20])
+    assert found[1] == pytest.approx([0.2, 0.15, 0.6, 0.55])
+    assert found[3] == pytest.approx(boxes[1])

@@ -4,7 +4,8 @@
     sound -> logarithmic mel spectrogram                                                                        (voice)
     both -> a vector every 40 ms each -> mean similarity at each offset within 1.5 s
 
-Two small convolutional networks see the mouth, two more make the vectors; all together have some 120,000 weights.
+Two small convolutional networks see the mouth; three pairs of others make the vectors, and their similarities are
+averaged. All together have some 226,000 weights.
 `scripts/lip_sync/train.py` trains them: the first two on what a published face mesh says about the frames of clips, the
 others such that vectors of a moment are alike, and those of different moments are not.
 
@@ -29,6 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lmm_qa.video.display import UPRIGHT, Orientation
+from lmm_qa.video.face import boxes_at
 from lmm_qa.video.sound import SAMPLE_RATE, Samples
 
 Floats = NDArray[np.floating[Any]]
@@ -47,7 +49,10 @@ MIN_SPEECH = 2.0
 """Seconds of visible speech that are needed to judge."""
 
 QUIET = 8.0
-"""Natural logarithm of power below the loudest moment at which `LipSync.voice` is 0. Speech is above half of it."""
+"""Natural logarithm of power below the loudest moment at which `voice_level` is 0."""
+
+SPEECH_LEVEL = 0.5
+"""`voice_level` from which speech is heard."""
 
 MIN_MOTION = 0.006
 """Standard deviation of the opening of the mouth, relative to the face's box, from which somebody speaks."""
@@ -140,7 +145,7 @@ class LipSyncMeter:
 
     def windows(self, boxes: Floats, indices: Sequence[int]) -> Grey:
         """(n, 128, 128): the window around the lower face in each stored picture; arguments as for `measure`."""
-        return face_windows(self._pictures, interpolated_boxes(boxes, indices, self._numbers))
+        return face_windows(self._pictures, boxes_at(boxes, indices, self._numbers))
 
     def measure(self, boxes: Floats, indices: Sequence[int], samples: Samples) -> LipSync | None:
         """Compare lips and sound.
@@ -163,12 +168,11 @@ class LipSyncMeter:
         shape = np.stack([np.interp(moments, self._seconds, each) for each in shape.T], axis=1)
         seen = np.interp(moments, self._seconds, visible) > 0.5
         spectrum = mel_spectrum(samples[: count * SAMPLE_RATE // RATE + _FFT], weights["mel"], 2 * count)
-        loud = spectrum.reshape(count, 2, -1).mean((1, 2))
-        loud = np.clip((loud - loud.max()) / QUIET + 1, 0, 1)
+        loud = voice_level(spectrum)
         alike = similarity(weights, shape, spectrum)
         backwards = similarity(weights, shape, np.ascontiguousarray(spectrum[::-1]))
         evidence = compare(alike, backwards)
-        speech = float((seen & (loud > 0.5)).sum()) / RATE
+        speech = float((seen & (loud > SPEECH_LEVEL)).sum()) / RATE
         judged = speech >= MIN_SPEECH and shape[:, 0].std() >= MIN_MOTION
         odds = float(np.dot(settings["weights"], evidence.numbers) + settings["intercept"])
         return LipSync(
@@ -182,12 +186,6 @@ class LipSyncMeter:
 
 
 # --- Mouth -----------------------------------------------------------------------------------------------------------
-
-
-def interpolated_boxes(boxes: Floats, indices: Sequence[int], numbers: Sequence[int]) -> Floats:
-    """(n, 4): the boxes, given for the frames `indices`, at the frames `numbers`."""
-    known, first = np.unique(indices, return_index=True)
-    return np.stack([np.interp(numbers, known, edge) for edge in boxes[first].T], axis=1)
 
 
 def face_windows(pictures: Sequence[Grey], boxes: Floats) -> Grey:
@@ -283,6 +281,12 @@ def mel_spectrum(samples: Samples, bank: NDArray[np.float32], count: int) -> Flo
     return np.stack([np.interp(moments, known, band) for band in bands.T], axis=1)
 
 
+def voice_level(spectrum: Floats) -> Floats:
+    """(n,): loudness, 0 to 1, `RATE` times per second, from the (2 n, bands) of `mel_spectrum`."""
+    loud = spectrum.reshape(len(spectrum) // 2, 2, -1).mean((1, 2))
+    return np.asarray(np.clip((loud - loud.max()) / QUIET + 1, 0, 1))
+
+
 # --- Both ------------------------------------------------------------------------------------------------------------
 
 
@@ -295,6 +299,18 @@ class _Evidence:
     the distance of the offset from 0 times the strength."""
 
 
+def network_inputs(shape: Floats, spectrum: Floats) -> tuple[Floats, Floats]:
+    """What the networks that make the vectors receive, (n, 6) and (2 n, bands); arguments as for `similarity`."""
+    from scipy.ndimage import gaussian_filter1d
+
+    moving = shape - gaussian_filter1d(shape, RATE, axis=0)
+    heard = np.maximum(spectrum, spectrum.max() - 9)
+    return (
+        np.concatenate([moving * 20, moving / (moving.std(0) + 0.002)], axis=1),
+        (heard - heard.mean()) / (heard.std() + 0.1),
+    )
+
+
 def similarity(weights: Weights, shape: Floats, spectrum: Floats) -> Floats:
     """(n, n): similarity of the mouth at each moment to the voice at each moment, -1 to 1, means removed.
 
@@ -302,12 +318,7 @@ def similarity(weights: Weights, shape: Floats, spectrum: Floats) -> Floats:
         shape: (n, 3), as returned by `mouth_shape`, `RATE` times per second.
         spectrum: (2 n, bands), as returned by `mel_spectrum`.
     """
-    from scipy.ndimage import gaussian_filter1d
-
-    moving = shape - gaussian_filter1d(shape, RATE, axis=0)
-    mouth = np.concatenate([moving * 20, moving / (moving.std(0) + 0.002)], axis=1)
-    heard = np.maximum(spectrum, spectrum.max() - 9)
-    heard = (heard - heard.mean()) / (heard.std() + 0.1)
+    mouth, heard = network_inputs(shape, spectrum)
     count = int(weights["sync.count"].item())
     total = np.zeros((len(shape), len(shape)))
     for number in range(count):

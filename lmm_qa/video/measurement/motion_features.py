@@ -30,7 +30,7 @@ from PIL import Image
 from scipy.ndimage import median_filter
 
 from lmm_qa.video.display import UPRIGHT, Orientation
-from lmm_qa.video.face import Box
+from lmm_qa.video.face import Box, boxes_at
 from lmm_qa.video.temporal import absolute_difference, evenly_spaced
 
 Grey = NDArray[np.uint8]
@@ -192,8 +192,7 @@ class MotionFeatureRecorder:
         if count < 2:
             return np.zeros((len(parts), 1))
         height, width = self._small[0].shape
-        numbers, first = np.unique(indices, return_index=True)
-        interpolated = np.stack([np.interp(self._small_numbers[1:], numbers, edge) for edge in boxes[first].T], axis=1)
+        interpolated = boxes_at(boxes, indices, self._small_numbers[1:])
         corner, sides = interpolated[:, None, :2], interpolated[:, None, 2:] - interpolated[:, None, :2]
         size = np.array([width, height])
         edges = (corner[:, :, None] + np.array(parts).reshape(1, -1, 2, 2) * sides[:, :, None]) * size

@@ -17,7 +17,7 @@ from lmm_qa.video.display import Orientation
 from lmm_qa.video.measurement import lip_sync
 from lmm_qa.video.measurement.evidence import UNKNOWN, lip_sync_text
 from lmm_qa.video.measurement.features import FeatureExtractor
-from lmm_qa.video.measurement.lip_sync import LipSync, LipSyncMeter, compare, interpolated_boxes, mel_spectrum
+from lmm_qa.video.measurement.lip_sync import LipSync, LipSyncMeter, compare, mel_spectrum
 from lmm_qa.video.sound import SAMPLE_RATE
 
 
@@ -104,13 +104,6 @@ def test_means_are_those_along_the_diagonals() -> None:
 
 
 # --- Pictures --------------------------------------------------------------------------------------------------------
-
-
-def test_boxes_between_those_that_are_known() -> None:
-    boxes = np.array([[0.1, 0.1, 0.5, 0.5], [0.3, 0.2, 0.7, 0.6], [0.3, 0.2, 0.7, 0.6]])
-    found = interpolated_boxes(boxes, [0, 10, 10], [0, 5, 10, 20])
-    assert found[1] == pytest.approx([0.2, 0.15, 0.6, 0.55])
-    assert found[3] == pytest.approx(boxes[1])
 
 
 @pytest.mark.parametrize("turns", [0, 1, 2, 3])
