@@ -26,6 +26,7 @@ import pytest
 from browser import Browser, find_browser
 from clips import write_clip
 from paths import SAMPLES
+from playwright.sync_api import expect
 from rating_rows import rating_row
 
 from lmm_qa.files.tables import write_rows
@@ -141,7 +142,7 @@ def test_a_clip_is_rated_played_and_downloaded(browser: Browser, server: Server,
     wait(browser)
     assert page.locator(".rated h2").inner_text() == "whole.mp4"
     assert page.locator(".strip img").count() > 8
-    assert page.locator(".levels li").count() == 5
+    expect(page.locator(".levels li")).to_have_count(5)
 
     video = page.locator(".player video")
     page.locator(".strip button").nth(2).click()
@@ -181,7 +182,7 @@ def test_a_clip_that_cannot_be_rated_says_why_and_costs_no_other(browser: Browse
     wait(browser)
     page = browser.page
     assert "stream breaks" in page.locator(".problem").inner_text()
-    assert page.locator("details.rated").count() == 1
+    expect(page.locator("details.rated")).to_have_count(1)
     # gradio removes some characters from the names of uploads
     assert page.locator("section.rated h2").inner_text() == "img src=x onerror=alert(1) alert(2) 77.mp4"
     assert page.locator("img[src='x']").count() == 0
@@ -216,10 +217,13 @@ def test_a_set_of_the_operator_is_reported(browser: Browser) -> None:
     page.get_by_role("button", name="Make the report").click()
     wait(browser)
     frame = page.frame_locator("iframe.report")
-    frame.locator("footer").wait_for()
-    assert frame.locator("#clips tbody").count() == 2
+    # The script that opens rows comes after everything else in the document.
+    frame.locator("footer").evaluate(
+        "() => document.readyState === 'complete' || new Promise(done => addEventListener('load', done))"
+    )
+    expect(frame.locator("#clips tbody")).to_have_count(2)
     frame.locator("#clips tbody button").first.click()
-    assert frame.locator("#clips .detail").count() == 1
+    expect(frame.locator("#clips .detail")).to_have_count(1)
 
 
 def test_a_rater_that_is_not_here_says_so(browser: Browser) -> None:
