@@ -208,6 +208,7 @@ class Rater:
         batch_size: int | None = None,
         workers: int = 2,
         timeout: float = 60.0,
+        decoders: DecoderPool | None = None,
     ) -> Iterator[Rating | Failure]:
         """Rate many clips. A clip's score does not depend on batch size, order or the other clips.
 
@@ -218,6 +219,7 @@ class Rater:
                 `Backbone.batches`), and their results come together. Default: 64 on a GPU, 1 on a CPU.
             workers: number of decoding processes.
             timeout: time limit for decoding one clip, in seconds.
+            decoders: an open pool to decode with, which stays open, instead of a new one with `workers` and `timeout`.
 
         Yields:
             One result per clip, in order; a `Failure` for a clip that cannot be rated.
@@ -229,7 +231,7 @@ class Rater:
         """
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"batch_size must be positive, received {batch_size}")
-        with DecoderPool(workers, timeout) as pool:
+        with nullcontext(decoders) if decoders else DecoderPool(workers, timeout) as pool:
             yield from self._rate_decoded(self._decode(pool, clips, details), details, batch_size)
 
     def _rate_decoded(

@@ -42,6 +42,7 @@ from lmm_qa.model.source import EMBEDDED
 from lmm_qa.rater import clip_input
 from lmm_qa.ratings.rows import STEP, WINDOW, Details
 from lmm_qa.video.decode import Frames, read_frames, read_windows
+from lmm_qa.video.decoder_pool import DecoderPool
 from lmm_qa.video.measurement.classifier import predict
 from lmm_qa.video.measurement.evidence import UNKNOWN, evidence_text
 from lmm_qa.video.measurement.features import FeatureExtractor
@@ -284,10 +285,13 @@ def test_a_score_does_not_depend_on_the_others(
 
 def test_clips_with_different_numbers_of_frames_in_one_batch(model_dir: Path, good: list[Path]) -> None:
     rater = Rater.from_pretrained(model_dir, sampling=Sampling.from_text("fps:3"), views=VIEWS[:1], **SMALL)
-    results = list(rater.rate_all(good, batch_size=8, workers=1))
+    with DecoderPool(1) as decoders:
+        results = list(rater.rate_all(good, batch_size=8, decoders=decoders))
+        again = list(rater.rate_all(good, batch_size=8, decoders=decoders))  # it stays open
     assert {len(result.frames.indices) for result in results if isinstance(result, Rating)} == {1, 3, 10}
-    for path, result in zip(good, results, strict=True):
+    for path, result, second in zip(good, results, again, strict=True):
         assert_same_rating(result, rater.rate(path))
+        assert_same_rating(second, result)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +17,7 @@ from lmm_qa.manifest import content_id
 from lmm_qa.model.backbone import Backbone
 from lmm_qa.rater import Rater
 from lmm_qa.ratings.io import print_row
+from lmm_qa.video.decoder_pool import DecoderPool
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,9 +76,10 @@ class RatingRun:
             unrated = ranks.unrated(clips, rated)
             self._report_resumed(len(clips), len(unrated), output)
             if unrated:
-                rows = _write_rows(writer, self._results(ranks.claim(unrated)))
-                for _ in self._progress(ranks.count_rows(rows, len(unrated)), len(unrated), "rated"):
-                    pass
+                with self._decoders(len(unrated)) as decoders:
+                    rows = _write_rows(writer, self._results(ranks.claim(unrated), decoders))
+                    for _ in self._progress(ranks.count_rows(rows, len(unrated)), len(unrated), "rated"):
+                        pass
         if ranks.rank or not unrated:
             return 0
         render_table(writer.rows, make_console())
@@ -87,16 +90,27 @@ class RatingRun:
         """Rate all clips; rendered on a terminal, JSON lines otherwise. Returns the number of clips that failed."""
         start = time.monotonic()
         rows: list[Row] = []
-        for result in self._progress(self._results(clips), len(clips), "rated"):
-            rows.append(result.to_row())
-            if not sys.stdout.isatty():
-                print_row(rows[-1], sys.stdout)
+        with self._decoders(len(clips)) as decoders:
+            for result in self._progress(self._results(clips, decoders), len(clips), "rated"):
+                rows.append(result.to_row())
+                if not sys.stdout.isatty():
+                    print_row(rows[-1], sys.stdout)
         if sys.stdout.isatty():
             render(rows, make_console(stderr=False))
         _warn_about_answers(rows)
         return _summarise(rows, len(rows), time.monotonic() - start, "")
 
-    def _results(self, clips: Iterable[Clip]) -> Iterator[Rating | Failure]:
+    @contextmanager
+    def _decoders(self, clips: int) -> Iterator[DecoderPool | None]:
+        """The processes that decode: they start while the model is loaded. None on a Ray cluster."""
+        if self.raters is not None:
+            yield None
+            return
+        with DecoderPool(min(self.options["workers"], clips), self.options["timeout"]) as decoders:
+            decoders.start()
+            yield decoders
+
+    def _results(self, clips: Iterable[Clip], decoders: DecoderPool | None) -> Iterator[Rating | Failure]:
         options = {"details": self.details, **self.options}
         if self.raters is not None:
             message(f"model {self.plan.source.name} in {plural(self.raters.number, 'rater')} on a Ray cluster")
@@ -104,7 +118,7 @@ class RatingRun:
         rater = Rater.from_plan(self.plan)
         if self.ranks.rank == 0:
             _describe(rater, self.details)
-        return rater.rate_all(clips, **options)
+        return rater.rate_all(clips, decoders=decoders, **options)
 
     def _progress(self, results: Iterable[T], total: int, verb: str) -> Iterable[T]:
         return results if self.ranks.rank else progress(results, total, verb)

@@ -73,6 +73,11 @@ class DecoderPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def start(self) -> None:
+        """Start the workers now, without waiting for them. Otherwise each starts with its first clip."""
+        for worker in self._workers:
+            worker.start()
+
     def close(self) -> None:
         """Kill the workers and abandon clips that are not read yet. May be called again."""
         for worker in self._workers:
@@ -148,6 +153,8 @@ class _Worker:
         self._closed = False
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] | None = None
+        self._answers = False
+        """Whether the process has answered, so that a time limit is one for a clip."""
 
     def read(self, reader: Reader, request: tuple[Any, ...], timeout: float) -> Any:
         """Have the process read a clip.
@@ -205,28 +212,40 @@ class _Worker:
         Raises:
             DecoderCrashed: it could not be started.
         """
-        if self._process is not None and self._process.poll() is not None:
+        if self._process is not None and self._process.poll() is not None and self._answers:
             self.stop()  # it died while idle: not the fault of the next clip
-        if self._process is not None:
-            return self._process
+        process = self.start()
+        if not self._answers:
+            try:
+                _exchange(process, None, START_TIMEOUT)
+            except (TimeoutError, EOFError):
+                raise DecoderCrashed(f"the decoder process did not start: {self.stop()}") from None
+            self._answers = True
+        return process
+
+    def start(self) -> subprocess.Popen[bytes]:
+        """Start the process unless it runs, and do not wait for it.
+
+        Raises:
+            DecoderCrashed: the pool was closed.
+        """
         with self._lock:
+            if self._process is not None:
+                return self._process
             if self._closed:
                 raise DecoderCrashed("the decoder pool was closed")
+            self._answers = False
             self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  `stop` closes it
             # The same search path as here, so that an import that works here works there.
             program = f"import sys; sys.path[:] = {sys.path!r}; from lmm_qa.video.decoder_pool import serve; serve()"
-            process = self._process = subprocess.Popen(
+            self._process = subprocess.Popen(
                 [sys.executable, "-c", program],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._stderr,
                 env=os.environ | SINGLE_THREADED,
             )
-        try:
-            _exchange(process, None, START_TIMEOUT)
-        except (TimeoutError, EOFError):
-            raise DecoderCrashed(f"the decoder process did not start: {self.stop()}") from None
-        return process
+            return self._process
 
 
 def _exchange(process: subprocess.Popen[bytes], request: object, timeout: float) -> Any:

@@ -67,6 +67,29 @@ def test_results_are_in_order_with_errors_in_their_places(clips_dir: Path) -> No
     assert len(running) == 2 and all(map(has_ended, running))
 
 
+def test_workers_that_were_started_early_read_the_clips(clips_dir: Path) -> None:
+    with DecoderPool(2) as pool:
+        pool.start()
+        started = process_ids(pool)
+        pool.start()
+        results = list(pool.imap([clips_dir / "one.mp4"] * 4, *REQUEST))
+        assert len(started) == 2 and process_ids(pool) == started
+    assert [type(result) for result in results] == [Frames] * 4
+    assert all(map(has_ended, started))
+
+
+def test_a_worker_that_dies_before_its_first_clip_is_reported(clips_dir: Path) -> None:
+    with DecoderPool(1) as pool:
+        pool.start()
+        process = pool._workers[0]._process
+        assert process is not None
+        process.kill()
+        process.wait()
+        result, again = pool.imap([clips_dir / "one.mp4"] * 2, *REQUEST)
+    assert isinstance(result, DecoderCrashed) and "did not start: signal SIGKILL" in str(result)
+    assert isinstance(again, Frames)
+
+
 def test_windows_are_read_by_workers_too(clips_dir: Path) -> None:
     names = ["h264.mp4", "missing.mp4", "one.mp4"]
     with DecoderPool(2) as pool:
