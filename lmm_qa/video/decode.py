@@ -31,7 +31,7 @@ from lmm_qa.video.display import UNCROPPED, Display, Orientation, Picture
 from lmm_qa.video.playback import Playback, playback
 from lmm_qa.video.probe import ClipInfo, ContainerScan, scan_container
 from lmm_qa.video.sampling import frames_in_span, sample_indices, window_spans
-from lmm_qa.video.sound import Sound, read_sound
+from lmm_qa.video.sound import NO_SOUND, Sound, read_sound
 from lmm_qa.video.temporal import FrameDynamics, FrameDynamicsRecorder, Span
 from lmm_qa.video.views import ViewRenderer, view_size
 from lmm_qa.video.webp import read_webp_frames
@@ -204,7 +204,7 @@ def read_frames(
     def choose(seconds: Sequence[float]) -> list[int]:
         return sample_indices(seconds, sampling)
 
-    sound = read_sound(scan.path, scan.start, scan.info.duration)
+    sound = _sound(scan)
     if _prefers_decord(scan) and (frames := _seek_with_decord(scan, choose, views, factor)):
         return replace(frames, sound=sound)
     return collect_frames(scan, iterate_frames, choose, views, factor, measure, sound=sound)[1]
@@ -238,7 +238,7 @@ def read_windows(
     """
     check_window(window, step)
     scan = scan_container(Path(path))
-    sound = read_sound(scan.path, scan.start, scan.info.duration)
+    sound = _sound(scan)
 
     def collect(choose: Choice) -> tuple[Sequence[float], Frames]:
         corrected, frames = collect_frames(scan, iterate_frames, choose, views, factor, measure, sound=sound)
@@ -375,8 +375,13 @@ def collect_frames(
             raise truncated_error(scan.path, len(times), len(scan.seconds))
         corrected = _correct_scan(scan, times)
     if sound is not None and corrected.start != scan.start:
-        sound = read_sound(corrected.path, corrected.start, corrected.info.duration)
+        sound = _sound(corrected)
     return collect_frames(corrected, decode, choose, views, factor, measure, decoder, sound)
+
+
+def _sound(scan: ContainerScan) -> Sound:
+    """The sound of a clip; its file is not opened again if it has none."""
+    return read_sound(scan.path, scan.start, scan.info.duration) if scan.info.has_audio else NO_SOUND
 
 
 def _resize_scan(scan: ContainerScan, display: Display) -> ContainerScan:

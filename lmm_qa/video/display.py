@@ -12,6 +12,7 @@ cd/m2 become white; the display has a gamma of 2.4 (ITU-R BT.1886).
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cache
@@ -147,29 +148,29 @@ class Display:
         if is_hdr(frame):
             picture = tone_map(frame, self.width, self.height)
         elif is_transparent(frame):
-            layered = frame.to_ndarray(format="rgba", width=self.width, height=self.height).astype(np.uint16)
+            layered = convert(frame, "rgba", self.width, self.height).to_ndarray().astype(np.uint16)
             alpha = layered[..., 3:]
             picture = ((layered[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
         else:
-            rgb = frame.to_ndarray(format="rgb24", width=self.width, height=self.height)
+            rgb = convert(frame, "rgb24", self.width, self.height).to_ndarray()
             picture = rgb.astype(np.uint8, copy=False)
         return self.orientation.apply(self.crop.apply(picture))
 
     def luma(self, frame: VideoFrame) -> npt.NDArray[np.uint8]:
         """The cropped luma of a frame, (height, width), not turned; a view of its memory if that has 8 bits."""
         if (frame.width, frame.height) != (self.width, self.height):
-            frame = frame.reformat(width=self.width, height=self.height)
+            frame = convert(frame, frame.format.name, self.width, self.height)
         if is_hdr(frame):
-            grey = frame.reformat(format="gray16le").to_ndarray()
+            grey = convert(frame, "gray16le").to_ndarray()
             return self.crop.apply(luma_table(Transfer(frame.color_trc))[grey])
         if frame.format.name in LUMA_PLANE_FORMATS:
             return self.crop.apply(_first_plane(frame))
         if is_transparent(frame):
-            alpha = frame.to_ndarray(format="rgba")[..., 3].astype(np.uint16)
-            grey = frame.reformat(format="gray").to_ndarray()
+            alpha = convert(frame, "rgba").to_ndarray()[..., 3].astype(np.uint16)
+            grey = convert(frame, "gray").to_ndarray()
             blended = (grey * alpha + WHITE_LUMA * (255 - alpha) + 127) // 255
             return self.crop.apply(blended.astype(np.uint8))
-        return self.crop.apply(_first_plane(frame.reformat(format="gray")))
+        return self.crop.apply(_first_plane(convert(frame, "gray")))
 
 
 def is_transparent(frame: VideoFrame) -> bool:
@@ -180,6 +181,23 @@ def is_transparent(frame: VideoFrame) -> bool:
 def displayed_size(size: tuple[int, int], pixel_shape: tuple[float, float]) -> tuple[int, int]:
     """(height, width) on a screen of a picture of (height, width) pixels of this shape."""
     return round(size[0] * pixel_shape[0]), round(size[1] * pixel_shape[1])
+
+
+_of_thread = threading.local()
+
+
+def convert(frame: VideoFrame, pixel_format: str, width: int | None = None, height: int | None = None) -> VideoFrame:
+    """A frame in another pixel format, and in another size if one is given.
+
+    The converter is kept: `VideoFrame.reformat` makes one for each frame, which takes four times as long as the
+    conversion of 384 x 384 pixels.
+    """
+    from av.video.reformatter import VideoReformatter
+
+    if not hasattr(_of_thread, "converter"):
+        _of_thread.converter = VideoReformatter()
+    converted: VideoFrame = _of_thread.converter.reformat(frame, width, height, pixel_format, threads=1)
+    return converted
 
 
 def _first_plane(frame: VideoFrame) -> npt.NDArray[np.uint8]:
@@ -217,7 +235,7 @@ def is_hdr(frame: VideoFrame) -> bool:
 
 def tone_map(frame: VideoFrame, width: int, height: int) -> Picture:
     """Convert an HDR frame to RGB of the usual dynamic range; see the description of the module for the curve."""
-    coded = frame.to_ndarray(format="rgb48le", width=width, height=height)
+    coded = convert(frame, "rgb48le", width, height).to_ndarray()
     transfer = Transfer(frame.color_trc)
     light = linear_table(transfer)[coded]
     if transfer is Transfer.HLG:

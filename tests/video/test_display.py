@@ -10,6 +10,7 @@ from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from clips import FACTOR
@@ -31,6 +32,7 @@ from lmm_qa.video.display import (
     Display,
     Orientation,
     Transfer,
+    convert,
     hlg_gain,
     linear_table,
     moebius,
@@ -106,6 +108,21 @@ def test_deinterlacing_changes_neither_number_nor_times(corpus: Path) -> None:
     scan = scan_container(corpus / "interlaced/tff_h264.mp4")
     times = [frame.time for frame in iterate_frames(scan, set())]
     assert times == pytest.approx([second + (times[0] or 0) for second in scan.seconds])
+
+
+def test_one_converter_serves_frames_of_all_kinds(corpus: Path) -> None:
+    """Colour spaces, ranges, formats and sizes in turns, against PyAV, which makes a converter for each frame."""
+    frames = []
+    for path in sorted(corpus.rglob("*.mp4")):
+        with av.open(str(path)) as container:
+            frames += list(islice(container.decode(video=0), 1))
+    kinds = {(frame.format.name, frame.colorspace, frame.color_range) for frame in frames}
+    assert len(kinds) >= 3
+    for frame in [*frames, *reversed(frames)]:
+        assert np.array_equal(convert(frame, "gray").to_ndarray(), frame.reformat(format="gray").to_ndarray())
+        for size in ((frame.width, frame.height), (64, 48)):
+            expected = frame.to_ndarray(format="rgb24", width=size[0], height=size[1])
+            assert np.array_equal(convert(frame, "rgb24", *size).to_ndarray(), expected)
 
 
 @pytest.mark.parametrize("turns", range(4))
