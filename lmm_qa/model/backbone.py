@@ -32,7 +32,7 @@ from lmm_qa.model.inputs import (
     tokens_per_frame,
 )
 from lmm_qa.model.levels import LevelLogits
-from lmm_qa.model.loading import Choice, LoadOptions, cache_bytes, load_model
+from lmm_qa.model.loading import BFLOAT16_VISION, Choice, LoadOptions, cache_bytes, load_model
 from lmm_qa.model.memory import free_memory
 from lmm_qa.model.onednn import OneDNNLinear
 from lmm_qa.model.prefill import ANY_PROMPT, SharedPrefill, in_clip_order
@@ -78,6 +78,7 @@ class Backbone:
         self.model = model.eval()
         self.processor = processor
         self.choices = choices
+        self._vision_factors = torch.bfloat16 if BFLOAT16_VISION in choices else torch.float32
         self._fitting_tokens: float = MAX_BATCH_TOKENS
         """Tokens in one batch that fit into memory, as far as is known."""
 
@@ -276,9 +277,9 @@ class Backbone:
         if self.device.type != "cpu":
             return self.model(**inputs)
         has_pixels = "pixel_values" in inputs or "pixel_values_videos" in inputs
+        if has_pixels and self.model.config.model_type in vision_tower.FAMILIES:
+            inputs = vision_tower.encode_pictures(self.model, inputs, self._vision_factors)
         with OneDNNLinear():
-            if has_pixels and self.model.config.model_type in vision_tower.FAMILIES:
-                inputs = vision_tower.encode_pictures(self.model, inputs)
             return self.model(**inputs)
 
     def without_adapter(self) -> AbstractContextManager[None]:

@@ -13,6 +13,7 @@ from lmm_qa.model import compat
 from lmm_qa.model.chat_template import check_chat_template
 from lmm_qa.model.hub import find_model
 from lmm_qa.model.memory import free_memory
+from lmm_qa.model.onednn import bfloat16_is_faster
 from lmm_qa.model.weights import (
     DOWNLOAD_AGAIN,
     check_checkpoint,
@@ -29,6 +30,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 MAX_FLOAT32_PARAMETERS = 500_000_000
 """A CPU computes in float32 up to this size, and in bfloat16 above it: 2 GB of weights."""
+
+BFLOAT16_VISION = "vision tower"
+"""Name of the choice to round the factors of the vision tower's products to bfloat16."""
 
 MARGIN = 1.05
 """Memory for loading a model, relative to its weights."""
@@ -96,6 +100,8 @@ def load_model(model: str, adapter: Path | None = None, **options: Unpack[LoadOp
     attention = choose_attention(device.value, dtype.value)
     quantization = requested_quantization(options)
     choices = {"device": device, "dtype": dtype, "attention": attention}
+    if device.value == "cpu" and dtype.value == "float32" and not options.get("dtype") and bfloat16_is_faster():
+        choices[BFLOAT16_VISION] = Choice("bfloat16 products", "on this cpu; --dtype float32 is exact")
     kwargs = _hub_kwargs(model, options)
     config = read_config(model, **options)
     if quantization:

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from lmm_qa.model import compat
 from lmm_qa.model.inputs import vision_features
+from lmm_qa.model.onednn import OneDNNLinear, linear
 
 FAMILIES = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"})
 """Values of `model_type` in config.json for which this has been checked."""
@@ -23,13 +24,19 @@ FAMILIES = frozenset({"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"})
 MAX_PATCHES = 1024
 """Patches of the pictures that the tower gets at a time; a larger picture is alone."""
 
+QUICK_GELU = 1.702
+"""Quick GELU: x * sigmoid(1.702 x)."""
 
-def encode_pictures(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+
+def encode_pictures(
+    model: Any, inputs: Mapping[str, torch.Tensor], factors: torch.dtype = torch.float32
+) -> dict[str, Any]:
     """Run the vision tower on the pixels of prepared inputs.
 
     Args:
         model: of one of the `FAMILIES`, or an adapter around it.
         inputs: see `lmm_qa.model.inputs.prepare_inputs`.
+        factors: see `lmm_qa.model.onednn.OneDNNLinear`.
 
     Returns:
         Arguments for the model's forward: the inputs, with the output of the tower instead of pixels.
@@ -40,12 +47,13 @@ def encode_pictures(model: Any, inputs: Mapping[str, torch.Tensor]) -> dict[str,
     groups = picture_groups(inputs[grid_name])
     patches = torch.split(inputs[name], [count * height * width for count, height, width in groups])
     tower = compat.qwen2_vl_tower(model)
-    outputs = [
-        {"tokens": encode_equal_pictures(tower, part.to(tower.dtype), group)}
-        if tower
-        else vision_features(model, {name: part, grid_name: torch.tensor([group])})
-        for part, group in zip(patches, groups, strict=True)
-    ]
+    with OneDNNLinear(factors):
+        outputs = [
+            {"tokens": encode_equal_pictures(tower, part.to(tower.dtype), group, factors)}
+            if tower
+            else vision_features(model, {name: part, grid_name: torch.tensor([group])})
+            for part, group in zip(patches, groups, strict=True)
+        ]
     features = {key: torch.cat([output[key] for output in outputs], dim=-2) for key in outputs[0]}
     others = {key: value for key, value in inputs.items() if key != name}
     return others | compat.vision_kwargs(features, inputs)
@@ -70,13 +78,16 @@ def picture_groups(grid: torch.Tensor) -> list[tuple[int, int, int]]:
     return groups
 
 
-def encode_equal_pictures(tower: Any, patches: torch.Tensor, group: tuple[int, int, int]) -> torch.Tensor:
+def encode_equal_pictures(
+    tower: Any, patches: torch.Tensor, group: tuple[int, int, int], factors: torch.dtype
+) -> torch.Tensor:
     """Output of the vision tower of Qwen2-VL, as its own forward computes it but with one attention for all pictures.
 
     Args:
         tower: see `lmm_qa.model.compat.qwen2_vl_tower`.
         patches: (count x height x width, numbers per patch) prepared pixels.
         group: number of pictures, and their height and width in patches.
+        factors: see `lmm_qa.model.onednn.OneDNNLinear`.
 
     Returns:
         (tokens, width of the language model).
@@ -85,7 +96,7 @@ def encode_equal_pictures(tower: Any, patches: torch.Tensor, group: tuple[int, i
     rotation = compat.qwen2_vl_rotation(tower, hidden, group)
     for block in tower.blocks:
         hidden += _attention(block.attn, block.norm1(hidden), group[0], *rotation)
-        hidden += block.mlp(block.norm2(hidden))
+        hidden += _perceptron(block.mlp, block.norm2(hidden), factors)
     merged: torch.Tensor = tower.merger(hidden)
     return merged
 
@@ -108,6 +119,20 @@ def _attention(
     attended = functional.scaled_dot_product_attention(queries, keys, values, scale=attention.scaling)
     output: torch.Tensor = attention.proj(attended.transpose(1, 2).reshape(len(hidden), -1))
     return output
+
+
+def _perceptron(mlp: Any, hidden: torch.Tensor, factors: torch.dtype) -> torch.Tensor:
+    """Two linear layers with a quick GELU between them.
+
+    With its 1.702 in the weights of both layers it is a swish, which oneDNN computes together with the first layer.
+    """
+    first, second = mlp.fc1, mlp.fc2
+    plain = type(first) is type(second) is torch.nn.Linear and first.weight.dtype == torch.float32
+    if not plain or type(mlp.act).__name__ != "QuickGELUActivation":
+        output: torch.Tensor = mlp(hidden)
+        return output
+    swished = linear(hidden, QUICK_GELU * first.weight, QUICK_GELU * first.bias, "swish", factors)
+    return linear(swished, second.weight / QUICK_GELU, second.bias, factors=factors)
 
 
 def _rotate(values: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:

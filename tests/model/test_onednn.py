@@ -11,9 +11,12 @@ from model_inputs import (
     QWEN,
     random_clip,
 )
+from paths import SAMPLES
 
+from lmm_qa import Rater
 from lmm_qa.model.backbone import Backbone
-from lmm_qa.model.onednn import OneDNNLinear, onednn_is_faster
+from lmm_qa.model.loading import BFLOAT16_VISION
+from lmm_qa.model.onednn import OneDNNLinear, bfloat16_is_faster, linear, onednn_is_faster
 
 LAYERS: dict[str, tuple[torch.nn.Module, tuple[int, ...]]] = {
     "linear": (torch.nn.Linear(24, 7), (5, 24)),
@@ -43,6 +46,44 @@ def test_a_layer_computed_by_onednn_is_equal(kind: str, quicker: bool, monkeypat
         found = layer(values)
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
     assert torch.allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU has no AVX-512")
+@pytest.mark.parametrize("kind", LAYERS)
+@torch.inference_mode()
+def test_factors_are_rounded_to_bfloat16_and_pixels_are_not(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmm_qa.model.onednn.onednn_is_faster", lambda: True)
+    layer, shape = LAYERS[kind]
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(layer.weight.dtype)
+    expected = layer(values)
+    with OneDNNLinear(torch.bfloat16):
+        found = layer(values)
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    assert torch.allclose(found, expected, atol=0.03)
+    rounded = isinstance(layer, torch.nn.Linear) and layer.weight.dtype == torch.float32 and len(values)
+    assert torch.allclose(found, expected, atol=1e-6) != bool(rounded)
+
+
+@pytest.mark.parametrize("quicker", [True, False])
+@torch.inference_mode()
+def test_a_swish_is_computed_with_its_layer(quicker: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "lmm_qa.model.onednn.onednn_is_faster", lambda: quicker and torch.backends.mkldnn.is_available()
+    )
+    values, weight, bias = torch.randn(5, 24), torch.randn(7, 24), torch.randn(7)
+    expected = torch.nn.functional.silu(values @ weight.T + bias)
+    assert torch.allclose(linear(values, weight, bias, "swish"), expected, atol=1e-5)
+
+
+def test_the_embedded_model_rounds_to_bfloat16_where_that_is_faster() -> None:
+    """The score hardly changes: 0.0009 at most on 42 clips."""
+    exact, fast = (Rater.from_pretrained("embedded", device="cpu", dtype=dtype) for dtype in ("float32", None))
+    assert BFLOAT16_VISION not in exact.backbone.choices
+    assert (BFLOAT16_VISION in fast.backbone.choices) == bfloat16_is_faster()
+    for clip in (SAMPLES / "astronaut_clean.mp4", SAMPLES / "astronaut_noise_strong.mp4"):
+        scores = [rater.rate(clip).score for rater in (exact, fast)]
+        assert scores[0] == pytest.approx(scores[1], abs=0.002)
+        assert (scores[0] != scores[1]) == bfloat16_is_faster()
 
 
 @pytest.mark.parametrize("family", QWEN)
