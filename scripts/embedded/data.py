@@ -1,8 +1,8 @@
 """Training data of the embedded model: clips and photographs in, degraded copies with labels out.
 
 `lmm_qa.degrade` makes the copies and their labels. This module decides what it makes them from: each clip as it is, and
-segments of it with another size and other colours; photographs under a slow camera. Clips of the splits `val` and
-`test` are used as they are. Everything is resumable: files that exist are not made again.
+segments of it with another size and other colours; photographs under a slow camera. Clips of the split `test` are used
+as they are. Everything is resumable: files that exist are not made again.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import itertools
 import os
+import tarfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,11 +26,12 @@ from PIL import Image
 
 from lmm_qa.config import Sampling, View
 from lmm_qa.defects.vocabulary import BY_NAME
-from lmm_qa.degrade.causes import DEGRADATIONS, FACIAL, REPRODUCIBLE_X264, Pixels, encode
+from lmm_qa.degrade.causes import DEGRADATIONS, FACIAL, REPRODUCIBLE_X264, Pixels, degrade, encode
 from lmm_qa.degrade.dataset import NEAR_LOSSLESS, DegradationPlan, DegradedDataset, FailedSource, read_clip
 from lmm_qa.files.tables import read_rows, write_rows
 from lmm_qa.manifest import Clip
 from lmm_qa.video.decode import read_frames
+from lmm_qa.video.face import find_face
 
 SCALE = (1.0, 5.0)
 FACTOR = 28  # patch size x merge size of the vision tower, pixels
@@ -39,6 +41,11 @@ SEARCHED_SECONDS = 12.0  # segments are cut from the first seconds of a clip
 SHORT_SIDES = (256, 320, 384, 448, 512, 576)
 LUMA = np.array((0.299, 0.587, 0.114), np.float32)  # ITU-R BT.601
 HEAD_DEFECTS = tuple(name for name, one in BY_NAME.items() if one.causes and set(one.causes) <= set(FACIAL))
+
+MAX_ARCHIVE_BYTES = 60 << 20
+TRAINING_SPLITS = ("train", "val")
+ARCHIVED = ("labels.jsonl", "table.jsonl", "evidence.jsonl")
+"""Of each of these splits."""
 
 Kind = Literal["clip", "portrait", "picture"]
 CAUSES: dict[Kind, tuple[str, ...]] = {
@@ -104,11 +111,17 @@ def make_data(clips: Path, portraits: Path | None, pictures: Path | None, out: P
     sources += [(path, "portrait") for path in (training_portraits(portraits, index) if portraits else [])]
     sources += [(path, "picture") for path in images if path.suffix.lower() in Image.registered_extensions()]
     segments = [Segment(path, kind, number) for number in range(len(settings["strengths"])) for path, kind in sources]
+    held_out = {
+        split: [Segment(clips / row["clip"], "clip", number) for row in index if row["split"] == split]
+        for split, number in (("val", settings["val_round"]), ("test", 0))
+    }
     folder = out / "segments"
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [segment for segment in segments if not segment.path(folder).exists()]
+    missing = [segment for segment in itertools.chain(segments, *held_out.values())
+               if not segment.path(folder).exists()]  # fmt: skip
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for error in pool.map(partial(make_segment, folder=folder, length=settings["length"]), missing):
+        make = partial(make_segment, folder=folder, length=settings["length"], rate_factor=settings["rate_factor"])
+        for error in pool.map(make, missing):
             if error:  # one bad source must not end hours of work
                 print(error, flush=True)
     for number, ladders in enumerate(settings["strengths"]):
@@ -117,11 +130,11 @@ def make_data(clips: Path, portraits: Path | None, pictures: Path | None, out: P
             make_copies(chosen, out / "train", causes, ladders, settings, workers)
     write_table(out / "train", {segment.path(folder).name: segment for segment in segments})
     add_variants(out / "train", settings["variants"], workers)
-    for split in ("val", "test"):
-        originals = [Segment(clips / row["clip"], "clip", 0) for row in index if row["split"] == split]
-        paths = [segment.source for segment in originals]
+    for split, originals in held_out.items():
+        by_name = {segment.path(folder).name: segment for segment in originals}
+        paths = [segment.path(folder) for segment in originals]
         make_copies(paths, out / split, CAUSES["clip"], settings[f"{split}_strengths"], settings, workers)
-        write_table(out / split, {segment.source.name: segment for segment in originals})
+        write_table(out / split, by_name)
 
 
 def make_copies(sources: Sequence[Path], out: Path, causes: Sequence[str], ladders: Sequence[Sequence[float]],
@@ -185,14 +198,19 @@ def add_variants(folder: Path, share: float, workers: int) -> None:
     chosen = [row for row in rows if draw(Path(row["clip"]), "variant", 1000) < 1000 * share]
     variants = [{**row, "clip": variant_name(row["clip"]), "same_as": row["clip"], "explanation": None}
                 for row in chosen]  # fmt: skip
-    missing = [row["same_as"] for row in variants if not (folder / row["clip"]).exists()]
+    make_variants(folder, variants, workers)
+    originals = {row["clip"] for row in chosen}
+    write_rows(folder / "table.jsonl", [
+        {**row, "same_as": row["clip"] if row["clip"] in originals else None} for row in rows] + variants)  # fmt: skip
+
+
+def make_variants(folder: Path, rows: Sequence[Mapping[str, Any]], workers: int) -> None:
+    """Make those of these variants that do not exist; rows of table.jsonl."""
+    missing = [row["same_as"] for row in rows if not (folder / row["clip"]).exists()]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for number, _ in enumerate(pool.map(partial(make_variant, folder), missing, chunksize=4), 1):
             if number % 50 == 0 or number == len(missing):
                 print(f"{folder.name}: {number} of {len(missing)} variants", flush=True)
-    originals = {row["clip"] for row in chosen}
-    write_rows(folder / "table.jsonl", [
-        {**row, "same_as": row["clip"] if row["clip"] in originals else None} for row in rows] + variants)  # fmt: skip
 
 
 def variant_name(clip: str) -> str:
@@ -241,8 +259,8 @@ VARIANTS: dict[str, Callable[[Path, Path], None]] = {"mirrored": mirror, "trimme
 """How to write a clip that shows the same as another one."""
 
 
-def make_segment(segment: Segment, folder: Path, length: float) -> str | None:
-    """Write the video of one segment; returns a message if that fails."""
+def make_segment(segment: Segment, folder: Path, length: float, rate_factor: float) -> str | None:
+    """Write the video of one segment with this rate factor of x264; returns a message if that fails."""
     rng = np.random.default_rng(zlib.crc32(segment.path(folder).name.encode()))
     try:
         if segment.kind == "clip":
@@ -252,7 +270,8 @@ def make_segment(segment: Segment, folder: Path, length: float) -> str | None:
             frames, fps = pan_photograph(segment, length, rng), float(FPS)
         path = segment.path(folder)
         partial_file = path.with_name(f".{path.name}")
-        encode(frames, "libx264", NEAR_LOSSLESS, Fraction(fps).limit_denominator(1001), str(partial_file))
+        options = {**NEAR_LOSSLESS, "crf": f"{rate_factor:g}"}
+        encode(frames, "libx264", options, Fraction(fps).limit_denominator(1001), str(partial_file))
         partial_file.replace(path)
     except Exception as error:
         return f"{segment.source.name}: {type(error).__name__}: {error}"
@@ -304,6 +323,70 @@ def pan_photograph(segment: Segment, length: float, rng: np.random.Generator) ->
         box = (x - half, y - half, x + half, y + half)
         frames.append(np.asarray(picture.resize((side, side), Image.Resampling.BICUBIC, box)))
     return np.stack(frames)
+
+
+def restore_copies(data: Path, splits: Sequence[str], workers: int) -> None:
+    """Make the copies and variants that the tables of some splits name and that do not exist: the same files again,
+    without their labels being measured.
+
+    Args:
+        data: folder of `make_data`, with all segments.
+    """
+    for split in splits:
+        by_source: dict[str, list[Mapping[str, Any]]] = {}
+        for row in read_rows(data / split / "labels.jsonl"):
+            if not (data / split / row["clip"]).exists():
+                by_source.setdefault(row["source"], []).append(row)
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            restored = pool.map(partial(restore_copies_of, data / "segments", data / split), by_source.values())
+            for number, _ in enumerate(restored, 1):
+                if number % 20 == 0 or number == len(by_source):
+                    print(f"{split}: copies of {number} of {len(by_source)} sources made again", flush=True)
+        variants = [
+            row for row in read_rows(data / split / "table.jsonl") if row.get("same_as") not in (None, row["clip"])
+        ]
+        make_variants(data / split, variants, workers)
+
+
+def restore_copies_of(segments: Path, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Make copies of one source again; rows of labels.jsonl."""
+    frames, fps, _ = read_clip(segments / rows[0]["source"], rows[0]["length"])
+    face = find_face(frames)
+    for row in rows:
+        copy = frames
+        for cause, strength in zip(row["causes"], row["strengths"], strict=True):
+            copy = degrade(copy, cause, strength, row["seed"], fps=fps, face=face).frames
+        partial_file = folder / f".{row['clip']}"
+        write_clip(copy, fps, NEAR_LOSSLESS, partial_file)
+        partial_file.replace(folder / row["clip"])
+
+
+def write_archive(work: Path, file: Path) -> None:
+    """Write what another machine needs to go on after the step `evidence`: segments, labels and predictions, but no
+    copies, which it makes again.
+
+    Raises:
+        SystemExit: a source is no segment, or the archive has more than `MAX_ARCHIVE_BYTES`.
+    """
+    data, segments = work / "data", work / "data" / "segments"
+    sources = {row["source"] for split in TRAINING_SPLITS for row in read_rows(data / split / "labels.jsonl")}
+    if missing := sorted(source for source in sources if not (segments / source).exists()):
+        raise SystemExit(
+            f"{missing[0]} is no segment: an archive needs data.val_round above 0, and no copies in round 0"
+        )
+    files = [segments / source for source in sorted(sources)]
+    files += [data / split / name for split in TRAINING_SPLITS for name in ARCHIVED]
+    files += [work / name for name in ("classifier.safetensors", "predictions.jsonl", "steps.jsonl")]
+    partial_file = file.with_name(f".{file.name}")
+    with tarfile.open(partial_file, "w") as archive:
+        for each in files:
+            archive.add(each, each.relative_to(work))
+    size = partial_file.stat().st_size
+    print(f"{file}: {size / 2**20:.1f} MiB, {len(files)} files", flush=True)
+    if size > MAX_ARCHIVE_BYTES:
+        raise SystemExit(f"{partial_file} has more than {MAX_ARCHIVE_BYTES >> 20} MiB: raise data.rate_factor in the "
+                         "configuration, or use fewer sources, and start with a new work folder")  # fmt: skip
+    partial_file.replace(file)
 
 
 class ViewCache:

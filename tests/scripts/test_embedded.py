@@ -146,9 +146,9 @@ def tiny_settings() -> dict[str, Any]:
     settings["vision"] |= {"depth": 1, "embed_dim": 48, "num_heads": 2}
     settings["text"] |= {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
                          "num_key_value_heads": 1, "mrope_section": [4, 6, 6]}  # fmt: skip
-    settings["data"] |= {"strengths": [[[0.8]]], "val_strengths": [[0.4, 0.8]], "test_strengths": [[0.4, 0.8]],
+    settings["data"] |= {"strengths": [[], [[0.8]]], "val_strengths": [[0.4, 0.8]], "test_strengths": [[0.4, 0.8]],
                          "causes": ["blur", "stall"], "cause_groups": 1, "pairs": 0, "length": 1.0,
-                         "variants": 0}  # fmt: skip
+                         "variants": 0.3, "val_round": 1}  # fmt: skip
     settings["vision_phase"] |= {"max_steps": 2, "batch_size": 2, "eval_steps": 1}
     settings["joint_phase"] = ["training.epochs=0.7", "training.batch_size=2", "training.eval_steps=2",
                                "augmentation.temporal_offsets=1"]  # fmt: skip
@@ -159,7 +159,7 @@ def tiny_settings() -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_one_command_makes_a_rater_and_does_nothing_twice(tmp_path: Path) -> None:
+def test_one_command_makes_a_rater_on_two_machines_and_does_nothing_twice(tmp_path: Path) -> None:
     import skimage.data
 
     clips, portraits, work = tmp_path / "clips", tmp_path / "portraits", tmp_path / "work"
@@ -174,9 +174,26 @@ def test_one_command_makes_a_rater_and_does_nothing_twice(tmp_path: Path) -> Non
     Image.fromarray(photograph()).save(portraits / "portrait.png")
     (portraits / "index.csv").write_text("image,repository\nportrait.png,me/other\nmissing.png,me/test\n")
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_settings()))
-    command = [sys.executable, str(SCRIPTS / "embedded" / "make.py"), "--clips", str(clips), "--portraits",
-               str(portraits), "--work", str(work), "--config", str(tmp_path / "tiny.yaml")]  # fmt: skip
-    subprocess.run(command, check=True)
+    make = [sys.executable, str(SCRIPTS / "embedded" / "make.py"), "--config", str(tmp_path / "tiny.yaml")]
+    command = [*make, "--clips", str(clips), "--portraits", str(portraits), "--work", str(work)]
+    archive, gpu = tmp_path / "data.tar", tmp_path / "gpu"
+    subprocess.run([*command, "--archive", str(archive)], check=True)
+    assert not (work / "base").exists()
+    subprocess.run([*make, "--archive", str(archive), "--work", str(gpu)], check=True)
+    for split in ("train", "val"):
+        copies = sorted(path.name for path in (work / "data" / split).glob("*.mp4"))
+        kinds = {name.rpartition("__")[2] for name in copies}
+        assert len(copies) >= 5 and bool(kinds & {"mirrored.mp4", "trimmed.mp4", "encoded.mp4"}) == (split == "train")
+        for name in copies:
+            assert (gpu / "data" / split / name).read_bytes() == (work / "data" / split / name).read_bytes()
+    for name in ("base", "vision", "joint", "adapter", "model", "answers.jsonl", "steps.jsonl"):
+        (gpu / name).rename(work / name)
+    files = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file() and path.name != "steps.jsonl"}
+    last = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert files.items() <= {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}.items()
+    *earlier, evaluation = [json.loads(line)["step"] for line in (work / "steps.jsonl").read_text().splitlines()]
+    assert evaluation == "evaluate"
+    assert [line for line in last.stdout.splitlines() if line.endswith(": done")] == [f"{one}: done" for one in earlier]
 
     rater = Rater.from_pretrained(work / "model" / "adapter")
     rating = rater.rate(SAMPLES / "avatar_clean.mp4", details=Details(defects=True, explanation=True))
@@ -192,12 +209,4 @@ def test_one_command_makes_a_rater_and_does_nothing_twice(tmp_path: Path) -> Non
     assert values["Sameness", "remuxed: largest change"] < 0.001
     assert {("Sameness", "phase: largest change"), ("Explanations", "recall")} <= values.keys()
     phases = json.loads((work / "model" / "adapter" / "rater.json").read_text())["training"]["phases"]
-    assert phases["adapter"]["clips"] == {"train": 6, "validation": 5, "calibration": 0}
-
-    files = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
-    again = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert files == {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file()}
-    steps = [json.loads(line)["step"] for line in (work / "steps.jsonl").read_text().splitlines()]
-    assert [line for line in again.stdout.splitlines() if line.endswith(": done")] == [
-        f"{step}: done" for step in steps
-    ]
+    assert phases["adapter"]["clips"] == {"train": 8, "validation": 5, "calibration": 0}  # two variants
