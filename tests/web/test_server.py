@@ -117,6 +117,11 @@ def test_old_uploads_and_results_are_deleted() -> None:
 def test_paths_of_this_machine_are_cut_from_messages() -> None:
     assert without_folders("cannot read /srv/data/a.mp4: no such file") == "cannot read a.mp4: no such file"
     assert without_folders(r"C:\Users\me\a.mp4 is damaged (/usr/lib/x.py:12)") == "a.mp4 is damaged (x.py:12)"
+    for folder in ("/srv/my data", "/srv/a  b/Bob's clips (1)", "~/my data/in", "C:\\My Clips\\new ones"):
+        path = f"{folder}/a b.mp4"
+        assert without_folders(f"cannot read {path}: no such file") == "cannot read a b.mp4: no such file"
+        assert without_folders(f"TypeError: '{path}' ({path}:3)") == "TypeError: 'a b.mp4' (a b.mp4:3)"
+    assert without_folders("moved /srv/my data/a.mp4 to /srv/b c/d.mp4") == "moved a.mp4 to d.mp4"
     for text in ("http://127.0.0.1:8000/v1 does not answer", "results/ab/clip0.mp4", "1 / 2 and/or 3"):
         assert without_folders(text) == text
 
