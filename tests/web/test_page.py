@@ -130,6 +130,15 @@ def test_without_the_password_nothing_is_given_out(server: Server) -> None:
     assert "sandbox" in policy and "frame-ancestors 'self'" in policy
 
 
+def test_wrong_passwords_wait(server: Server) -> None:
+    start = time.monotonic()
+    for number in range(3):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(server.url + "login", b"username=a&password=b")
+        refused.value.close()
+        assert refused.value.code == 400 and time.monotonic() - start >= (0, 1, 3)[number]
+
+
 def test_a_name_from_elsewhere_is_refused(server: Server) -> None:
     assert server.get("", Host="evil.example:80")[0] == 403
     for host in ("localhost:80", "localhost", "127.0.0.2:7860", "[::1]:80"):

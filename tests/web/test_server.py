@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from importlib.util import find_spec
@@ -42,6 +43,25 @@ def test_the_password_is_read_from_a_file_or_the_environment(tmp_path: Path, mon
         command._password(True, tmp_path / "password")
     with pytest.raises(UsageError, match="cannot be read"):
         command._password(True, tmp_path / "nowhere")
+
+
+def test_guessing_the_password_takes_longer_with_each_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "FIRST_WAIT", 0.1)
+    monkeypatch.setattr(server, "LONGEST_WAIT", 0.3)
+
+    async def attempts() -> None:
+        check = server._check_password("täst word")
+        start = time.monotonic()
+
+        async def attempt(password: str) -> tuple[bool, float]:
+            return await check("anybody", password), time.monotonic() - start
+
+        made = await asyncio.gather(*map(attempt, ["a", "b", "c", "d", "täst word", "täst word"]))
+        assert [right for right, _ in made] == [False] * 4 + [True] * 2
+        least = [0, 0.1, 0.3, 0.6, 0.9, 0.9]
+        assert all(moment >= earliest for (_, moment), earliest in zip(made, least, strict=True))
+
+    asyncio.run(attempts())
 
 
 def test_without_gradio_the_error_gives_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
