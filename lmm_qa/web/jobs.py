@@ -1,7 +1,7 @@
 """What visitors of the page ask for: rate clips, compare two lots of them, report a set. Knows nothing of gradio.
 
-Each job is an iterator of steps. One job runs at a time, and is stopped by closing its iterator; its worker processes
-end then.
+Each job is an iterator of steps. One job runs at a time, and is stopped by closing its iterator. All jobs decode with
+the same processes; those that read for a job that was stopped are replaced.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import shlex
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
@@ -151,11 +151,26 @@ class Jobs:
 
     def __enter__(self) -> Self:
         self._one_at_a_time = threading.Lock()
-        self._pool = DecoderPool(1, self.timeout)
+        self.decoders = DecoderPool(self.workers, self.timeout)
+        self._shown_by = DecoderPool(
+            1, self.timeout
+        )  # of its own: what is shown of a clip does not wait for the next clips
+        self.decoders.start()
+        self._shown_by.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.close()
+        self.decoders.close()
+        self._shown_by.close()
+
+    @contextmanager
+    def _turn(self) -> Iterator[Result]:
+        """The result of a request, when it is its turn. Clips that it asked for and did not wait for are abandoned."""
+        with self._one_at_a_time:
+            try:
+                yield self.workspace.new_result()
+            finally:
+                self.decoders.interrupt()
 
     def public(self, text: object) -> str:
         """A message without paths of this machine."""
@@ -169,8 +184,7 @@ class Jobs:
         Raises:
             LmmQaError: none can be rated; the message is for the operator, see `public`.
         """
-        with self._one_at_a_time:
-            result = self.workspace.new_result()
+        with self._turn() as result:
             rated = yield from self._rate(_clips_only(given), request, result)
             yield Step("Writing the report")
             command = request.command([one.name for one in rated], self.shelf)
@@ -201,9 +215,8 @@ class Jobs:
         rated: list[RatedFile] = []
         end = time.monotonic() + self.time_limit
         yield Step(f"Rating {clips[0].name}", 0, total)
-        options: dict[str, Any] = {"batch_size": 1, "workers": self.workers, "timeout": self.timeout}
-        outcomes = cast(Outcomes, rater.rate_all(clips, details=request.details, **options))
-        with closing(outcomes):
+        outcomes = rater.rate_all(clips, details=request.details, batch_size=1, decoders=self.decoders)
+        with closing(cast(Outcomes, outcomes)):
             for clip in clips:
                 if time.monotonic() > end:
                     error = ClipTimeout(f"the request took longer than {self.time_limit:g} s: ask for fewer clips")
@@ -224,7 +237,7 @@ class Jobs:
             return one
         settings = rater.settings
         views = (*settings.views, WIDE)
-        frames = next(self._pool.imap([clip.path], settings.sampling, views, rater.factor))
+        frames = next(self._shown_by.imap([clip.path], settings.sampling, views, rater.factor))
         if isinstance(frames, ClipError):
             return replace(one, filmstrips=(Filmstrip(missing=self._clip_message(frames, clip)),))
         strips = tuple(looked_at(one.clip, frames, settings.views))
@@ -274,8 +287,7 @@ class Jobs:
         """
         if not old or not new:
             raise UsageError("give clips on both sides: those to compare with, and the new ones")
-        with self._one_at_a_time:
-            result = self.workspace.new_result()
+        with self._turn() as result:
             first = yield from self._rate(_clips_only(old), request, result, "old")
             second = yield from self._rate(_clips_only(new), request, result, "new")
             yield Step("Comparing")
@@ -323,7 +335,7 @@ class Jobs:
     def _show_pairs(self, pairs: Sequence[ShownPair]) -> Iterator[tuple[ShownPair, Any, Any, Any]]:
         """Each pair with its frames, the addresses of its clips, and its timelines."""
         files = [side.file for pair in pairs for side in pair.sides]
-        decoded = self._pool.imap(files, SAMPLING, (comparison_page.VIEW,), factor=2)
+        decoded = self._shown_by.imap(files, SAMPLING, (comparison_page.VIEW,), factor=2)
         for pair in pairs:
             old, new = pair.sides
             one, other = next(decoded), next(decoded)
@@ -346,7 +358,7 @@ class Jobs:
     ) -> tuple[str, str]:
         videos = [{one.name: one.file for one in side} for side in (old, new)]
         pairs = comparison_page.page_pairs(found, sets, videos)
-        frames = comparison_page.pair_frames(pairs, self.workers, self.timeout)
+        frames = comparison_page.pair_frames(pairs, decoders=self.decoders)
         comparison_page.write(found, pairs, frames, result.path("comparison.html"), EMBED_LIMIT)
         return "comparison.html", result.address("comparison.html")
 
@@ -362,8 +374,7 @@ class Jobs:
         Raises:
             LmmQaError: the ratings cannot be read, or the clips not rated; the message is for the operator.
         """
-        with self._one_at_a_time:
-            result = self.workspace.new_result()
+        with self._turn() as result:
             if not given:
                 given = self._offered(offered)
             tables = [one for one in given if one.path.suffix.lower() in RATINGS]
@@ -379,9 +390,10 @@ class Jobs:
                 command = request.command(["FOLDER"], self.shelf)
             page = Report.of(tables[0].name if tables else "ratings.jsonl", rows, files)
             strips = []
-            for strip in html_report.filmstrips(page.clips, self.workers, self.timeout):
-                strips.append(replace(strip, missing=strip.missing and self._named(strip.missing, files)))
-                yield Step("Reading the frames", len(strips), len(page.clips))
+            with closing(html_report.filmstrips(page.clips, decoders=self.decoders)) as read:
+                for strip in read:
+                    strips.append(replace(strip, missing=strip.missing and self._named(strip.missing, files)))
+                    yield Step("Reading the frames", len(strips), len(page.clips))
             html_report.write(page, strips, result.path("report.html"), EMBED_LIMIT)
             write_rows(result.path("ratings.jsonl"), [row.to_row() for row in rows])
             downloads = [(name, result.address(name)) for name in ("report.html", "ratings.jsonl")]

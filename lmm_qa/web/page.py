@@ -172,7 +172,7 @@ def build(jobs: Jobs, prompts: Sequence[str]) -> gr.Blocks:
                 with gr.Column(scale=2, min_width=260):
                     clips = _file_input("Clips", "clips", videos, 170)
                 with gr.Column(scale=5, min_width=260):
-                    pictures = _sample_pictures(samples)
+                    pictures = _sample_pictures(samples, jobs.decoders)
                     picker = html(render("web_parts", kind="samples", samples=pictures), js_on_load=PICK)
             start, cancel, status, result = _outputs("Rate")
 
@@ -279,12 +279,11 @@ def _uploads(files: list[str] | None) -> list[Given]:
     return [Given(Path(file), Path(file).name) for file in files or ()]
 
 
-def _sample_pictures(samples: dict[str, Path]) -> list[tuple[str, Any]]:
+def _sample_pictures(samples: dict[str, Path], decoders: DecoderPool) -> list[tuple[str, Any]]:
     """Name and a frame of each sample clip."""
-    with DecoderPool(1) as pool:
-        read = pool.imap(samples.values(), Sampling(frames=1), (View(max_pixels=160 * 160),), factor=2)
-        return [
-            (name, thumbnail(frames.views[0][0], frames.seconds[0]))
-            for name, frames in zip(samples, read, strict=True)
-            if isinstance(frames, Frames)
-        ]
+    read = decoders.imap(samples.values(), Sampling(frames=1), (View(max_pixels=160 * 160),), factor=2)
+    return [
+        (name, thumbnail(frames.views[0][0], frames.seconds[0]))
+        for name, frames in zip(samples, read, strict=True)
+        if isinstance(frames, Frames)
+    ]

@@ -26,7 +26,7 @@ _FOLDERS = re.compile(
     r"(?<![\w:/.~-])(?:~|[A-Za-z]:)?[/\\]"
     r"(?:[^\s/\\:'\"]+(?:(?: +|(?<=\w)'(?=\w))[^\s/\\:'\"]+)*(?<![(\[{<=,;])[/\\])*(?=[^\s/\\])"
 )
-"""The folders of a path. Their names may have spaces and apostrophes: rather a word too many is cut than a folder shown."""
+"""The folders of a path. Their names may have spaces and apostrophes: rather cut a word too many than show a folder."""
 
 
 @dataclass(frozen=True)
