@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import time
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -118,6 +121,47 @@ def test_a_clip_that_hangs_in_a_request_that_was_stopped_does_not_hold_up_the_ne
             pass
         assert isinstance(steps, Generator)
         steps.close()
+        assert "Not rated" not in last(jobs.rate(clips[1:], REQUEST))
+
+
+def test_what_was_rated_before_a_request_was_cancelled_is_shown(jobs: Jobs, clips: list[Given]) -> None:
+    steps = jobs.rate(clips, REQUEST, "somebody")
+    while next(steps).text != "Rating c.mp4":
+        pass
+    assert isinstance(steps, Generator)
+    steps.close()
+    assert list(jobs.cancel("somebody else")) == []
+    html = last(jobs.cancel("somebody"))
+    assert "Cancelled: 2 of 3 clips done" in html and "report.html" in html and "lmm-qa rate a.mp4 b.mp4" in html
+    (rows,) = Path("results").rglob("ratings.jsonl")
+    assert [row["clip"] for row in read_rows(rows)] == ["a.mp4", "b.mp4"]
+    assert list(jobs.cancel("somebody")) == [], "it was shown"
+    assert "Cancelled" not in last(jobs.rate(clips[:1], REQUEST, "somebody"))
+    assert list(jobs.cancel("somebody")) == [], "nothing is worked on"
+
+
+def test_a_comparison_that_was_cancelled_shows_clips_of_one_name(jobs: Jobs, clips: list[Given]) -> None:
+    steps = jobs.compare(clips, clips, "name", REQUEST, "somebody")
+    texts = [next(steps).text for _ in range(8)]
+    assert texts[-1] == "Rating b.mp4" and isinstance(steps, Generator)
+    steps.close()
+    html = last(jobs.cancel("somebody"))
+    assert "Cancelled: 4 of 6 clips done" in html and "ratings.jsonl" in html and "report.html" not in html
+
+
+def test_cancelling_does_not_wait_for_a_clip_that_hangs(jobs: Jobs, clips: list[Given], tmp_path: Path) -> None:
+    jobs.decoders.close()
+    hanging = Given(tmp_path / "hanging.mp4", "hanging.mp4")
+    hanging.path.write_bytes(clips[0].path.read_bytes() + b"hang")
+    with DecoderPool(1, timeout=600, _reader=read_or_hang) as jobs.decoders, ThreadPoolExecutor(1) as threads:
+        steps = jobs.rate([*clips, clips[0], hanging], REQUEST, "somebody")
+        while next(steps).text != "Rating b.mp4":
+            pass
+        left = threads.submit(list, steps)
+        time.sleep(2)  # it waits for the last clip
+        html = last(jobs.cancel("somebody"))
+        assert re.search("Cancelled: [1-4] of 5 clips done", html) and "Not rated" not in html
+        assert [step for step in left.result() if step.html] == []
         assert "Not rated" not in last(jobs.rate(clips[1:], REQUEST))
 
 
