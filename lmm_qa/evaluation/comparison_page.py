@@ -7,6 +7,7 @@ report of ratings (`lmm_qa.evaluation.html_report`), the page needs no network.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -83,15 +84,18 @@ def page_pairs(
     return found
 
 
-def pair_frames(pairs: Sequence[PagePair], workers: int = 2, timeout: float = 60.0) -> Iterator[PairFrames]:
+def pair_frames(
+    pairs: Sequence[PagePair], workers: int = 2, timeout: float = 60.0, decoders: DecoderPool | None = None
+) -> Iterator[PairFrames]:
     """Decode the frames of each pair, in order; only a few clips are in memory at a time.
 
     Args:
         pairs: of `page_pairs`.
         workers: decoding processes.
         timeout: limit for one clip, in seconds.
+        decoders: an open pool, which stays open, instead of a new one with `workers` and `timeout`.
     """
-    with DecoderPool(workers, timeout) as pool:
+    with nullcontext(decoders) if decoders else DecoderPool(workers, timeout) as pool:
         complete = (file for pair in pairs if all(pair.files) for file in pair.files if file)
         decoded = pool.imap(complete, SAMPLING, (VIEW,), factor=2)
         for pair in pairs:

@@ -13,7 +13,8 @@ import hashlib
 import io
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib import resources
@@ -338,15 +339,18 @@ class Filmstrip:
     """What the frames are; empty: frames of the clip."""
 
 
-def filmstrips(clips: Sequence[RatedClip], workers: int = 2, timeout: float = 60.0) -> Iterator[Filmstrip]:
+def filmstrips(
+    clips: Sequence[RatedClip], workers: int = 2, timeout: float = 60.0, decoders: DecoderPool | None = None
+) -> Generator[Filmstrip, None, None]:
     """Decode the frames of each clip, in order; only a few clips are in memory at a time.
 
     Args:
         clips: of a report.
         workers: decoding processes.
         timeout: limit for one clip, in seconds.
+        decoders: an open pool, which stays open, instead of a new one with `workers` and `timeout`.
     """
-    with DecoderPool(workers, timeout) as pool:
+    with nullcontext(decoders) if decoders else DecoderPool(workers, timeout) as pool:
         decoded = pool.imap((clip.file for clip in clips if clip.file), SAMPLING, (VIEW,), factor=2)
         for clip in clips:
             if clip.file is None:

@@ -232,8 +232,8 @@ class RatingRow(RowPart):
     timeline: Timeline | None = Field(None, description="the score over time")
     warnings: tuple[str, ...] | None = Field(
         None,
-        description="what to know about how the clip was read: several streams, a still, HDR, interlacing, or features "
-        "that could not be measured",
+        description="what to know about how the clip was read: several streams, a still, HDR, interlacing, NaN in the "
+        "sound, or features that could not be measured",
     )
     error: RowError | str | None = Field(None, description="why the clip could not be rated; null if it was rated")
 
@@ -326,7 +326,9 @@ class Rating:
         """The rating as plain data, see `RatingRow`."""
         info, profile = self.frames.info, self.profile
         found = [FoundDefect.model_validate(one.to_row()) for one in profile.found] if profile else None
-        warnings = (*info.warnings, *([self.frames.measurement_error] if self.frames.measurement_error else []))
+        sound = self.frames.sound
+        found_later = (sound and sound.warning, self.frames.measurement_error)
+        warnings = (*info.warnings, *(text for text in found_later if text))
         # Not validated here: a value that JSON cannot represent is refused when the row is written.
         return RatingRow.model_construct(
             **{name: getattr(self, name) for name in RatingRow.model_fields if hasattr(self, name)}
@@ -340,7 +342,7 @@ class Rating:
                     duration=info.duration,
                     decoder=self.frames.decoder,
                 ),
-                "audio": _audio(self.frames.sound),
+                "audio": _audio(sound),
                 "lip_sync": _lip_sync(self.frames.lip_sync, curves=self.timeline is not None),
                 "defects": profile.defects if profile else None,
                 "found": None if found is None else tuple(found),

@@ -109,7 +109,8 @@ class ClipMeasurement(Protocol):
         """
 
     def lip_sync(self) -> LipSync | None:
-        """Return the offset between lips and sound; None if it cannot be measured. Called once, after `features`."""
+        """Return the offset between lips and sound; None if it cannot be measured. Called once, after `features`, whose
+        values are kept if this fails."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Frames:
     features: dict[str, float] | None = None
     """Result of the `measure` argument; None if there was none, if it failed, and if there are no `dynamics`."""
     measurement_error: str | None = None
-    """Why `measure` failed, with the line of code; None if it did not."""
+    """Why `measure` failed, for `features` or for `lip_sync` alone, with the line of code; None if it did not."""
     sound: Sound | None = None
     """None for frames in memory."""
     lip_sync: LipSync | None = None

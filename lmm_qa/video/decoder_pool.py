@@ -61,6 +61,7 @@ class DecoderPool:
             raise UsageError(f"workers and timeout must be positive, received {workers} and {timeout}")
         self._timeout = timeout
         self._reader = _reader
+        self._interrupts = 0
         self._workers = [_Worker() for _ in range(workers)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
@@ -77,6 +78,15 @@ class DecoderPool:
         """Start the workers now, without waiting for them. Otherwise each starts with its first clip."""
         for worker in self._workers:
             worker.start()
+
+    def interrupt(self) -> None:
+        """Abandon the clips that were asked for until now, even those that are being read; the pool stays open.
+
+        They get a DecoderCrashed. A worker that reads one of them is killed, and replaced when it is next needed.
+        """
+        self._interrupts += 1
+        for worker in self._workers:
+            worker.interrupt()
 
     def close(self) -> None:
         """Kill the workers and abandon clips that are not read yet. May be called again."""
@@ -126,7 +136,7 @@ class DecoderPool:
         ahead: deque[Future[Any]] = deque()
         try:
             for request in requests:
-                ahead.append(self._threads.submit(self._read, reader, request))
+                ahead.append(self._threads.submit(self._read, reader, request, self._interrupts))
                 if len(ahead) >= 2 * len(self._workers):
                     yield ahead.popleft().result()
             while ahead:
@@ -135,10 +145,10 @@ class DecoderPool:
             for future in ahead:
                 future.cancel()
 
-    def _read(self, reader: Reader, request: tuple[Any, ...]) -> Any:
+    def _read(self, reader: Reader, request: tuple[Any, ...], interrupts: int) -> Any:
         worker = self._idle.get()
         try:
-            return worker.read(reader, request, self._timeout)
+            return worker.read(reader, request, self._timeout, lambda: self._interrupts == interrupts)
         except ClipError as error:
             return error
         finally:
@@ -153,19 +163,22 @@ class _Worker:
         self._closed = False
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] | None = None
-        self._answers = False
-        """Whether the process has answered, so that a time limit is one for a clip."""
+        self._reading = False
 
-    def read(self, reader: Reader, request: tuple[Any, ...], timeout: float) -> Any:
+    def read(self, reader: Reader, request: tuple[Any, ...], timeout: float, is_wanted: Callable[[], bool]) -> Any:
         """Have the process read a clip.
 
         Raises:
             ClipTimeout: it took longer than the limit.
-            DecoderCrashed: the process died, or did not start.
+            DecoderCrashed: the process died or did not start, or the clip is not wanted any more.
             LmmQaError: raised by the reader; InternalError for any other exception in the process.
         """
         path = request[0]
         process = self._running_process()
+        with self._lock:
+            if not is_wanted():
+                raise DecoderCrashed(f"reading {path} was interrupted")
+            self._reading = True
         try:
             kind, value = _exchange(process, (reader, request), timeout)
         except TimeoutError:
@@ -175,11 +188,19 @@ class _Worker:
             ) from None
         except EOFError:
             raise DecoderCrashed(f"the process that read {path} died: {self.stop()}") from None
+        finally:
+            self._reading = False
         if not issubclass(kind, LmmQaError):
             return value
         error = kind.__new__(kind)
         Exception.__init__(error, value)
         raise error
+
+    def interrupt(self) -> None:
+        """Kill the process if it is reading a clip."""
+        with self._lock:
+            if self._reading and self._process is not None:
+                self._process.kill()
 
     def close(self) -> None:
         """Kill the process, even while another thread waits for it, and start no other."""
@@ -207,21 +228,23 @@ class _Worker:
         return f"{cause}, {last_line}" if last_line else cause
 
     def _running_process(self) -> subprocess.Popen[bytes]:
-        """The process; started if necessary.
+        """The process, which has just answered, so that the time limit of a clip does not include its start.
+
+        It is started if necessary, and again if it died since its last clip: that is not the fault of the next one.
 
         Raises:
             DecoderCrashed: it could not be started.
         """
-        if self._process is not None and self._process.poll() is not None and self._answers:
-            self.stop()  # it died while idle: not the fault of the next clip
-        process = self.start()
-        if not self._answers:
+        for can_start_again in (True, False):
+            process = self.start()
             try:
                 _exchange(process, None, START_TIMEOUT)
-            except (TimeoutError, EOFError):
-                raise DecoderCrashed(f"the decoder process did not start: {self.stop()}") from None
-            self._answers = True
-        return process
+                return process
+            except (TimeoutError, EOFError) as error:
+                ended = self.stop()
+                if isinstance(error, TimeoutError) or not can_start_again:
+                    break
+        raise DecoderCrashed(f"the decoder process did not start: {ended}")
 
     def start(self) -> subprocess.Popen[bytes]:
         """Start the process unless it runs, and do not wait for it.
@@ -234,7 +257,6 @@ class _Worker:
                 return self._process
             if self._closed:
                 raise DecoderCrashed("the decoder pool was closed")
-            self._answers = False
             self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  `stop` closes it
             # The same search path as here, so that an import that works here works there.
             program = f"import sys; sys.path[:] = {sys.path!r}; from lmm_qa.video.decoder_pool import serve; serve()"

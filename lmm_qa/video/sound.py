@@ -10,12 +10,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lmm_qa.errors import ClipUnreadable, describe_exception
+from lmm_qa.errors import ClipUnreadable, describe_exception, plural
 from lmm_qa.video.container import open_container
 
 if TYPE_CHECKING:
@@ -42,6 +42,9 @@ FULL_SCALE = 0.999
 
 _MIN_LOUDNESS_SECONDS = 0.4
 """Length of a block in ITU-R BS.1770-4: shorter sound has no loudness."""
+
+_FLOATING_POINT = frozenset({"flt", "fltp", "dbl", "dblp"})
+"""Formats of samples that can be NaN or infinite."""
 
 _MAX_GAP = 10.0
 """Seconds. If the next sound is later than this, or earlier than what was read, the clock has jumped."""
@@ -82,8 +85,17 @@ class Sound:
     """Integrated loudness in LUFS (ITU-R BS.1770-4, EBU R 128); None for less than 0.4 s."""
     clipped: float = 0.0
     """Share of samples at full scale, 0 to 1; of all channels, at the rate of the file."""
+    not_finite: int = 0
+    """Number of samples that are NaN or infinite, and count as 0; of all channels, at the rate of the file."""
     error: str | None = None
     """Why it could not be decoded."""
+
+    @property
+    def warning(self) -> str | None:
+        """What a user should know about the samples; None if there is nothing."""
+        if not self.not_finite:
+            return None
+        return f"NaN or infinite values in the sound, counted as 0: {plural(self.not_finite, 'sample')}."
 
 
 NO_SOUND = Sound(SoundState.NONE)
@@ -150,7 +162,7 @@ class _Reader:
         self._end = 0.0
         self._shift = 0.0
         self._loudness: float | None = None
-        self._clipped = self._counted = 0
+        self._clipped = self._counted = self._not_finite = 0
 
     def read(self, container: InputContainer, stream: AudioStream) -> Sound:
         import av
@@ -159,7 +171,7 @@ class _Reader:
         try:
             if stream.codec_context is None:
                 raise ClipUnreadable("no decoder is available for the codec of the sound")
-            for frame in self._resampled(self._measured(container, stream)):
+            for frame in self._resampled(self._measured(self._finite(container.decode(stream)))):
                 self._add(frame)
                 if self._end > self._limit:
                     break
@@ -180,14 +192,26 @@ class _Reader:
             self._first or 0.0,
             loudness,
             self._clipped / max(1, self._counted),
+            self._not_finite,
             error,
         )
 
-    def _measured(self, container: InputContainer, stream: AudioStream) -> Iterator[AudioFrame]:
+    def _finite(self, frames: Iterator[AudioFrame]) -> Iterator[AudioFrame]:
+        """The frames with 0 in the place of NaN and infinities, of which a single one would spoil the loudness."""
+        for frame in frames:
+            if frame.format.name in _FLOATING_POINT:
+                values = frame.to_ndarray()
+                finite = np.isfinite(values)
+                if not finite.all():
+                    self._not_finite += values.size - int(np.count_nonzero(finite))
+                    frame = _with_values(frame, np.where(finite, values, values.dtype.type(0)))
+            yield frame
+
+    def _measured(self, frames: Iterator[AudioFrame]) -> Iterator[AudioFrame]:
         """The frames as they are; their loudness and clipping are measured in passing."""
         meter: Graph | None = None
         shape: tuple[str, str, int] | None = None
-        for frame in container.decode(stream):
+        for frame in frames:
             now = frame.format.name, frame.layout.name, frame.sample_rate
             if meter is None or shape != now:
                 meter, shape = _loudness_meter(frame), now
@@ -195,7 +219,7 @@ class _Reader:
             for measured in _pull_all(meter):
                 if text := measured.metadata.get("lavfi.r128.I"):
                     loudness = float(text)
-                    self._loudness = loudness if math.isfinite(loudness) else None  # of samples that are no numbers
+                    self._loudness = loudness if math.isfinite(loudness) else None  # of samples above 1e150
                 values = measured.to_ndarray()
                 self._clipped += int(np.count_nonzero(np.abs(values) >= FULL_SCALE))
                 self._counted += values.size
@@ -236,6 +260,15 @@ class _Reader:
 def _best_stream(container: InputContainer) -> AudioStream | None:
     """The audio stream that a player chooses."""
     return cast("AudioStream | None", container.streams.best("audio"))
+
+
+def _with_values(frame: AudioFrame, values: NDArray[np.floating[Any]]) -> AudioFrame:
+    """A frame at the same time, with other values."""
+    from av.audio.frame import AudioFrame
+
+    other = AudioFrame.from_ndarray(values, format=frame.format.name, layout=frame.layout)
+    other.sample_rate, other.pts, other.time_base = frame.sample_rate, frame.pts, frame.time_base
+    return other
 
 
 def _loudness_meter(frame: AudioFrame) -> Graph:

@@ -1,7 +1,7 @@
 """What visitors of the page ask for: rate clips, compare two lots of them, report a set. Knows nothing of gradio.
 
-Each job is an iterator of steps. One job runs at a time, and is stopped by closing its iterator; its worker processes
-end then.
+Each job is an iterator of steps. One job runs at a time, and is stopped by closing its iterator. All jobs decode with
+the same processes; those that read for a job that was stopped are replaced.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import shlex
 import threading
 import time
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
@@ -124,6 +125,25 @@ class RatedFile:
         return self.address if self.strip.playable else None
 
 
+@dataclass
+class Work:
+    """A request that is worked on."""
+
+    visitor: str
+    request: Request
+    result: Result
+    total: int = 0
+    """Number of clips to rate."""
+    rated: list[RatedFile] = field(default_factory=list)
+    """By now. Empty once the request has ended in a result of its own."""
+    cancelled: bool = False
+    ended: threading.Event = field(default_factory=threading.Event)
+
+
+class _Cancelled(Exception):
+    """Ends a request."""
+
+
 @dataclass(frozen=True)
 class ShownPair:
     """Two clips side by side."""
@@ -151,11 +171,57 @@ class Jobs:
 
     def __enter__(self) -> Self:
         self._one_at_a_time = threading.Lock()
-        self._pool = DecoderPool(1, self.timeout)
+        self._works: deque[Work] = deque(maxlen=2)  # the last two
+        self._ending = threading.Lock()
+        self.decoders = DecoderPool(self.workers, self.timeout)
+        self._shown_by = DecoderPool(
+            1, self.timeout
+        )  # of its own: what is shown of a clip does not wait for the next clips
+        self.decoders.start()
+        self._shown_by.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.close()
+        self.decoders.close()
+        self._shown_by.close()
+
+    @contextmanager
+    def _turn(self, request: Request, visitor: str) -> Iterator[Work]:
+        """The work on a request, when it is its turn. Clips that it asked for and did not wait for are abandoned."""
+        with self._one_at_a_time:
+            work = Work(visitor, request, self.workspace.new_result())
+            self._works.append(work)
+            try:
+                with suppress(_Cancelled):
+                    yield work
+                    work.rated = []
+            finally:
+                with self._ending:
+                    self._interrupt()
+                    work.ended.set()
+
+    def _interrupt(self) -> None:
+        self.decoders.interrupt()
+        self._shown_by.interrupt()
+
+    def cancel(self, visitor: str) -> Iterator[Step]:
+        """Cancel the request of a visitor if it is worked on, or was when its iterator was closed.
+
+        Yields:
+            What was rated by then, if anything was; after the clip that is being rated.
+        """
+        work = next((one for one in reversed(self._works) if one.visitor == visitor), None)
+        if work is None:
+            return
+        work.cancelled = True
+        with self._ending:
+            if not work.ended.is_set():
+                self._interrupt()
+        work.ended.wait(self.time_limit)
+        rated, work.rated = work.rated, []
+        if rated:
+            note = f"Cancelled: {len(rated)} of {plural(work.total)} done"
+            yield Step(note, html=self._clips_page(work, rated, note))
 
     def public(self, text: object) -> str:
         """A message without paths of this machine."""
@@ -163,37 +229,42 @@ class Jobs:
 
     # --- rate ----------------------------------------------------------------------------------------------------
 
-    def rate(self, given: Sequence[Given], request: Request) -> Iterator[Step]:
+    def rate(self, given: Sequence[Given], request: Request, visitor: str = "") -> Iterator[Step]:
         """Rate clips; two are also compared.
+
+        Args:
+            given: clips.
+            request: how.
+            visitor: who may `cancel` it.
 
         Raises:
             LmmQaError: none can be rated; the message is for the operator, see `public`.
         """
-        with self._one_at_a_time:
-            result = self.workspace.new_result()
-            rated = yield from self._rate(_clips_only(given), request, result)
+        with self._turn(request, visitor) as work:
+            rated = yield from self._rate(_clips_only(given), work)
             yield Step("Writing the report")
-            command = request.command([one.name for one in rated], self.shelf)
-            downloads = self._write_report(rated, result)
-            pair = _pair_of_two(rated)
-            shown = list(self._show_pairs([pair])) if pair else []
-            verdict = _verdict(pair.pair) if pair else None
-            html = render(
-                "web_clips",
-                items=rated,
-                axis=_axis(rated),
-                downloads=downloads,
-                command=command,
-                verdict=verdict,
-                pairs=shown,
-            )
-            yield Step(_summary(rated), html=html)
+            yield Step(_summary(rated), html=self._clips_page(work, rated))
 
-    def _rate(
-        self, given: Sequence[Given], request: Request, result: Result, prefix: str = "clip"
-    ) -> Generator[Step, None, list[RatedFile]]:
-        """Rate clips into a result."""
-        total = len(given)
+    def _clips_page(self, work: Work, rated: Sequence[RatedFile], note: str | None = None) -> str:
+        """The result for clips; with a note, those of a request that was cancelled."""
+        command = work.request.command([one.name for one in rated], self.shelf)
+        downloads = self._write_report(rated, work.result)
+        pair = None if note else _pair_of_two(rated)
+        return render(
+            "web_clips",
+            note=note,
+            items=rated,
+            axis=_axis(rated),
+            downloads=downloads,
+            command=command,
+            verdict=_verdict(pair.pair) if pair else None,
+            pairs=list(self._show_pairs([pair])) if pair else [],
+        )
+
+    def _rate(self, given: Sequence[Given], work: Work, prefix: str = "clip") -> Generator[Step, None, list[RatedFile]]:
+        """Rate clips into the result of a request."""
+        request, result, total = work.request, work.result, len(given)
+        work.total += total
         yield Step(f"Loading the rater {request.rater}")
         rater = self.shelf.rater(request.rater, request.settings)
         files = [result.add(one.path, f"{prefix}{number}", one.uploaded) for number, one in enumerate(given)]
@@ -201,16 +272,18 @@ class Jobs:
         rated: list[RatedFile] = []
         end = time.monotonic() + self.time_limit
         yield Step(f"Rating {clips[0].name}", 0, total)
-        options: dict[str, Any] = {"batch_size": 1, "workers": self.workers, "timeout": self.timeout}
-        outcomes = cast(Outcomes, rater.rate_all(clips, details=request.details, **options))
-        with closing(outcomes):
+        outcomes = rater.rate_all(clips, details=request.details, batch_size=1, decoders=self.decoders)
+        with closing(cast(Outcomes, outcomes)):
             for clip in clips:
                 if time.monotonic() > end:
                     error = ClipTimeout(f"the request took longer than {self.time_limit:g} s: ask for fewer clips")
                     outcome: Rating | Failure = Failure(clip.name, None, error, request.rater, rater.rater_id)
                 else:
                     outcome = next(outcomes)
+                if work.cancelled:
+                    raise _Cancelled
                 rated.append(self._rated(outcome, clip, rater, result))
+                work.rated.append(rated[-1])
                 done = len(rated)
                 yield Step(f"Rating {clips[done].name}" if done < total else "Rated", done, total)
         return rated
@@ -224,7 +297,7 @@ class Jobs:
             return one
         settings = rater.settings
         views = (*settings.views, WIDE)
-        frames = next(self._pool.imap([clip.path], settings.sampling, views, rater.factor))
+        frames = next(self._shown_by.imap([clip.path], settings.sampling, views, rater.factor))
         if isinstance(frames, ClipError):
             return replace(one, filmstrips=(Filmstrip(missing=self._clip_message(frames, clip)),))
         strips = tuple(looked_at(one.clip, frames, settings.views))
@@ -253,31 +326,37 @@ class Jobs:
         return self.public(said)
 
     def _write_report(self, rated: Sequence[RatedFile], result: Result) -> list[tuple[str, str]]:
-        """Write rows and report. Returns the name and address of each download."""
+        """Write rows, and a report unless clips share a name. Returns the name and address of each download."""
         write_rows(result.path("ratings.jsonl"), [one.row.to_row() for one in rated])
+        rows = ("ratings.jsonl", result.address("ratings.jsonl"))
+        if len({one.name for one in rated}) < len(rated):
+            return [rows]
         report = Report.of("ratings.jsonl", [one.row for one in rated], {one.name: one.file for one in rated})
         strips = [one.strip for one in rated if one.clip]
         html_report.write(report, strips, result.path("report.html"), EMBED_LIMIT)
-        return [(name, result.address(name)) for name in ("ratings.jsonl", "report.html")]
+        return [rows, ("report.html", result.address("report.html"))]
 
     # --- compare -------------------------------------------------------------------------------------------------
 
-    def compare(self, old: Sequence[Given], new: Sequence[Given], by: str, request: Request) -> Iterator[Step]:
+    def compare(
+        self, old: Sequence[Given], new: Sequence[Given], by: str, request: Request, visitor: str = ""
+    ) -> Iterator[Step]:
         """Rate two lots of clips and compare them: one with one, or pairs as `lmm-qa compare` does.
 
         Args:
             old, new: clips.
             by: how they are paired, one of `PAIR_BY`; does not matter for one pair.
+            request, visitor: as for `rate`.
 
         Raises:
             LmmQaError: they cannot be rated or compared; the message is for the operator, see `public`.
         """
         if not old or not new:
             raise UsageError("give clips on both sides: those to compare with, and the new ones")
-        with self._one_at_a_time:
-            result = self.workspace.new_result()
-            first = yield from self._rate(_clips_only(old), request, result, "old")
-            second = yield from self._rate(_clips_only(new), request, result, "new")
+        with self._turn(request, visitor) as work:
+            result = work.result
+            first = yield from self._rate(_clips_only(old), work, "old")
+            second = yield from self._rate(_clips_only(new), work, "new")
             yield Step("Comparing")
             rated = [*first, *second]
             failures = [(one.name, one.error) for one in rated if one.error]
@@ -286,9 +365,7 @@ class Jobs:
             command = f"lmm-qa compare old/ new/ --pair {by}"
             if len(old) == len(new) == 1:
                 command = request.command([one.name for one in rated], self.shelf)
-                if first[0].name != second[0].name:
-                    self._write_report(rated, result)
-                    downloads.append(("report.html", result.address("report.html")))
+                downloads += self._write_report(rated, result)[1:]
                 pair = _pair_of_two(rated, ("old", "new"))
                 pairs = [pair] if pair else []
                 content["verdict"] = _verdict(pair.pair) if pair else "Nothing to compare"
@@ -323,7 +400,7 @@ class Jobs:
     def _show_pairs(self, pairs: Sequence[ShownPair]) -> Iterator[tuple[ShownPair, Any, Any, Any]]:
         """Each pair with its frames, the addresses of its clips, and its timelines."""
         files = [side.file for pair in pairs for side in pair.sides]
-        decoded = self._pool.imap(files, SAMPLING, (comparison_page.VIEW,), factor=2)
+        decoded = self._shown_by.imap(files, SAMPLING, (comparison_page.VIEW,), factor=2)
         for pair in pairs:
             old, new = pair.sides
             one, other = next(decoded), next(decoded)
@@ -346,24 +423,27 @@ class Jobs:
     ) -> tuple[str, str]:
         videos = [{one.name: one.file for one in side} for side in (old, new)]
         pairs = comparison_page.page_pairs(found, sets, videos)
-        frames = comparison_page.pair_frames(pairs, self.workers, self.timeout)
+        frames = comparison_page.pair_frames(pairs, decoders=self.decoders)
         comparison_page.write(found, pairs, frames, result.path("comparison.html"), EMBED_LIMIT)
         return "comparison.html", result.address("comparison.html")
 
     # --- a set ---------------------------------------------------------------------------------------------------
 
-    def report(self, given: Sequence[Given], offered: str | None, request: Request) -> Iterator[Step]:
+    def report(
+        self, given: Sequence[Given], offered: str | None, request: Request, visitor: str = ""
+    ) -> Iterator[Step]:
         """The report of a set: ratings, with or without their clips; or clips, which are rated first.
 
         Args:
             given: uploads.
             offered: name of a set of the operator, if there are no uploads.
+            request, visitor: as for `rate`.
 
         Raises:
             LmmQaError: the ratings cannot be read, or the clips not rated; the message is for the operator.
         """
-        with self._one_at_a_time:
-            result = self.workspace.new_result()
+        with self._turn(request, visitor) as work:
+            result = work.result
             if not given:
                 given = self._offered(offered)
             tables = [one for one in given if one.path.suffix.lower() in RATINGS]
@@ -374,14 +454,15 @@ class Jobs:
             if tables:
                 rows, files = self._read(tables[0], clips, result)
             else:
-                rated = yield from self._rate(_clips_only(clips), request, result)
+                rated = yield from self._rate(_clips_only(clips), work)
                 rows, files = [one.row for one in rated], {one.name: one.file for one in rated}
                 command = request.command(["FOLDER"], self.shelf)
             page = Report.of(tables[0].name if tables else "ratings.jsonl", rows, files)
             strips = []
-            for strip in html_report.filmstrips(page.clips, self.workers, self.timeout):
-                strips.append(replace(strip, missing=strip.missing and self._named(strip.missing, files)))
-                yield Step("Reading the frames", len(strips), len(page.clips))
+            with closing(html_report.filmstrips(page.clips, decoders=self.decoders)) as read:
+                for strip in read:
+                    strips.append(replace(strip, missing=strip.missing and self._named(strip.missing, files)))
+                    yield Step("Reading the frames", len(strips), len(page.clips))
             html_report.write(page, strips, result.path("report.html"), EMBED_LIMIT)
             write_rows(result.path("ratings.jsonl"), [row.to_row() for row in rows])
             downloads = [(name, result.address(name)) for name in ("report.html", "ratings.jsonl")]

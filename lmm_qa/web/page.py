@@ -7,9 +7,10 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
+from gradio.data_classes import FileData, ListFiles
 
 from lmm_qa.config import Sampling, View
 from lmm_qa.errors import LmmQaError, UsageError
@@ -172,35 +173,38 @@ def build(jobs: Jobs, prompts: Sequence[str]) -> gr.Blocks:
                 with gr.Column(scale=2, min_width=260):
                     clips = _file_input("Clips", "clips", videos, 170)
                 with gr.Column(scale=5, min_width=260):
-                    pictures = _sample_pictures(samples)
+                    pictures = _sample_pictures(samples, jobs.decoders)
                     picker = html(render("web_parts", kind="samples", samples=pictures), js_on_load=PICK)
             start, cancel, status, result = _outputs("Rate")
 
-            def rate(files: list[str] | None, *values: Any) -> Iterator[Any]:
-                yield from _run(jobs, lambda: jobs.rate(_uploads(files), inputs.request(*values)))
+            def rate(by: gr.Request, files: list[Given], *values: Any) -> Iterator[Any]:
+                yield from _run(jobs, lambda: jobs.rate(files, inputs.request(*values), _visitor(by, "rate")))
 
-            def rate_sample(event: gr.EventData, *values: Any) -> Iterator[Any]:
+            def rate_sample(by: gr.Request, event: gr.EventData, *values: Any) -> Iterator[Any]:
                 name = str(event._data.get("sample"))
                 given = [Given(samples[name], samples[name].name, uploaded=False)] if name in samples else []
-                yield from _run(jobs, lambda: jobs.rate(given, inputs.request(*values)))
+                yield from _run(jobs, lambda: jobs.rate(given, inputs.request(*values), _visitor(by, "rate")))
 
             events = [
                 _listen(listen, rate, [clips, *inputs.all], [status, result]) for listen in (clips.upload, start.click)
             ]
             events.append(_listen(picker.select, rate_sample, inputs.all, [status, result]))
-            _cancel(cancel, events, status)
+            _cancel(jobs, cancel, "rate", events, [status, result])
         with gr.Tab("Compare"):
             with gr.Row():
                 old = _file_input("Old", "old", videos)
                 new = _file_input("New", "new", videos)
-            by = gr.Radio(list(PAIR_BY), value="name", label="Pairs share", info="If there are several clips. --pair")
+            pairs = gr.Radio(
+                list(PAIR_BY), value="name", label="Pairs share", info="If there are several clips. --pair"
+            )
             start, cancel, status, result = _outputs("Compare")
 
-            def compare(old: list[str] | None, new: list[str] | None, by: str, *values: Any) -> Iterator[Any]:
-                yield from _run(jobs, lambda: jobs.compare(_uploads(old), _uploads(new), by, inputs.request(*values)))
+            def compare(by: gr.Request, old: list[Given], new: list[Given], pairs: str, *values: Any) -> Iterator[Any]:
+                visitor = _visitor(by, "compare")
+                yield from _run(jobs, lambda: jobs.compare(old, new, pairs, inputs.request(*values), visitor))
 
-            events = [_listen(start.click, compare, [old, new, by, *inputs.all], [status, result])]
-            _cancel(cancel, events, status)
+            events = [_listen(start.click, compare, [old, new, pairs, *inputs.all], [status, result])]
+            _cancel(jobs, cancel, "compare", events, [status, result])
         with gr.Tab("A set"):
             with gr.Row():
                 files = _file_input("Ratings and their clips, or clips", "set", [*videos, *RATINGS])
@@ -209,11 +213,12 @@ def build(jobs: Jobs, prompts: Sequence[str]) -> gr.Blocks:
                 )
             start, cancel, status, result = _outputs("Make the report")
 
-            def report(files: list[str] | None, offered: str | None, *values: Any) -> Iterator[Any]:
-                yield from _run(jobs, lambda: jobs.report(_uploads(files), offered, inputs.request(*values)))
+            def report(by: gr.Request, files: list[Given], offered: str | None, *values: Any) -> Iterator[Any]:
+                visitor = _visitor(by, "report")
+                yield from _run(jobs, lambda: jobs.report(files, offered, inputs.request(*values), visitor))
 
             events = [_listen(start.click, report, [files, offered, *inputs.all], [status, result])]
-            _cancel(cancel, events, status)
+            _cancel(jobs, cancel, "report", events, [status, result])
     page.queue(default_concurrency_limit=1, max_size=QUEUE)
     return page
 
@@ -229,7 +234,19 @@ def inert(value: str) -> str:
 
 
 def _file_input(label: str, name: str, suffixes: list[str], height: int = 150) -> gr.File:
-    return gr.File(label=label, elem_id=name, file_count="multiple", file_types=suffixes, height=height)
+    """An upload whose files keep the names that they have for the visitor: gradio removes characters from its own."""
+    file = gr.File(label=label, elem_id=name, file_count="multiple", file_types=suffixes, height=height)
+    read = file.preprocess
+
+    def preprocess(payload: ListFiles | FileData | None) -> list[Given]:
+        files = [] if payload is None else [payload] if isinstance(payload, FileData) else payload.root
+        paths = [Path(str(path)) for path in cast(list[str], read(payload) or [])]
+        names = [Path(file.orig_name or "").name for file in files]
+        return [Given(path, name or path.name) for path, name in zip(paths, names, strict=True)]
+
+    # Not a subclass: gradio would write a .pyi file beside this module.
+    file.preprocess = preprocess  # type: ignore[assignment,method-assign]
+    return file
 
 
 def _outputs(verb: str) -> tuple[gr.Button, gr.Button, gr.HTML, gr.HTML]:
@@ -256,9 +273,21 @@ def _listen(listen: Callable[..., Any], run: Callable[..., Any], inputs: list[An
     return event
 
 
-def _cancel(button: gr.Button, events: list[Any], status: gr.HTML) -> None:
+def _cancel(jobs: Jobs, button: gr.Button, tab: str, events: list[Any], outputs: list[Any]) -> None:
+    """A request that waits leaves the queue. Of one that is worked on, what is rated is shown when it has ended."""
     text = inert(render("web_parts", kind="status", text="Cancelled", total=0))
-    button.click(lambda: text, None, status, cancels=events, queue=False, api_visibility="private")
+    button.click(lambda: text, None, outputs[:1], cancels=events, queue=False, api_visibility="private")
+
+    def show(by: gr.Request) -> Any:
+        shown = list(_run(jobs, lambda: jobs.cancel(_visitor(by, tab))))
+        return shown[-1] if shown else (gr.skip(), gr.skip())
+
+    button.click(show, None, outputs, queue=False, show_progress="hidden", api_visibility="private")
+
+
+def _visitor(by: gr.Request, tab: str) -> str:
+    """Who asks: one request of each tab of the page can be worked on or wait."""
+    return f"{by.session_hash} {tab}"
 
 
 def _run(jobs: Jobs, start: Callable[[], Iterator[Step]]) -> Iterator[Any]:
@@ -275,16 +304,11 @@ def _run(jobs: Jobs, start: Callable[[], Iterator[Step]]) -> Iterator[Any]:
         yield inert(render("web_parts", kind="problem", text=text)), gr.skip()
 
 
-def _uploads(files: list[str] | None) -> list[Given]:
-    return [Given(Path(file), Path(file).name) for file in files or ()]
-
-
-def _sample_pictures(samples: dict[str, Path]) -> list[tuple[str, Any]]:
+def _sample_pictures(samples: dict[str, Path], decoders: DecoderPool) -> list[tuple[str, Any]]:
     """Name and a frame of each sample clip."""
-    with DecoderPool(1) as pool:
-        read = pool.imap(samples.values(), Sampling(frames=1), (View(max_pixels=160 * 160),), factor=2)
-        return [
-            (name, thumbnail(frames.views[0][0], frames.seconds[0]))
-            for name, frames in zip(samples, read, strict=True)
-            if isinstance(frames, Frames)
-        ]
+    read = decoders.imap(samples.values(), Sampling(frames=1), (View(max_pixels=160 * 160),), factor=2)
+    return [
+        (name, thumbnail(frames.views[0][0], frames.seconds[0]))
+        for name, frames in zip(samples, read, strict=True)
+        if isinstance(frames, Frames)
+    ]

@@ -7,13 +7,15 @@ names that cannot be guessed, and no file or path of the machine.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import ipaddress
 import os
 import re
 import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -50,6 +52,8 @@ NEEDED = re.compile(
 RESULT_POLICY = b"sandbox allow-scripts allow-downloads; frame-ancestors 'self'; object-src 'none'; base-uri 'none'"
 """That of results: a report runs as if it came from another place, and says itself what it may load."""
 
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
+"""Seconds between a wrong password and the next attempt: after the first wrong one, doubled with each, and at most."""
 
 _PORT = re.compile(r":\d+$")
 
@@ -163,9 +167,19 @@ def _wait() -> None:
             threading.Event().wait(1.0)
 
 
-def _check_password(password: str) -> Callable[[str, str], bool]:
-    def check(_: str, given: str) -> bool:
-        return hmac.compare_digest(given.encode(), password.encode())
+def _check_password(password: str) -> Callable[[str, str], Awaitable[bool]]:
+    """A check for gradio. Attempts are checked one after the other, whoever makes them; after wrong ones they wait."""
+    turn = asyncio.Lock()
+    wrong, next_check = 0, 0.0
+
+    async def check(_: str, given: str) -> bool:
+        nonlocal wrong, next_check
+        async with turn:
+            await asyncio.sleep(next_check - time.monotonic())
+            right = hmac.compare_digest(given.encode(), password.encode())
+            wrong = 0 if right else wrong + 1
+            next_check = time.monotonic() + min(FIRST_WAIT * 2 ** min(wrong - 1, 30), LONGEST_WAIT) if wrong else 0.0
+        return right
 
     return check
 

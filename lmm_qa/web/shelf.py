@@ -22,7 +22,11 @@ LOADED = 2
 MAX_FRAMES, MAX_PIXELS = 64, 1024 * 1024
 """Limits of what a visitor may ask a model to look at: frames, and pixels of each."""
 
-_FOLDERS = re.compile(r"(?<![\w:/.~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\:'\"]+[/\\])*(?=[^\s/\\])")
+_FOLDERS = re.compile(
+    r"(?<![\w:/.~-])(?:~|[A-Za-z]:)?[/\\]"
+    r"(?:[^\s/\\:'\"]+(?:(?: +|(?<=\w)'(?=\w))[^\s/\\:'\"]+)*(?<![(\[{<=,;])[/\\])*(?=[^\s/\\])"
+)
+"""The folders of a path. Their names may have spaces and apostrophes: rather cut a word too many than show a folder."""
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from lmm_qa.errors import ClipTruncated, ConfigError
 from lmm_qa.ratings.rows import CalibrationUse, Failure, Rating, RatingRow, Timeline, describe_columns
 from lmm_qa.video.decode import Frames
 from lmm_qa.video.probe import probe
+from lmm_qa.video.sound import Sound, SoundState
 
 
 @pytest.fixture
@@ -56,6 +57,11 @@ def test_a_failed_measurement_becomes_a_warning(rating: Rating) -> None:
     failed = replace(rating, frames=replace(rating.frames, measurement_error="ValueError: x (features.py:3)"))
     assert failed.to_row()["warnings"] == ["ValueError: x (features.py:3)"]
     assert failed.to_row()["score"] == 3.5
+
+
+def test_sound_with_values_that_are_no_numbers_becomes_a_warning(rating: Rating) -> None:
+    heard = replace(rating, frames=replace(rating.frames, sound=Sound(SoundState.PRESENT, not_finite=1)))
+    assert heard.to_row()["warnings"] == ["NaN or infinite values in the sound, counted as 0: 1 sample."]
 
 
 def test_rows_of_other_versions_can_be_read(rating: Rating) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -141,13 +142,18 @@ def test_damaged_sound_leaves_the_clip_alone(tmp_path: Path) -> None:
     assert frames.sound.error and not len(frames.sound.samples)
 
 
-def test_samples_that_are_no_numbers(tmp_path: Path) -> None:
-    values = speech(16_000, channels=1)
-    values[:, 5000:6000] = np.nan
-    values[:, 9000:9100] = np.inf
-    sound = sound_of(with_sound(tmp_path, values, rate=16_000, codec="pcm_f32le", name="clip.mkv"))
-    assert sound.loudness is None or np.isfinite(sound.loudness)
-    assert np.isfinite(sound.samples).all() and np.isfinite(sound.clipped)
+@pytest.mark.parametrize(("codec", "channels"), [("pcm_f32le", 1), ("pcm_f32le", 2), ("pcm_f64le", 2)])
+def test_samples_that_are_no_numbers_count_as_0(tmp_path: Path, codec: str, channels: int) -> None:
+    values = speech(16_000, channels=channels)
+    zeros = values.copy()
+    values[0, 5000], values[-1, 9000:9100] = np.nan, -np.inf
+    zeros[0, 5000], zeros[-1, 9000:9100] = 0, 0
+    sound = sound_of(with_sound(tmp_path, values, rate=16_000, codec=codec, name="clip.mkv"))
+    expected = sound_of(with_sound(tmp_path, zeros, rate=16_000, codec=codec, name="zeros.mkv"))
+    assert expected.state is SoundState.PRESENT and expected.warning is None
+    assert sound.not_finite == 101 and np.array_equal(sound.samples, expected.samples)
+    assert replace(sound, samples=expected.samples, not_finite=0) == expected
+    assert sound.warning == "NaN or infinite values in the sound, counted as 0: 101 samples."
 
 
 def test_a_bug_costs_the_sound_and_not_the_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import re
+import signal
+import time
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from clips import write_clip
+from clips import read_or_hang, write_clip
 from paths import EMBEDDED, SAMPLES
 from rating_rows import rating_row
 
@@ -18,6 +23,7 @@ from lmm_qa.manifest import Clip
 from lmm_qa.model.rater_config import EMBEDDED_NAME
 from lmm_qa.ratings.rows import RatingRow
 from lmm_qa.video.decode import read_frames
+from lmm_qa.video.decoder_pool import DecoderPool
 from lmm_qa.web.jobs import Given, Jobs, Request, Step
 from lmm_qa.web.looked_at import WIDE, looked_at
 from lmm_qa.web.shelf import RaterSettings, Shelf
@@ -76,6 +82,87 @@ def test_clips_that_are_left_when_the_time_is_over_are_reported(jobs: Jobs, clip
     jobs.time_limit = 0.0
     html = last(jobs.rate(clips, REQUEST))
     assert html.count("the request took longer than 0 s: ask for fewer clips") == 3
+
+
+def processes(jobs: Jobs) -> list[int]:
+    """The numbers of the decoding processes."""
+    workers = [*jobs.decoders._workers, *jobs._shown_by._workers]
+    return [worker._process.pid for worker in workers if worker._process]
+
+
+def test_requests_share_decoding_processes_which_end_with_the_server(
+    shelf: Shelf, clips: list[Given], tmp_path: Path
+) -> None:
+    broken = Given(tmp_path / "broken.mp4", "broken.mp4")
+    broken.path.write_bytes(clips[0].path.read_bytes()[:-1000])
+    with Workspace() as workspace, Jobs(workspace, shelf, workers=1) as jobs:
+        started = processes(jobs)
+        for given in (clips[:2], [broken], clips[:1]):
+            assert "lmm-qa rate" in last(jobs.rate(given, REQUEST))
+            assert processes(jobs) == started and len(started) == 2
+        for process in started:
+            os.kill(process, signal.SIGKILL)
+        assert "Not rated" not in last(jobs.rate(clips[:1], REQUEST))
+        replaced = processes(jobs)
+    for process in (*started, *replaced):
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+
+
+def test_a_clip_that_hangs_in_a_request_that_was_stopped_does_not_hold_up_the_next(
+    jobs: Jobs, clips: list[Given], tmp_path: Path
+) -> None:
+    jobs.decoders.close()
+    hanging = Given(tmp_path / "hanging.mp4", "hanging.mp4")
+    hanging.path.write_bytes(clips[0].path.read_bytes() + b"hang")
+    with DecoderPool(1, timeout=600, _reader=read_or_hang) as jobs.decoders:
+        steps = jobs.rate([*clips, clips[0], hanging], REQUEST)
+        while next(steps).text != "Rating b.mp4":  # the last clip is read ahead
+            pass
+        assert isinstance(steps, Generator)
+        steps.close()
+        assert "Not rated" not in last(jobs.rate(clips[1:], REQUEST))
+
+
+def test_what_was_rated_before_a_request_was_cancelled_is_shown(jobs: Jobs, clips: list[Given]) -> None:
+    steps = jobs.rate(clips, REQUEST, "somebody")
+    while next(steps).text != "Rating c.mp4":
+        pass
+    assert isinstance(steps, Generator)
+    steps.close()
+    assert list(jobs.cancel("somebody else")) == []
+    html = last(jobs.cancel("somebody"))
+    assert "Cancelled: 2 of 3 clips done" in html and "report.html" in html and "lmm-qa rate a.mp4 b.mp4" in html
+    (rows,) = Path("results").rglob("ratings.jsonl")
+    assert [row["clip"] for row in read_rows(rows)] == ["a.mp4", "b.mp4"]
+    assert list(jobs.cancel("somebody")) == [], "it was shown"
+    assert "Cancelled" not in last(jobs.rate(clips[:1], REQUEST, "somebody"))
+    assert list(jobs.cancel("somebody")) == [], "nothing is worked on"
+
+
+def test_a_comparison_that_was_cancelled_shows_clips_of_one_name(jobs: Jobs, clips: list[Given]) -> None:
+    steps = jobs.compare(clips, clips, "name", REQUEST, "somebody")
+    texts = [next(steps).text for _ in range(8)]
+    assert texts[-1] == "Rating b.mp4" and isinstance(steps, Generator)
+    steps.close()
+    html = last(jobs.cancel("somebody"))
+    assert "Cancelled: 4 of 6 clips done" in html and "ratings.jsonl" in html and "report.html" not in html
+
+
+def test_cancelling_does_not_wait_for_a_clip_that_hangs(jobs: Jobs, clips: list[Given], tmp_path: Path) -> None:
+    jobs.decoders.close()
+    hanging = Given(tmp_path / "hanging.mp4", "hanging.mp4")
+    hanging.path.write_bytes(clips[0].path.read_bytes() + b"hang")
+    with DecoderPool(1, timeout=600, _reader=read_or_hang) as jobs.decoders, ThreadPoolExecutor(1) as threads:
+        steps = jobs.rate([*clips, clips[0], hanging], REQUEST, "somebody")
+        while next(steps).text != "Rating b.mp4":
+            pass
+        left = threads.submit(list, steps)
+        time.sleep(2)  # it waits for the last clip
+        html = last(jobs.cancel("somebody"))
+        assert re.search("Cancelled: [1-4] of 5 clips done", html) and "Not rated" not in html
+        assert [step for step in left.result() if step.html] == []
+        assert "Not rated" not in last(jobs.rate(clips[1:], REQUEST))
 
 
 def test_uploaded_ratings_find_the_clips_that_come_with_them(jobs: Jobs, clips: list[Given], tmp_path: Path) -> None:

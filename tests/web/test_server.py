@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from importlib.util import find_spec
@@ -42,6 +43,25 @@ def test_the_password_is_read_from_a_file_or_the_environment(tmp_path: Path, mon
         command._password(True, tmp_path / "password")
     with pytest.raises(UsageError, match="cannot be read"):
         command._password(True, tmp_path / "nowhere")
+
+
+def test_guessing_the_password_takes_longer_with_each_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "FIRST_WAIT", 0.1)
+    monkeypatch.setattr(server, "LONGEST_WAIT", 0.3)
+
+    async def attempts() -> None:
+        check = server._check_password("täst word")
+        start = time.monotonic()
+
+        async def attempt(password: str) -> tuple[bool, float]:
+            return await check("anybody", password), time.monotonic() - start
+
+        made = await asyncio.gather(*map(attempt, ["a", "b", "c", "d", "täst word", "täst word"]))
+        assert [right for right, _ in made] == [False] * 4 + [True] * 2
+        least = [0, 0.1, 0.3, 0.6, 0.9, 0.9]
+        assert all(moment >= earliest for (_, moment), earliest in zip(made, least, strict=True))
+
+    asyncio.run(attempts())
 
 
 def test_without_gradio_the_error_gives_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +137,11 @@ def test_old_uploads_and_results_are_deleted() -> None:
 def test_paths_of_this_machine_are_cut_from_messages() -> None:
     assert without_folders("cannot read /srv/data/a.mp4: no such file") == "cannot read a.mp4: no such file"
     assert without_folders(r"C:\Users\me\a.mp4 is damaged (/usr/lib/x.py:12)") == "a.mp4 is damaged (x.py:12)"
+    for folder in ("/srv/my data", "/srv/a  b/Bob's clips (1)", "~/my data/in", "C:\\My Clips\\new ones"):
+        path = f"{folder}/a b.mp4"
+        assert without_folders(f"cannot read {path}: no such file") == "cannot read a b.mp4: no such file"
+        assert without_folders(f"TypeError: '{path}' ({path}:3)") == "TypeError: 'a b.mp4' (a b.mp4:3)"
+    assert without_folders("moved /srv/my data/a.mp4 to /srv/b c/d.mp4") == "moved a.mp4 to d.mp4"
     for text in ("http://127.0.0.1:8000/v1 does not answer", "results/ab/clip0.mp4", "1 / 2 and/or 3"):
         assert without_folders(text) == text
 

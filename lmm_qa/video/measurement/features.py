@@ -138,13 +138,17 @@ class FeatureExtractor:
         self._motion = MotionFeatureRecorder(orientation)
         self._sound = sound
         self._lips = LipSyncMeter(orientation) if sound and sound.state is SoundState.PRESENT else None
+        self._lips_error: Exception | None = None
         self._face: Face | None = None
         self._indices: Sequence[int] = ()
 
     def add_frame(self, luma: Picture, second: float) -> None:
         self._motion.add_frame(luma, second)
-        if self._lips:
-            self._lips.add_frame(luma, second)
+        if self._lips and self._lips_error is None:
+            try:
+                self._lips.add_frame(luma, second)
+            except Exception as error:  # it costs lip sync alone, see `lip_sync`
+                self._lips_error = error
 
     def add_picture(self, index: int, picture: Picture) -> None:
         self._pictures[index] = pad_to_minimum(limit_size(picture), MIN_SIDE)
@@ -155,6 +159,8 @@ class FeatureExtractor:
         return measure(pictures, self._face, indices, dynamics, self._motion)
 
     def lip_sync(self) -> LipSync | None:
+        if self._lips_error:
+            raise self._lips_error
         if self._lips is None or self._sound is None or self._face is None or not self._face.found:
             return None
         return self._lips.measure(self._face.boxes, self._indices, self._sound.samples)

@@ -178,6 +178,25 @@ def test_a_real_clip_and_the_same_with_late_sound(tmp_path: Path) -> None:
     assert original.probability < 0.5 < shifted.probability
 
 
+@pytest.mark.parametrize("method", ["add_frame", "measure"])
+def test_a_failure_costs_lip_sync_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    from clips import ffmpeg
+
+    silent, heard = SAMPLES / "astronaut_clean.mp4", tmp_path / "heard.mp4"
+    ffmpeg("-i", silent, "-f", "lavfi", "-i", "anoisesrc=d=9:a=0.1", "-c:v", "copy", "-shortest", heard)
+    expected = measured(heard)
+    assert expected.lip_sync is not None and expected.measurement_error is None
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("lips")
+
+    monkeypatch.setattr(LipSyncMeter, method, fail)
+    frames = measured(heard)
+    assert frames.features == expected.features and frames.lip_sync is None
+    assert str(frames.measurement_error).startswith("ZeroDivisionError: lips (")
+    assert "test_lip_sync.py:" in str(frames.measurement_error)
+
+
 # --- Words -----------------------------------------------------------------------------------------------------------
 
 
