@@ -209,12 +209,20 @@ def same(value: Any, other: Any) -> bool:
 class Experiment:
     """Clips, and what an undisturbed run writes for them."""
 
-    def __init__(self, work: Path, clips: int, seed: int) -> None:
+    def __init__(self, work: Path, clips: int, seed: int, options: Sequence[str | Path] = ()) -> None:
+        """
+        Args:
+            work: folder for clips and ratings.
+            clips: number of clips.
+            seed: of the moments.
+            options: further ones of `lmm-qa rate`.
+        """
         self.work = work
+        self.options = options
         self.rng = random.Random(seed)
         self.names = make_clips(work / "clips", sample_videos(), clips)
         path = work / "undisturbed.jsonl"
-        ended = finish(command(work / "clips", path, "--overwrite"))
+        ended = finish(command(work / "clips", path, "--overwrite", *options))
         assert ended.code == 0, ended.stderr
         self.seconds = ended.seconds
         self.expected = {row["clip"]: row for row in read_rows(path)}
@@ -229,7 +237,7 @@ class Experiment:
         folder.mkdir(parents=True)
         output = folder / f"ratings{suffix}"
         write_rows(output, self.others)
-        arguments = command(self.work / "clips", output)
+        arguments = command(self.work / "clips", output, *self.options)
         before: dict[str, Row] = {}
         for number, moment in enumerate(moments):
             if name == "SIGPIPE":  # without a reader of its messages, a run may complete: each is a new one

@@ -312,9 +312,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(folder: Path, model: Path) -> list[dict[str, Any]]:
     """The rows of one process."""
-    done = subprocess.run(command("alone.jsonl", model), cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 3, done.stderr
+    rate_here(folder, "alone.jsonl", model)
     return rows(folder / "alone.jsonl")
+
+
+def rate_here(folder: Path, output: str, model: Path) -> None:
+    """`lmm-qa rate` in this process: all clips but one can be rated."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["lmm-qa", *command(output, model)[3:]])
+        with pytest.raises(SystemExit) as ended:
+            lmm_qa.cli.app.main()
+    assert ended.value.code == 3
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -496,8 +505,7 @@ def test_the_death_of_a_rank_ends_the_run_and_it_can_be_resumed(
     assert {rank for rank in range(3) if codes[rank] == 1} == failed, (codes, messages)
     before = sum(map(len, written(folder, output).values()))
     assert 6 <= before < 41
-    done = subprocess.run(command(output, model), cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 3, done.stderr
+    rate_here(folder, output, model)
     assert rows(folder / output) == alone
     assert written(folder, output).keys() == {output}
 

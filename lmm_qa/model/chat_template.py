@@ -22,14 +22,14 @@ MAX_CHARACTERS = 1_000_000
 """Longest text that a template may give; the context of models is shorter."""
 
 RENDER = """
-import json, sys
+import json, math, sys, time
 from transformers.utils.chat_template_utils import render_jinja_template
 
 seconds, memory, characters = map(int, sys.argv[1:])
 arguments = json.load(sys.stdin)
 try:
     import resource
-    resource.setrlimit(resource.RLIMIT_CPU, (int(resource.getrusage(resource.RUSAGE_SELF).ru_utime) + seconds,) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time()) + seconds,) * 2)
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
 except (ImportError, ValueError, OSError):  # Windows has no limits, macOS none on memory
     pass
@@ -44,6 +44,9 @@ if len(text) > characters:
 """
 """Program of the process with limits. It imports neither torch nor the model."""
 
+_accepted: set[str] = set()
+"""Templates that were accepted, each with everything else that its text depends on, as JSON."""
+
 MESSAGES = [
     {"role": "system", "content": [{"type": "text", "text": "Be exact."}]},
     {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "How good is it?"}]},
@@ -53,23 +56,30 @@ MESSAGES = [
 def check_chat_template(processor: Any, model: str) -> None:
     """Render the chat template of a processor once, in a process with limits on time, memory and length.
 
+    A template that was accepted is not rendered again in this process.
+
     Raises:
         ModelError: it exceeds a limit, or cannot be rendered.
     """
     template = _template(processor)
     if template == _known_template():
         return
-    arguments = {
-        "conversations": [MESSAGES],
-        "chat_template": template,
-        "add_generation_prompt": True,
-        **getattr(processor.tokenizer, "special_tokens_map", {}),
-        **_no_thinking(processor),
-    }
+    arguments = json.dumps(
+        {
+            "conversations": [MESSAGES],
+            "chat_template": template,
+            "add_generation_prompt": True,
+            **getattr(processor.tokenizer, "special_tokens_map", {}),
+            **_no_thinking(processor),
+        },
+        default=str,
+    )
+    if arguments in _accepted:
+        return
     try:
         done = subprocess.run(
             [sys.executable, "-c", RENDER, *map(str, (CPU_SECONDS, MEMORY, MAX_CHARACTERS))],
-            input=json.dumps(arguments, default=str),
+            input=arguments,
             capture_output=True,
             text=True,
             timeout=60 + CPU_SECONDS,
@@ -79,6 +89,7 @@ def check_chat_template(processor: Any, model: str) -> None:
         problem = f"it takes more than {CPU_SECONDS} s"
     else:
         if done.returncode == 0:
+            _accepted.add(arguments)
             return
     raise ModelError(f"the chat template of {model!r} cannot be used: {problem[:300]}")
 

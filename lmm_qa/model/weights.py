@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from lmm_qa.errors import ModelError
-from lmm_qa.model import compat
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -98,6 +96,8 @@ def load_adapter(model: Any, adapter: Path) -> Any:
         ModelError: tensors are missing, unexpected or of another shape.
         Exception: PEFT refuses the adapter.
     """
+    from lmm_qa.model import compat
+
     quantized = getattr(model.config, "quantization_config", None) is not None
     with nullcontext() if quantized else compat.without_bitsandbytes():
         return _load_adapter(model, adapter)
@@ -105,6 +105,9 @@ def load_adapter(model: Any, adapter: Path) -> Any:
 
 def _load_adapter(model: Any, adapter: Path) -> Any:
     from peft import PeftConfig, PeftType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    from lmm_qa.model import compat
 
     file = adapter / ADAPTER_WEIGHTS
     if not file.is_file():

@@ -250,8 +250,8 @@ class RatingsWriter:
             stream.truncate(0)
             return stream
         stream.seek(0)
-        *_, last = b"", *stream
-        if last and not last.endswith(b"\n"):
+        last = stream.readall().rpartition(b"\n")[2]
+        if last:
             if is_object(last):
                 _append_line(stream, b"\n")
             else:

@@ -5,6 +5,7 @@ The command as a user runs it. Each `python -m lmm_qa` loads torch anew, so that
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import psutil
@@ -234,6 +236,20 @@ def test_other_settings_do_not_reuse_ratings(folder: Path, model: Path, command:
 # --- calibrated ------------------------------------------------------------------------------------------------------
 
 
+RATE = ("rate", "-m", "rater", "--device", "cpu", "--workers", "1")
+
+
+def run_here(folder: Path, *arguments: str) -> tuple[int, str]:
+    """Run `lmm-qa` in this process, for fixtures of the module; returns exit code and stderr."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(said), pytest.raises(SystemExit) as ended:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["lmm-qa", *arguments])
+        lmm_qa.cli.app.main()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, said.getvalue()
+
+
 @pytest.fixture(scope="module")
 def calibrated(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a rater directory, its ratings (raw.jsonl), labels, and calibration.json made from these."""
@@ -246,9 +262,8 @@ def calibrated(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(model, folder / "rater")
     settings = {"scale": [0, 5], "sampling": {"frames": 2}, "views": [{"kind": "whole", "max_pixels": 56 * 56}]}
     (folder / "rater" / "rater.json").write_text(json.dumps(settings))
-    rate = ("-m", "lmm_qa", "rate", "-m", "rater", "--device", "cpu", "--workers", "1")
-    done = run_python(*rate, "old", "new", "-o", "all.jsonl", cwd=folder)
-    assert done.code == 0, done.err
+    code, said = run_here(folder, *RATE, "old", "new", "-o", "all.jsonl")
+    assert code == 0, said
     rows = read_rows(folder / "all.jsonl")
     with (folder / "labels.csv").open("w") as labels:
         labels.write("clip,mos\n")
@@ -256,14 +271,11 @@ def calibrated(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             f"{row['clip']},{2 + row['score'] / 4 + number % 3 / 50}\n" for number, row in enumerate(rows)
         )
     (folder / "raw.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:12]))
-    calibrate = ("-m", "lmm_qa", "calibrate", "raw.jsonl", "labels.csv", "--into", "rater", "--kind", "linear")
-    done = run_python(*calibrate, "--coverage", "0.8", cwd=folder)
-    assert done.code == 3, done.err
-    assert "6 labelled clips without a score not used" in done.err
+    calibrate = ("calibrate", "raw.jsonl", "labels.csv", "--into", "rater", "--kind", "linear", "--coverage", "0.8")
+    code, said = run_here(folder, *calibrate)
+    assert code == 3, said
+    assert "6 labelled clips without a score not used" in said
     return folder
-
-
-RATE = ("rate", "-m", "rater", "--device", "cpu", "--workers", "1")
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])

@@ -65,6 +65,24 @@ def test_the_well_known_template_needs_no_process(monkeypatch: pytest.MonkeyPatc
     check_chat_template(processor(known.read_text()), "m")
 
 
+def test_an_accepted_template_is_not_rendered_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    import subprocess
+
+    one, other = processor("{{ messages[0].role }}: once"), processor("{{ messages[0].role }}: twice")
+    check_chat_template(one, "m")
+    refused = processor("{{ raise_exception('always') }}")
+    for _ in range(2):
+        with pytest.raises(ModelError, match="TemplateError: always"):
+            check_chat_template(refused, "m")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("started a process"))
+    check_chat_template(one, "m")
+    with pytest.raises(pytest.fail.Exception, match="started a process"):
+        check_chat_template(other, "m")
+    one.tokenizer.special_tokens_map = {"eos_token": "<another>"}
+    with pytest.raises(pytest.fail.Exception, match="started a process"):
+        check_chat_template(one, "m")
+
+
 def test_loading_a_model_checks_its_template(family_dir: Callable[[str], Path], tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(family_dir("qwen2_vl"), model)

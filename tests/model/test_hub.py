@@ -47,6 +47,7 @@ import json, sys, time
 import transformers, huggingface_hub
 from lmm_qa.errors import ModelError
 from lmm_qa.model.loading import load_processor
+transformers.AutoProcessor  # imported before the clock starts
 start = time.monotonic()
 try:
     load_processor(*sys.argv[1:])

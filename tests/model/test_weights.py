@@ -70,8 +70,8 @@ def save_quantized(model: Path, out: Path, bits: str) -> Path:
     loaded = AutoModelForImageTextToText.from_pretrained(
         model, dtype=torch.bfloat16, quantization_config=config(**options), device_map={"": "cpu"}
     )
+    shutil.copytree(model, out)
     loaded.save_pretrained(out)
-    AutoProcessor.from_pretrained(model).save_pretrained(out)
     return out
 
 

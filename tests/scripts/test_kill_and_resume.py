@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -23,19 +24,27 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    import kill_and_resume
+@pytest.fixture(scope="module")
+def script() -> Iterator[Any]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(SCRIPTS))
+        import kill_and_resume
 
-    return kill_and_resume
+        yield kill_and_resume
+
+
+@pytest.fixture(scope="module")
+def experiment(script: Any, family_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Six clips, and the rows of an undisturbed run of a small model on small pictures."""
+    options = ("-m", family_dir("qwen2_vl"), "--sampling", "uniform:2", "--view", "whole:56")
+    return script.Experiment(tmp_path_factory.mktemp("experiment"), clips=6, seed=0, options=options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("signal", "suffix"), [("SIGKILL", ".parquet"), ("SIGTERM", ".csv"), ("SIGPIPE", ".jsonl")])
-def test_a_killed_run_resumes_without_loss(script: Any, tmp_path: Path, signal: str, suffix: str) -> None:
+def test_a_killed_run_resumes_without_loss(experiment: Any, signal: str, suffix: str) -> None:
     """`Experiment.run` checks rows and leftovers of each kill, and the file at the end."""
-    kills = list(script.Experiment(tmp_path, clips=6, seed=0).run(signal, suffix, ["decoding", "writing"]))
+    kills = list(experiment.run(signal, suffix, ["decoding", "writing"]))
     assert [kill.problem for kill in kills] == [None, None]
     # A run whose output nobody reads any more may complete before it writes to it again.
     assert [kill.rows for kill in kills] in ([[0, 6], [6, 6]] if signal == "SIGPIPE" else [[0, 6]])

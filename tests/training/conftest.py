@@ -6,6 +6,7 @@ import csv
 import json
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,18 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def make_config(labelled: Path, family_dir: Callable[[str], Path], tmp_path: Path) -> MakeConfig:
-    """Configurations of a short run on a small Qwen2-VL; keyword arguments override values as section__key=value."""
+@pytest.fixture(scope="session")
+def training_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of most runs: which clips could be decoded, and vision features. Runs of one user share it, too."""
+    return tmp_path_factory.mktemp("training_cache")
 
-    def make(**changes: Any) -> TrainingConfig:
+
+@pytest.fixture(scope="session")
+def make_config_in(labelled: Path, family_dir: Callable[[str], Path], training_cache: Path) -> MakeConfig:
+    """Configurations of a short run on a small Qwen2-VL, by the folder that gets its directory `run`; keyword arguments
+    override values as section__key=value."""
+
+    def make(folder: Path, **changes: Any) -> TrainingConfig:
         values: dict[str, Any] = {
             "model": {"backbone": str(family_dir("qwen2_vl"))},
             "data": {
@@ -65,8 +73,8 @@ def make_config(labelled: Path, family_dir: Callable[[str], Path], tmp_path: Pat
             "rating": {"sampling": {"frames": 4}, "views": [{"max_pixels": 7056}]},
             "augmentation": {"temporal_offsets": 2},
             "training": {
-                "output_dir": str(tmp_path / "run"),
-                "cache_dir": str(tmp_path / "cache"),
+                "output_dir": str(folder / "run"),
+                "cache_dir": str(training_cache),
                 "epochs": 1.2,
                 "batch_size": 4,
                 "learning_rate": 2e-3,
@@ -82,8 +90,16 @@ def make_config(labelled: Path, family_dir: Callable[[str], Path], tmp_path: Pat
     return make
 
 
+@pytest.fixture
+def make_config(make_config_in: MakeConfig, tmp_path: Path) -> MakeConfig:
+    """As `make_config_in`, for the folder of the test."""
+    return partial(make_config_in, tmp_path)
+
+
 @pytest.fixture(scope="session")
-def tuned(labelled: Path, family_dir: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tuned(
+    labelled: Path, family_dir: Callable[[str], Path], training_cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """The directory of a finished run, with a calibration."""
     folder = tmp_path_factory.mktemp("tuned")
     config = TrainingConfig.parse(
@@ -99,7 +115,7 @@ def tuned(labelled: Path, family_dir: Callable[[str], Path], tmp_path_factory: p
             "rating": {"sampling": {"frames": 4}, "views": [{"max_pixels": 7056}]},
             "training": {
                 "output_dir": str(folder / "run"),
-                "cache_dir": str(folder / "cache"),
+                "cache_dir": str(training_cache),
                 "epochs": 30,
                 "batch_size": 8,
                 "learning_rate": 5e-3,

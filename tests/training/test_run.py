@@ -145,7 +145,7 @@ def test_full_tuning_loads_its_checkpoints(make_config: MakeConfig, tmp_path: Pa
 
 def test_a_trained_vision_tower_is_not_cached(make_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(tuning__vision=True, tuning__merger=True, training__gradient_checkpointing=True)
-    train(with_training(config, epochs=0.4), quiet)
+    train(with_training(config, epochs=0.4, cache_dir=tmp_path / "cache"), quiet)
     assert not (tmp_path / "cache" / "vision").exists()
     assert len(curve(tmp_path / "run")) == 4
     names = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()

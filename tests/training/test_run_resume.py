@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from training_runs import DESCRIBED, MakeConfig, command, curve, quiet, with_training, write_config
 
+from lmm_qa.training.config import TrainingConfig
 from lmm_qa.training.run import last_checkpoint, train
 
 
@@ -20,6 +21,7 @@ def test_cached_vision_features_do_not_change_the_loss(
 ) -> None:
     prompt = {"question": "How good is it?", "stem": "The quality is", "frames": frames}
     base = make_config(data__train=DESCRIBED, rating__prompt=prompt, training__epochs=epochs)
+    base = with_training(base, cache_dir=tmp_path / "cache")
     cached, uncached = tmp_path / "cached", tmp_path / "uncached"
     train(with_training(base, output_dir=cached), quiet)
     assert list((tmp_path / "cache" / "vision").rglob("*.safetensors"))
@@ -28,18 +30,22 @@ def test_cached_vision_features_do_not_change_the_loss(
     assert len(curve(cached)) == steps
 
 
+@pytest.fixture(scope="module")
+def undisturbed(make_config_in: MakeConfig, tmp_path_factory: pytest.TempPathFactory) -> TrainingConfig:
+    """The configuration of a finished run, with dropout and an epoch that ends between two checkpoints: both depend on
+    the RNG state."""
+    config = with_training(make_config_in(tmp_path_factory.mktemp("undisturbed")), epochs=1.6, eval_steps=3)
+    train(config, quiet)
+    return config
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    make_config: MakeConfig, tmp_path: Path, number: signal.Signals
+    undisturbed: TrainingConfig, tmp_path: Path, number: signal.Signals
 ) -> None:
-    undisturbed, disturbed = tmp_path / "undisturbed", tmp_path / "disturbed"
-    # With dropout and an epoch that ends between two checkpoints: both depend on the RNG state.
-    train(with_training(make_config(), output_dir=undisturbed, epochs=1.6, eval_steps=3), quiet)
-    path = write_config(
-        with_training(make_config(), output_dir=disturbed, epochs=1.6, eval_steps=3), tmp_path / "config.yaml"
-    )
-    running = command(path)
+    disturbed = with_training(undisturbed, output_dir=tmp_path / "disturbed")
+    running = command(write_config(disturbed, tmp_path / "config.yaml"))
     assert running.stderr
     for line in running.stderr:
         if line.startswith("step 6/16  validation"):
@@ -50,13 +56,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         assert running.returncode == 128 + number and "run the same command to resume" in stderr
     else:
         assert running.returncode == -number
-    assert not (disturbed / "rater.json").exists()
-    again = command(path)
-    _, stderr = again.communicate(timeout=120)
-    assert again.returncode == 0, stderr
-    assert re.search(r"resuming from .*checkpoint-\d+", stderr)
-    assert curve(disturbed) == pytest.approx(curve(undisturbed), abs=1e-5)
-    weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (undisturbed, disturbed)]
+    folders = [config.training.output_dir for config in (undisturbed, disturbed)]
+    assert not (folders[1] / "rater.json").exists()
+    lines: list[str] = []
+    assert train(disturbed, lines.append).interrupted_by is None
+    assert any(re.match(r"resuming from .*checkpoint-\d+", line) for line in lines)
+    assert curve(folders[1]) == pytest.approx(curve(folders[0]), abs=1e-5)
+    weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in folders]
     assert weights[0] == weights[1]
 
 
