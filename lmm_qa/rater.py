@@ -26,7 +26,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import tee
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Unpack, get_args
 
 import torch
 
@@ -50,6 +50,7 @@ from lmm_qa.video.sound import NO_SOUND, SAMPLE_RATE, SoundState
 
 if TYPE_CHECKING:
     from lmm_qa.model.backbone import Backbone
+    from lmm_qa.model.rater_config import RaterConfig
     from lmm_qa.model.served import ServedBackbone
     from lmm_qa.video.frame_array import FramesInMemory
 
@@ -119,7 +120,7 @@ class Rater:
         clip = Clip(Path(path), str(path), "argument")
         content = content_id(clip.path)
         how = (self.settings.sampling, self.settings.views, self.factor)
-        measure = self._measure(details)
+        measure = measurement(self.settings, details)
         decoded = (
             read_windows(clip.path, *how, WINDOW, STEP, measure)
             if details.timeline
@@ -170,10 +171,6 @@ class Rater:
         first = frames[0] if isinstance(frames, list | tuple) else frames
         return torch.tensor(scores, device=first.device if isinstance(first, torch.Tensor) else None)
 
-    def _measure(self, details: Details) -> type[FeatureExtractor] | None:
-        """What measures every frame of a clip: for the profile, and for prompts that contain what was measured."""
-        return FeatureExtractor if details.profile or self.settings.prompt.uses_measurement else None
-
     def _rate_arrays(self, arrays: Sequence[FrameArray], details: Details) -> list[Rating]:
         if self.settings.prompt.sound:
             raise UsageError(
@@ -193,7 +190,7 @@ class Rater:
 
     def _sampled_clip(self, array: FrameArray, name: str, details: Details) -> DecodedClip:
         how = (self.settings.sampling, self.settings.views, self.factor)
-        measure = self._measure(details)
+        measure = measurement(self.settings, details)
         sampled = (
             array.read_windows(*how, WINDOW, STEP, measure) if details.timeline else array.read_frames(*how, measure)
         )
@@ -257,12 +254,9 @@ class Rater:
         """Decode clips in worker processes; results in order."""
         named, copy = tee(clip if isinstance(clip, Clip) else Clip(Path(clip), str(clip), "argument") for clip in clips)
         paths = (clip.path for clip in copy)
-        how = (self.settings.sampling, self.settings.views, self.factor)
-        measure = self._measure(details)
+        how = decoding(self.settings, self.factor, details)
         results: Iterator[Frames | Windows | ClipError] = (
-            pool.imap_windows(paths, *how, WINDOW, STEP, measure)
-            if details.timeline
-            else pool.imap(paths, *how, measure)
+            pool.imap_windows(paths, **how) if details.timeline else pool.imap(paths, **how)
         )
         for clip, decoded in zip(named, results, strict=True):
             yield self._decoded_or_failure(clip, decoded)
@@ -438,6 +432,18 @@ class Rater:
         fitted = self.calibration.was_fitted_on(clip.name, decoded.content_id)
         use = CalibrationUse(id=self.calibration.identity, fitted=fitted, raw_rater_id=self.raw_rater_id)
         return replace(rating, score=mos, raw_score=reading.score, interval=(low, high), calibration=use)
+
+
+def measurement(settings: RaterConfig, details: Details) -> type[FeatureExtractor] | None:
+    """What measures every frame of a clip: for the profile, and for prompts that contain what was measured."""
+    return FeatureExtractor if details.profile or settings.prompt.uses_measurement else None
+
+
+def decoding(settings: RaterConfig, factor: int, details: Details) -> dict[str, Any]:
+    """Arguments of `DecoderPool.imap`, or of `imap_windows` for a timeline, with which a rater reads clips."""
+    window = {"window": WINDOW, "step": STEP} if details.timeline else {}
+    how = {"sampling": settings.sampling, "views": settings.views, "factor": factor}
+    return {**how, "measure": measurement(settings, details), **window}
 
 
 def clip_input(frames: Frames) -> ClipInput:

@@ -15,7 +15,7 @@ from lmm_qa.defects.diagnosis import profile_id
 from lmm_qa.errors import ClipError, UsageError, plural
 from lmm_qa.manifest import content_id
 from lmm_qa.model.backbone import Backbone
-from lmm_qa.rater import Rater
+from lmm_qa.rater import Rater, decoding
 from lmm_qa.ratings.io import print_row
 from lmm_qa.video.decoder_pool import DecoderPool
 
@@ -76,7 +76,7 @@ class RatingRun:
             unrated = ranks.unrated(clips, rated)
             self._report_resumed(len(clips), len(unrated), output)
             if unrated:
-                with self._decoders(len(unrated)) as decoders:
+                with self._decoders(unrated) as decoders:
                     rows = _write_rows(writer, self._results(ranks.claim(unrated), decoders))
                     for _ in self._progress(ranks.count_rows(rows, len(unrated)), len(unrated), "rated"):
                         pass
@@ -90,7 +90,7 @@ class RatingRun:
         """Rate all clips; rendered on a terminal, JSON lines otherwise. Returns the number of clips that failed."""
         start = time.monotonic()
         rows: list[Row] = []
-        with self._decoders(len(clips)) as decoders:
+        with self._decoders(clips) as decoders:
             for result in self._progress(self._results(clips, decoders), len(clips), "rated"):
                 rows.append(result.to_row())
                 if not sys.stdout.isatty():
@@ -101,13 +101,16 @@ class RatingRun:
         return _summarise(rows, len(rows), time.monotonic() - start, "")
 
     @contextmanager
-    def _decoders(self, clips: int) -> Iterator[DecoderPool | None]:
-        """The processes that decode: they start while the model is loaded. None on a Ray cluster."""
+    def _decoders(self, clips: Sequence[Clip]) -> Iterator[DecoderPool | None]:
+        """The processes that decode: they start, and read the first clips, while the model is loaded. None on a Ray
+        cluster."""
         if self.raters is not None:
             yield None
             return
-        with DecoderPool(min(self.options["workers"], clips), self.options["timeout"]) as decoders:
+        with DecoderPool(min(self.options["workers"], len(clips)), self.options["timeout"]) as decoders:
             decoders.start()
+            if self.ranks.world == 1 and (factor := self.plan.patch_factor):
+                decoders.prefetch([clip.path for clip in clips], **decoding(self.plan.settings, factor, self.details))
             yield decoders
 
     def _results(self, clips: Iterable[Clip], decoders: DecoderPool | None) -> Iterator[Rating | Failure]:

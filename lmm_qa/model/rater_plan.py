@@ -6,6 +6,7 @@ so a finished job is recognised at once, and a dry run loads no weights.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -88,6 +89,16 @@ class RaterPlan:
         if self.source.served:
             return SERVED
         return choose_model_dtype(self.source.backbone, **self.load_options).value
+
+    @property
+    def patch_factor(self) -> int | None:
+        """Patch size x merge size of a model in a local directory, before its processor is loaded; None if the model is
+        elsewhere or config.json does not say."""
+        try:
+            vision = json.loads(Path(self.source.backbone, "config.json").read_text(encoding="utf-8"))["vision_config"]
+            return int(vision["patch_size"] * vision["spatial_merge_size"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def load_backbone(self) -> Backbone | ServedBackbone:
         """Load the weights, or connect to the server that has them.

@@ -62,6 +62,7 @@ class DecoderPool:
         self._timeout = timeout
         self._reader = _reader
         self._interrupts = 0
+        self._prefetched: dict[tuple[Any, ...], Future[Any]] = {}
         self._workers = [_Worker() for _ in range(workers)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
@@ -78,6 +79,28 @@ class DecoderPool:
         """Start the workers now, without waiting for them. Otherwise each starts with its first clip."""
         for worker in self._workers:
             worker.start()
+
+    def prefetch(
+        self,
+        paths: Sequence[str | Path],
+        sampling: Sampling,
+        views: Sequence[View],
+        factor: int,
+        measure: type[ClipMeasurement] | None = None,
+        window: float | None = None,
+        step: float | None = None,
+    ) -> None:
+        """Start reading the first clips, two per worker, for the `imap` that follows with the same arguments.
+
+        Args:
+            window, step: for `imap_windows`.
+        """
+        how = (sampling, tuple(views), factor, *(() if window is None else (window, step)), measure)
+        reader = self._reader if window is None else read_windows
+        for path in paths[: 2 * len(self._workers)]:
+            request = (Path(path), *how)
+            if (reader, request) not in self._prefetched:
+                self._prefetched[reader, request] = self._threads.submit(self._read, reader, request, self._interrupts)
 
     def interrupt(self) -> None:
         """Abandon the clips that were asked for until now, even those that are being read; the pool stays open.
@@ -136,7 +159,8 @@ class DecoderPool:
         ahead: deque[Future[Any]] = deque()
         try:
             for request in requests:
-                ahead.append(self._threads.submit(self._read, reader, request, self._interrupts))
+                begun = self._prefetched.pop((reader, request), None)
+                ahead.append(begun or self._threads.submit(self._read, reader, request, self._interrupts))
                 if len(ahead) >= 2 * len(self._workers):
                     yield ahead.popleft().result()
             while ahead:

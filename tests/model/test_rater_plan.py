@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from backbones import add_adapter
+from backbones import FAMILIES, OMNI, add_adapter
+from model_inputs import QWEN
 from paths import ROOT
 
 from lmm_qa import Rater, Sampling, View
 from lmm_qa.errors import ModelError
+from lmm_qa.model.inputs import patch_factor
+from lmm_qa.model.loading import load_processor
 from lmm_qa.model.rater_plan import plan_rater
 
 SMALL: dict[str, Any] = {"device": "cpu", "dtype": "float32"}
@@ -105,9 +108,25 @@ def test_a_plan_is_identified_without_loading_heavy_libraries(model_dir: Path) -
     """So that a run that has nothing to do ends quickly."""
     script = """
 import sys
+from lmm_qa.model.inputs import patch_factor
+from lmm_qa.model.loading import load_processor
 from lmm_qa.model.rater_plan import plan_rater
 plan_rater(sys.argv[1], device="cpu").rater_id
 print(*sorted({"transformers", "peft", "scipy", "torchvision"} & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", script, model_dir], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "\n"), done.stderr
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_patch_factor_is_known_before_the_processor_is_loaded(
+    family: str, family_dir: Callable[[str], Path]
+) -> None:
+    plan = plan_rater(family_dir(family), **SMALL)
+    loaded = patch_factor(load_processor(plan.source.backbone))
+    known = family in QWEN and family not in OMNI
+    assert plan.patch_factor in ((loaded,) if known else (loaded, None))
+
+
+def test_the_patch_factor_of_the_embedded_model_is_known() -> None:
+    assert plan_rater().patch_factor == Rater.from_pretrained().factor == 28

@@ -78,6 +78,37 @@ def test_workers_that_were_started_early_read_the_clips(clips_dir: Path) -> None
     assert all(map(has_ended, started))
 
 
+@pytest.mark.parametrize("window", [None, 1.0])
+def test_clips_that_were_read_in_advance_are_not_read_again(
+    clips_dir: Path, tmp_path: Path, window: float | None
+) -> None:
+    paths = write_copies(clips_dir, tmp_path, "a.mp4", "b.mp4", "c.mp4")
+    how = {"window": window, "step": 0.5} if window else {}
+    with DecoderPool(1) as pool:
+        pool.prefetch([paths[0], *paths], *REQUEST, **how)
+        assert len(pool._prefetched) == 1  # two per worker, and both are the same clip
+        pool.prefetch(paths[1:], *REQUEST, **how)
+        for future in pool._prefetched.values():
+            future.result()
+        for path in paths[:2]:
+            path.unlink()
+        read = pool.imap_windows if window else pool.imap
+        results = list(read(paths, *REQUEST, **how))
+        assert [type(result) for result in results] == [Windows if window else Frames] * 3
+        assert not pool._prefetched
+        assert [type(result) for result in read(paths, *REQUEST, **how)][:2] == [ClipNotFound] * 2
+
+
+def test_clips_that_were_read_for_other_views_are_read_again(clips_dir: Path) -> None:
+    sampling, views, factor = REQUEST
+    clip = clips_dir / "h264.mp4"
+    with DecoderPool(1) as pool:
+        pool.prefetch([clip], sampling, views, 2 * factor)
+        (frames,) = pool.imap([clip], *REQUEST)
+    assert isinstance(frames, Frames)
+    assert np.array_equal(frames.views[0], read_frames(clip, *REQUEST).views[0])
+
+
 def test_a_worker_that_dies_before_its_first_clip_costs_no_clip(clips_dir: Path) -> None:
     with DecoderPool(1) as pool:
         pool.start()
