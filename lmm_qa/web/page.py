@@ -32,7 +32,8 @@ TITLE = """<div class="lmm-qa">
 
 REVEAL = """() => {
   const results = [...document.querySelectorAll(".lmm-qa-result")];
-  results.find((one) => one.offsetHeight > 50)?.scrollIntoView({block: "start", behavior: "smooth"});
+  const behavior = matchMedia("(prefers-reduced-motion: reduce)").matches ? "instant" : "smooth";
+  results.find((one) => one.offsetHeight > 50)?.scrollIntoView({block: "start", behavior});
 }"""
 """Shows the result of the tab that is open."""
 

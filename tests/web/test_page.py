@@ -118,6 +118,17 @@ def wait(browser: Browser) -> None:
     browser.page.wait_for_selector(SHOWN, timeout=60_000)
 
 
+def revealed(browser: Browser) -> None:
+    """Wait until the page has scrolled to the result: a click before that would miss."""
+    browser.page.wait_for_function(
+        """() => {
+          const shown = [...document.querySelectorAll(".lmm-qa-result")].find((one) => one.offsetHeight > 50);
+          const {scrollTop, scrollHeight} = document.scrollingElement;
+          return Math.abs(shown.getBoundingClientRect().top) < 2 || scrollTop + innerHeight > scrollHeight - 2;
+        }"""
+    )
+
+
 def fresh(browser: Browser) -> None:
     browser.page.reload()
     browser.page.wait_for_selector("[data-sample]")
@@ -228,6 +239,7 @@ def test_a_set_of_the_operator_is_reported(browser: Browser) -> None:
     page.get_by_role("option", name="ratings.jsonl").click()
     page.get_by_role("button", name="Make the report").click()
     wait(browser)
+    revealed(browser)
     frame = page.frame_locator("iframe.report")
     # The script that opens rows comes after everything else in the document.
     frame.locator("footer").evaluate(
