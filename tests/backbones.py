@@ -543,7 +543,7 @@ def _published_llava_onevision(out: Path) -> Any:
     for leftover in out.iterdir():
         leftover.unlink()
     config = _llava(out, tokenizer, 152064)
-    # The vocabulary as Qwen2.5's files have it: tokenizer.json, written here, takes four times as long to load.
+    # The same vocabulary in the files of Qwen2.5: tokenizer.json takes four times as long to load.
     (out / "tokenizer.json").unlink()
     for name in ("vocab.json", "merges.txt"):
         shutil.copyfile(source / name, out / name)
