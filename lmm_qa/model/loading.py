@@ -14,6 +14,7 @@ from lmm_qa.model.chat_template import check_chat_template
 from lmm_qa.model.hub import find_model
 from lmm_qa.model.memory import free_memory
 from lmm_qa.model.onednn import bfloat16_is_faster
+from lmm_qa.model.source import EMBEDDED
 from lmm_qa.model.weights import (
     DOWNLOAD_AGAIN,
     check_checkpoint,
@@ -32,7 +33,8 @@ MAX_FLOAT32_PARAMETERS = 500_000_000
 """A CPU computes in float32 up to this size, and in bfloat16 above it: 2 GB of weights."""
 
 BFLOAT16_VISION = "vision tower"
-"""Name of the choice to round the factors of the vision tower's products to bfloat16."""
+"""Name of the choice to round the factors of the vision tower's products to bfloat16. For the embedded rater, whose
+scores hardly depend on it; those of a model that was tuned and calibrated in float32 may."""
 
 MARGIN = 1.05
 """Memory for loading a model, relative to its weights."""
@@ -100,7 +102,8 @@ def load_model(model: str, adapter: Path | None = None, **options: Unpack[LoadOp
     attention = choose_attention(device.value, dtype.value)
     quantization = requested_quantization(options)
     choices = {"device": device, "dtype": dtype, "attention": attention}
-    if device.value == "cpu" and dtype.value == "float32" and not options.get("dtype") and bfloat16_is_faster():
+    exact = device.value != "cpu" or dtype.value != "float32" or options.get("dtype") is not None
+    if adapter == EMBEDDED and not exact and bfloat16_is_faster():
         choices[BFLOAT16_VISION] = Choice("bfloat16 products", "on this cpu; --dtype float32 is exact")
     kwargs = _hub_kwargs(model, options)
     config = read_config(model, **options)
